@@ -1,0 +1,1 @@
+"""What prints the numbers that the README quotes."""

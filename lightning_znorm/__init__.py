@@ -1,0 +1,22 @@
+"""Z-score gradient normalization (ZNorm) for PyTorch Lightning."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_znorm.callbacks import GradientCentralizationCallback, GradientTransform, ZNormCallback
+
+__version__ = "0.1.0"
+
+__all__ = ["GradientCentralizationCallback", "GradientTransform", "ZNormCallback"]
+
+
+# Resolved on first use, so that `lightning_znorm.functional` works in a program that never loads Lightning.
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("lightning_znorm.callbacks"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

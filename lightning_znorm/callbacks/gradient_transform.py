@@ -1,0 +1,170 @@
+"""The callback behind every gradient method: applies it to the stepping optimizer's gradients."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_znorm.callbacks.strategies import check_strategy
+from lightning_znorm.gradients import GradientMethod, transform_named_grads_
+from lightning_znorm.gradients.amp import is_unscaled, take_over_scale_, unscales_in_step
+from lightning_znorm.gradients.selection import ParameterFilter
+
+
+class GradientTransform(Callback):
+    """Applies a gradient method before every optimizer step, right before gradient clipping.
+
+    Works with automatic and manual optimization, any number of optimizers (only the stepping one's gradients change),
+    accumulation, and every precision of Lightning: the method always sees the true, unscaled gradients, and a step that
+    a ``GradScaler`` skips stays skipped.
+
+    A step without a backward pass since the last one (``training_step`` returned ``None``, or the extra epoch in which
+    :class:`~lightning.pytorch.callbacks.StochasticWeightAveraging` updates batch normalization) would repeat gradients
+    that are normalized already: they are dropped.
+
+    Note:
+        Single-device and DDP strategies only. Not seen by this callback: steps that bypass Lightning
+        (``self.optimizers(use_pl_optimizer=False)``), of which a warning tells after the first epoch; and runs of
+        ``Tuner.lr_find`` and ``Tuner.scale_batch_size``, which drop all callbacks, so that a learning rate they find is
+        not one for the transformed gradients.
+
+    Args:
+        method: A :class:`~lightning_znorm.gradients.AffineMethod`, or a function from a gradient to its replacement of
+            the same shape.
+        include: Shell-style pattern or patterns; a parameter takes part if its name in the LightningModule matches one.
+        exclude: Pattern or patterns whose matches are left alone.
+        min_ndim: Least number of dimensions of a parameter; 2 leaves biases and normalization scales alone.
+
+    Raises:
+        MisconfigurationException: Before training, if the strategy is not supported.
+        ValueError: Before training, if a pattern matches no parameter or nothing is chosen.
+        UnsupportedGradientError: Before a step, if a gradient is sparse or sharded.
+
+    Example:
+        A method of one's own (root mean square normalization) for all weights but the last layer's:
+
+        >>> from lightning_znorm import GradientTransform
+        >>> from lightning_znorm.gradients import AffineMethod
+        >>> class RMSNorm(AffineMethod):
+        ...     def affine(self, stats):
+        ...         return None, (stats.std.square() + stats.mean.square()).rsqrt()
+        >>> callback = GradientTransform(RMSNorm(), exclude="*.fc.*", min_ndim=2)
+    """
+
+    def __init__(
+        self,
+        method: GradientMethod,
+        include: str | Sequence[str] = "*",
+        exclude: str | Sequence[str] = (),
+        min_ndim: int = 0,
+    ) -> None:
+        self.method = method
+        self._filter = ParameterFilter(include, exclude, min_ndim)
+        self._choice: dict[Tensor, str | None] = {}
+        self._backward_since_step = False
+        self._backward_in_batch = False
+        self._batches = 0
+        self._steps = 0
+        self._warned_of_no_step = False
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            check_strategy(trainer.strategy, self._name)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        try:
+            self._filter.check(pl_module.named_parameters(remove_duplicate=False))
+        except ValueError as error:
+            raise ValueError(f"{self._name}: {error}") from None
+        if trainer.gradient_clip_val:
+            rank_zero_info(
+                f"{self._name}: gradient clipping (gradient_clip_val={trainer.gradient_clip_val}) follows and bounds "
+                "the transformed gradients."
+            )
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                rank_zero_warn(
+                    f"{self._name}: LBFGS searches along the true gradient, and builds its curvature from it. With "
+                    f"{self.method} it takes steps that the loss does not confirm, and may diverge."
+                )
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._batches = self._steps = 0
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._batches += 1
+        self._backward_in_batch = False
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._backward_since_step = self._backward_in_batch = True
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._steps += 1
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        loss_scale = None
+        # In manual optimization, backward passes may bypass Lightning, and the step is always taken.
+        if pl_module.automatic_optimization and not self._backward_since_step:
+            for _, parameter in self._parameters(pl_module, optimizer):
+                parameter.grad = None
+            return
+        if scaler is not None and scaler.is_enabled() and not is_unscaled(scaler, optimizer):
+            # Lightning unscales before this hook, unless the optimizer does or `training_step` returned None; with the
+            # latter it skips the step, and gradients that go on accumulating keep their scale.
+            if not unscales_in_step(optimizer) or (pl_module.automatic_optimization and not self._backward_in_batch):
+                return
+            loss_scale = take_over_scale_(scaler, optimizer)
+        transform_named_grads_(self._parameters(pl_module, optimizer), self.method, loss_scale)
+        self._backward_since_step = False
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._batches and not self._steps and not self._warned_of_no_step:
+            self._warned_of_no_step = True
+            rank_zero_warn(
+                f"{self._name} has seen no optimizer step in this epoch of training, so no gradient was transformed. "
+                "In manual optimization, step the optimizers that `self.optimizers()` returns; for those stepped past "
+                "Lightning (`use_pl_optimizer=False`), call `lightning_znorm.functional.attach(optimizer)` instead."
+            )
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._choice = {}
+
+    def _parameters(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+        """The optimizer's parameters that take part, with their names."""
+        known = self._choice
+        if any(parameter not in known for group in optimizer.param_groups for parameter in group["params"]):
+            # The first step, or one after the model or the optimizer has grown. An optimizer may also hold parameters
+            # that are not the module's.
+            foreign = (
+                (f"parameter {index} of group {group_index}", parameter)
+                for group_index, group in enumerate(optimizer.param_groups)
+                for index, parameter in enumerate(group["params"])
+            )
+            own = pl_module.named_parameters(remove_duplicate=False)
+            known = self._choice = self._filter.choose(foreign) | self._choice | self._filter.choose(own)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name = known[parameter]
+                if name is not None:
+                    yield name, parameter

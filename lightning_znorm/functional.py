@@ -1,0 +1,174 @@
+"""Gradient methods for any PyTorch loop, named and shaped like :func:`torch.nn.utils.clip_grad_norm_`."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_znorm.gradients import Centralization, GradientMethod, ZScore, transform_named_grads_
+
+__all__ = ["attach", "centralize_grads_", "transform_grads_", "zscore_grads_"]
+
+
+def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10) -> None:
+    r"""Replaces each parameter's gradient by its z-score over all its elements, in place (ZNorm).
+
+    .. math:: z = \frac{g - \mu}{\sigma + \epsilon}
+
+    with the mean and the population standard deviation of that gradient. For a gradient that is not constant,
+    :math:`\langle z, g \rangle = d \sigma > 0` with d elements: a descent direction stays one. Mean and deviation are
+    taken in float32 for half-precision gradients and otherwise in the gradients' type, in two passes.
+
+    - A constant gradient becomes zero, also where only rounding makes it vary (a deviation of less than 8 units of
+      rounding of the mean).
+    - A gradient of one element has no deviation and stays as it is; an empty or missing one is skipped, and a parameter
+      that is given twice is normalized once.
+    - A gradient that holds an inf or NaN becomes NaN throughout; so does one whose squared deviations overflow
+      (deviations above about 1e19 in float32).
+    - ``eps`` is an absolute number: a gradient of deviation 1e-12 comes out with deviation 1e-2. Deviations below about
+      1e-22 in float32 count as zero.
+    - Complex gradients have a complex mean and a real deviation, as :func:`torch.std` defines it.
+
+    Call it when the gradients are complete and unscaled: after ``backward()``, after ``GradScaler.unscale_`` and before
+    ``optimizer.step()``. Clipping afterwards bounds the normalized gradients, whose norm is :math:`\sqrt{d}` each.
+
+    Source: Yun, "ZNorm: Z-Score Gradient Normalization", arXiv 2408.01215, Algorithm 1, Lemma 4.1 and Theorem 4.2.
+
+    Args:
+        parameters: Parameters, of any shape, whose ``.grad`` is replaced; an iterable of them or a single one.
+        eps: Added to the standard deviation.
+
+    Raises:
+        ValueError: If ``eps`` is negative, infinite or NaN.
+        UnsupportedGradientError: If a gradient is sparse or a DTensor; no gradient has been changed then.
+
+    Example:
+        >>> import torch
+        >>> from lightning_znorm.functional import zscore_grads_
+        >>> weight = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> weight.grad = torch.tensor([[1.0, 1.0], [3.0, 3.0]])
+        >>> zscore_grads_(weight)
+        >>> weight.grad
+        tensor([[-1., -1.],
+                [ 1.,  1.]])
+    """
+    transform_grads_(parameters, ZScore(eps))
+
+
+def centralize_grads_(parameters: Tensor | Iterable[Tensor]) -> None:
+    """Subtracts from each gradient its mean over all dimensions but the first, in place (Gradient Centralization).
+
+    Gradients with fewer than two dimensions stay as they are. So does that of an ``(out, 1)`` weight, whose rows are
+    single elements: the authors' code sets it to zero, so that such a weight never trains.
+
+    The authors' optimizers do more than a transform before the step can. Their SGD and Adam subtract the mean from the
+    finished update, after L2 penalty and momentum; their AdamW, and their Adam with ``gc_loc=True``, from the gradient,
+    the latter with the penalty in it. So the results agree for SGD (momentum included), AdamW and ``gc_loc=True`` as
+    long as there is no L2 penalty, which stays uncentred here, and differ for their default Adam.
+
+    Source: Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks", ECCV 2020
+    (arXiv 2004.01461), equation 1.
+
+    Args:
+        parameters: Parameters, of any shape, whose ``.grad`` is replaced; an iterable of them or a single one.
+
+    Raises:
+        UnsupportedGradientError: If a gradient is sparse or a DTensor; no gradient has been changed then.
+
+    Example:
+        >>> import torch
+        >>> from lightning_znorm.functional import centralize_grads_
+        >>> weight = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> weight.grad = torch.tensor([[1.0, 3.0], [5.0, 5.0]])
+        >>> centralize_grads_(weight)
+        >>> weight.grad
+        tensor([[-1.,  1.],
+                [ 0.,  0.]])
+    """
+    transform_grads_(parameters, Centralization())
+
+
+def transform_grads_(parameters: Tensor | Iterable[Tensor], method: GradientMethod) -> None:
+    """Replaces each parameter's gradient by what a method makes of it, in place.
+
+    Args:
+        parameters: Parameters, of any shape, whose ``.grad`` is replaced; an iterable of them or a single one.
+        method: A :class:`~lightning_znorm.gradients.AffineMethod`, or a function from a gradient to its replacement of
+            the same shape.
+
+    Raises:
+        UnsupportedGradientError: If a gradient is sparse or a DTensor, or if a function returns another shape.
+
+    Example:
+        >>> import torch
+        >>> from lightning_znorm.functional import transform_grads_
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([-3.0, 0.5])
+        >>> transform_grads_(weight, torch.sign)
+        >>> weight.grad
+        tensor([-1.,  1.])
+    """
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    transform_named_grads_(((f"parameter {index}", parameter) for index, parameter in enumerate(parameters)), method)
+
+
+def attach(optimizer: Optimizer, method: GradientMethod | None = None) -> RemovableHandle:
+    """Makes an optimizer apply a gradient method before each of its steps, in a loop without Lightning.
+
+    Right under automatic mixed precision too: where ``GradScaler.step`` leaves it to the optimizer to unscale the
+    gradients (fused optimizers), the method sees the true gradients all the same. A gradient clipped before the step is
+    normalized after it, which undoes the clipping. If the step of an optimizer class calls its base class's, the method
+    runs in both, which ZNorm and centralization do not notice. In a Lightning ``Trainer`` use
+    :class:`~lightning_znorm.ZNormCallback`: there, a step computes its gradients in a closure.
+
+    Args:
+        optimizer: Any optimizer; parameter groups that are added later take part.
+        method: The method; ``None`` is ZNorm, :class:`~lightning_znorm.gradients.ZScore` with its default ``eps``.
+
+    Returns:
+        A handle whose ``remove()`` detaches the method.
+
+    Raises:
+        RuntimeError: In a step that is called with a closure, which computes the gradients too late for the method.
+        UnsupportedGradientError: In a step, if a gradient is sparse or a DTensor.
+
+    Example:
+        >>> import torch
+        >>> from lightning_znorm.functional import attach
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+        >>> handle = attach(optimizer)
+        >>> weight.grad = torch.tensor([2.0, 6.0])
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([ 1., -1.])
+        >>> handle.remove()
+    """
+    method = ZScore() if method is None else method
+
+    def transform(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # torch hands the hook the arguments of the unbound step, which begin with the optimizer.
+        if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step was called with a closure, which computes the gradients after the "
+                f"attached {method} has run: compute them before the step, and call it without a closure"
+            )
+        transform_named_grads_(_named_parameters(optimizer), method, _loss_scale(optimizer, kwargs))
+
+    return optimizer.register_step_pre_hook(transform)
+
+
+def _named_parameters(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            yield f"parameter {index} of group {group_index}", parameter
+
+
+def _loss_scale(optimizer: Optimizer, step_kwargs: dict[str, Any]) -> Tensor | None:
+    """The factor by which the step will divide the gradients: see ``torch.amp.GradScaler.step``."""
+    scaler = step_kwargs.get("grad_scaler")
+    scale = getattr(optimizer, "grad_scale", None) if scaler is None else scaler._get_scale_async()
+    return scale if isinstance(scale, Tensor) else None

@@ -1,0 +1,94 @@
+"""Gradient methods as affine maps of each tensor, or of each of its rows, from their statistics."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, Literal, TypeAlias
+
+from torch import Tensor
+
+from lightning_znorm.gradients.statistics import Statistics
+
+
+class AffineMethod(ABC):
+    """A gradient method ``z = (g - shift) * scale`` whose shift and scale follow from statistics of ``g``.
+
+    Count, mean and squared deviation can be merged across blocks and processes, so a method of this form is right
+    wherever a gradient lives, and every kernel serves it. A tensor or row of a single element has no deviation to speak
+    of: it is left as it is, whatever the method.
+
+    Attributes:
+        over: Whether the statistics are those of each whole ``"tensor"`` or of each ``"row"`` (all elements that share
+            an index of the first dimension).
+        needs_std: Whether :meth:`affine` reads the deviation; without it, one pass over the gradient is saved.
+
+    Example:
+        Root mean square normalization, which keeps the mean:
+
+        >>> import torch
+        >>> from lightning_znorm.functional import transform_grads_
+        >>> from lightning_znorm.gradients import AffineMethod
+        >>> class RMSNorm(AffineMethod):
+        ...     def affine(self, stats):
+        ...         return None, (stats.std.square() + stats.mean.square()).rsqrt()
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([1.0, 7.0])
+        >>> transform_grads_(weight, RMSNorm())
+        >>> weight.grad
+        tensor([0.2000, 1.4000])
+    """
+
+    over: ClassVar[Literal["tensor", "row"]] = "tensor"
+    needs_std: ClassVar[bool] = True
+
+    @abstractmethod
+    def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
+        """Returns shift and scale, each of shape ``(S,)`` like the statistics, or ``None`` for no shift or no scale."""
+
+
+class ZScore(AffineMethod):
+    r"""ZNorm: :math:`z = (g - \mu) / (\sigma + \epsilon)` over all elements of a tensor; a constant one becomes zero.
+
+    Source: Yun, "ZNorm: Z-Score Gradient Normalization", arXiv 2408.01215, Algorithm 1; :math:`\sigma` is the
+    population deviation of Lemma 4.1.
+
+    Args:
+        eps: Added to the standard deviation, an absolute number: gradients whose deviation is not far above it come out
+            smaller than unit size.
+
+    Raises:
+        ValueError: If ``eps`` is negative, infinite or NaN.
+    """
+
+    def __init__(self, eps: float = 1e-10) -> None:
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"eps must be a finite number that is not negative, got {eps}")
+        self.eps = eps
+
+    def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:  # noqa: D102
+        std = stats.std
+        return stats.mean, (std + self.eps).reciprocal_().masked_fill_(std == 0, 0.0)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(eps={self.eps})"
+
+
+class Centralization(AffineMethod):
+    """Gradient Centralization: the mean of each row (output channel) is subtracted, in tensors of several dimensions.
+
+    Source: Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks", ECCV 2020,
+    equation 1. See :func:`lightning_znorm.functional.centralize_grads_` for what differs from the authors' code.
+    """
+
+    over = "row"
+    needs_std = False
+
+    def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:  # noqa: D102
+        return stats.mean, None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+GradientMethod: TypeAlias = AffineMethod | Callable[[Tensor], Tensor]
+"""An affine method, or any function from a whole gradient to its replacement of the same shape."""

@@ -1,0 +1,116 @@
+"""transform_grads_ with methods of a user's own."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_znorm.functional import transform_grads_
+from lightning_znorm.gradients import AffineMethod, Statistics, UnsupportedGradientError
+from lightning_znorm.gradients.kernels import affine_
+from tests.gradients.reference import wide, zscore
+
+
+class RMSNorm(AffineMethod):
+    def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
+        return None, (stats.std.square() + stats.mean.square()).rsqrt()
+
+
+class RowZScore(AffineMethod):
+    over = "row"
+
+    def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
+        return stats.mean, stats.std.reciprocal()
+
+
+class HalfCentered(AffineMethod):
+    needs_std = False
+
+    def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
+        return stats.mean / 2, None
+
+
+class Counted(AffineMethod):
+    def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
+        assert stats.m2 is not None
+        return None, stats.m2 / stats.m2 * stats.count
+
+
+def applied(method: AffineMethod, *grads: Tensor, loss_scale: Tensor | None = None) -> list[Tensor]:
+    copies = [grad.clone() for grad in grads]
+    affine_(copies, method, loss_scale)
+    return [wide(grad) for grad in copies]
+
+
+GRADS = [
+    torch.randn(shape, generator=torch.Generator().manual_seed(5)) + 0.3
+    for shape in [(40, 30), (40, 30), (7,), (7,), (9,), (200, 150), (800, 900)]
+]
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_scale_without_shift(scale: float | None) -> None:
+    for got, grad in zip(applied(RMSNorm(), *GRADS), GRADS, strict=True):
+        torch.testing.assert_close(got, wide(grad) / wide(grad).square().mean().sqrt(), rtol=0, atol=2e-5)
+
+
+def test_shift_without_scale() -> None:
+    for got, grad in zip(applied(HalfCentered(), *GRADS), GRADS, strict=True):
+        torch.testing.assert_close(got, wide(grad) - wide(grad).mean() / 2, rtol=0, atol=2e-6)
+
+
+def test_counts() -> None:
+    for got, grad in zip(applied(Counted(), *GRADS), GRADS, strict=True):
+        torch.testing.assert_close(got, wide(grad) * grad.numel(), rtol=2e-5, atol=0.5)
+
+
+def test_rows_with_deviation() -> None:
+    for got, grad in zip(applied(RowZScore(), *GRADS), GRADS, strict=True):
+        if grad.ndim == 1:  # rows of one element
+            assert torch.equal(got, wide(grad))
+            continue
+        rows = torch.stack([zscore(row, eps=0.0) for row in grad])
+        torch.testing.assert_close(got, rows, rtol=0, atol=2e-5)
+
+
+def test_needs_std_false_withholds_it() -> None:
+    class Greedy(AffineMethod):
+        needs_std = False
+
+        def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
+            return stats.mean, stats.std
+
+    with pytest.raises(RuntimeError, match="needs_std = True"):
+        applied(Greedy(), torch.randn(5))
+
+
+@pytest.mark.parametrize("method", [RMSNorm(), RowZScore(), HalfCentered()], ids=lambda method: type(method).__name__)
+def test_loss_scale_passes_through(method: AffineMethod) -> None:
+    plain = applied(method, *GRADS)
+    scaled = applied(method, *(grad * 4096 for grad in GRADS), loss_scale=torch.tensor(4096.0))
+    for one, other in zip(plain, scaled, strict=True):
+        torch.testing.assert_close(other / 4096, one, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("numel", [6, 20_000])
+def test_loss_scale_does_not_hide_eps(numel: int) -> None:
+    from lightning_znorm.gradients import ZScore
+
+    grad = torch.randn(numel)
+    (got,) = applied(ZScore(eps=0.5), grad * 65536, loss_scale=torch.tensor(65536.0))
+    torch.testing.assert_close(got / 65536, zscore(grad, eps=0.5), rtol=0, atol=1e-5)
+
+
+def test_function() -> None:
+    param = nn.Parameter(torch.zeros(2))
+    param.grad = torch.tensor([-3.0, 0.5])
+    pointer = param.grad.data_ptr()
+    transform_grads_(param, torch.sign)
+    assert param.grad.tolist() == [-1.0, 1.0]
+    assert param.grad.data_ptr() == pointer
+
+
+def test_function_of_another_shape_is_refused() -> None:
+    param = nn.Parameter(torch.zeros(2))
+    param.grad = torch.tensor([-3.0, 0.5])
+    with pytest.raises(UnsupportedGradientError, match=r"shape \(\).*shape \(2,\)"):
+        transform_grads_(param, torch.sum)
