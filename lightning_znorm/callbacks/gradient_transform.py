@@ -24,9 +24,9 @@ class GradientTransform(Callback):
     accumulation, and every precision of Lightning: the method always sees the true, unscaled gradients, and a step that
     a ``GradScaler`` skips stays skipped.
 
-    A step without a backward pass since the last one (``training_step`` returned ``None``, or the extra epoch in which
+    A step with neither a backward pass nor a ``zero_grad`` since the last one (that of the extra epoch in which
     :class:`~lightning.pytorch.callbacks.StochasticWeightAveraging` updates batch normalization) would repeat gradients
-    that are normalized already: they are dropped.
+    that are transformed already: they are dropped.
 
     Note:
         Single-device and DDP strategies only. Not seen by this callback: steps that bypass Lightning
@@ -67,7 +67,7 @@ class GradientTransform(Callback):
         self.method = method
         self._filter = ParameterFilter(include, exclude, min_ndim)
         self._choice: dict[Tensor, str | None] = {}
-        self._backward_since_step = False
+        self._used_up = False
         self._backward_in_batch = False
         self._batches = 0
         self._steps = 0
@@ -108,12 +108,16 @@ class GradientTransform(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._batches += 1
         self._backward_in_batch = False
 
     @override
+    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        self._used_up = False
+
+    @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._backward_since_step = self._backward_in_batch = True
+        self._used_up = False
+        self._backward_in_batch = True
 
     @override
     def on_before_optimizer_step(
@@ -123,18 +127,27 @@ class GradientTransform(Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         loss_scale = None
         # In manual optimization, backward passes may bypass Lightning, and the step is always taken.
-        if pl_module.automatic_optimization and not self._backward_since_step:
-            for _, parameter in self._parameters(pl_module, optimizer):
-                parameter.grad = None
-            return
+        automatic = pl_module.automatic_optimization
+        repeated = automatic and self._used_up
         if scaler is not None and scaler.is_enabled() and not is_unscaled(scaler, optimizer):
             # Lightning unscales before this hook, unless the optimizer does or `training_step` returned None; with the
             # latter it skips the step, and gradients that go on accumulating keep their scale.
-            if not unscales_in_step(optimizer) or (pl_module.automatic_optimization and not self._backward_in_batch):
+            returned_none = automatic and not self._backward_in_batch and not repeated
+            if returned_none or not unscales_in_step(optimizer):
                 return
             loss_scale = take_over_scale_(scaler, optimizer)
+        if repeated:
+            for _, parameter in self._parameters(pl_module, optimizer):
+                parameter.grad = None
+            return
         transform_named_grads_(self._parameters(pl_module, optimizer), self.method, loss_scale)
-        self._backward_since_step = False
+        self._used_up = True
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._batches += 1
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

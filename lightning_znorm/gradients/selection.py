@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 # What torch.compile, FSDP and activation checkpointing put into the names of the modules that they wrap.
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 class ParameterFilter:
@@ -46,7 +47,9 @@ class ParameterFilter:
         """
         choice: dict[Tensor, str | None] = {}
         for parameter, names in _by_parameter(named_parameters).items():
-            chosen = parameter.ndim >= self.min_ndim and _any_match(names, self.include)
+            # Those of a lazy layer have no shape before its first batch.
+            large = parameter.ndim >= self.min_ndim or is_lazy(parameter)
+            chosen = large and _any_match(names, self.include)
             choice[parameter] = names[0] if chosen and not _any_match(names, self.exclude) else None
         return choice
 
@@ -85,6 +88,4 @@ def _any_match(names: Iterable[str], patterns: Sequence[str]) -> bool:
 
 def clean_name(name: str) -> str:
     """A parameter's name as the model's author wrote it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

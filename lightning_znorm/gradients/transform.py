@@ -35,4 +35,5 @@ def transform_named_grads_(
             raise UnsupportedGradientError(
                 f"{method} made a tensor of shape {tuple(result.shape)} from a gradient of shape {tuple(grad.shape)}"
             )
-        grad.copy_(result if loss_scale is None else result * loss_scale)
+        # Who divides by the scale looks for inf later, and the function may leave no trace of one: 0 * inf is NaN.
+        grad.copy_(result if loss_scale is None else result * loss_scale + 0 * grad)

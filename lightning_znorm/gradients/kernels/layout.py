@@ -10,8 +10,8 @@ from torch import Tensor
 # Statistics are not taken in these: the usual eps is zero in float16, and a bfloat16 mean has three digits.
 _UPCAST = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
 
-# Up to this many elements each, tensors of equal shape are transformed as the rows of one matrix: to copy them there and
-# back costs less than the calls it saves (a network has dozens of biases and scales of one length).
+# Up to this many elements each, tensors of equal shape are transformed as the rows of one matrix: to copy them there
+# and back costs less than the calls it saves (a network has dozens of biases and scales of one length).
 _STACKED = 2**14
 _STACK = 2**20  # elements of such a matrix
 
@@ -30,7 +30,7 @@ def workspaces(grads: Iterable[Tensor], over: Literal["tensor", "row"]) -> Itera
     """Yields tensors to transform in place, and carries them back to the gradients when the next is asked for.
 
     Gradients (or rows) of a single element are left out: they have no deviation. Most workspaces are the gradients'
-    own memory. Half-precision ones are float32 copies, of one tensor at a time or of small ones that are 4 MiB together.
+    own memory. Half-precision ones are float32 copies: of one tensor at a time, or of small ones, 4 MiB together.
 
     Yields:
         Flat tensors, each a whole gradient, or a matrix whose rows are whole gradients or rows of one.

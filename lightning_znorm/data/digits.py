@@ -1,0 +1,53 @@
+"""scikit-learn's handwritten digits."""
+
+import numpy as np
+from typing_extensions import override
+
+from lightning_znorm.data.in_memory import Images, InMemoryDataModule, Labels, stratified_split
+
+
+class DigitsDataModule(InMemoryDataModule):
+    """1,797 real handwritten digits, 8x8 pixels in 17 shades of grey, that come with scikit-learn: no download.
+
+    A fifth of them (360, stratified) is the test set, the same whatever the seed; of the others (1,437) a share is
+    split off for validation.
+
+    Source:
+        Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998
+        (CC BY 4.0): the test part of it, as `sklearn.datasets.load_digits` has it.
+
+    Args:
+        batch_size: Images per batch and process.
+        val_fraction: Share of the training images that become validation images, between 0 and 1.
+        seed: Draws the validation images, and nothing else.
+
+    Raises:
+        ValueError: If ``val_fraction`` is not between 0 and 1.
+
+    Example:
+        >>> data = DigitsDataModule(batch_size=32)
+        >>> data.setup("fit")
+        >>> images, labels = next(iter(data.train_dataloader()))
+        >>> images.shape, images.dtype, labels.shape
+        (torch.Size([32, 1, 8, 8]), torch.uint8, torch.Size([32]))
+    """
+
+    num_classes = 10
+    max_value = 16
+    # Of the 1,437 digits that are not the test set.
+    mean = (0.3054,)
+    std = (0.3761,)
+
+    def __init__(self, batch_size: int = 64, val_fraction: float = 0.1, seed: int = 0) -> None:
+        super().__init__(batch_size, val_fraction, seed)
+        self.save_hyperparameters()
+
+    @override
+    def load(self, train: bool) -> tuple[Images, Labels]:
+        """Read the 1,437 digits for training and validation, or the 360 for the test."""
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images, labels = digits.images[:, None].astype(np.uint8), digits.target.astype(np.int64)
+        rest, test = stratified_split(images, labels, fraction=0.2, seed=0)
+        return rest if train else test

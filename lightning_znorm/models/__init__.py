@@ -1,0 +1,5 @@
+"""Networks that timm and MONAI do not have."""
+
+from lightning_znorm.models.resnet import ResNet, resnet20, resnet56
+
+__all__ = ["ResNet", "resnet20", "resnet56"]

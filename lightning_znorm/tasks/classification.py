@@ -1,0 +1,219 @@
+"""Image classification."""
+
+import json
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
+from typing_extensions import override
+
+from lightning_znorm.tasks.networks import create_classifier
+
+
+class ClassificationTask(LightningModule):
+    """Train a network to classify images, by cross entropy.
+
+    Batches are pairs of images, ``(N, C, H, W)``, and integer labels, ``(N,)``, from 0 to ``num_classes`` - 1. Logged,
+    once per epoch: ``train/loss``, ``val/loss``, ``val/accuracy``, ``test/loss``, ``test/accuracy`` (the share of
+    images whose most probable class is the true one).
+
+    With ``num_classes=1`` the network has one logit that tells two classes, 0 and 1, apart (binary cross entropy).
+
+    Note:
+        A checkpoint holds plain values only, and loads with ``torch.load(..., weights_only=True)``. So where a task
+        was built in Python, its ``optimizer``, its ``lr_scheduler`` and a ``model`` that is a module are no
+        hyperparameters: pass them to ``load_from_checkpoint`` again (the first two, if training is to go on).
+
+    Args:
+        model: Name of a network, in `lightning_znorm.models` or else in timm, or a module that maps images to logits
+            of shape ``(N, num_classes)``.
+        num_classes: Number of classes, or 1 for two classes told apart by one logit.
+        in_chans: Channels of the images, for a network by name.
+        model_kwargs: Further arguments of a network by name, plain values as YAML has them.
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes the learning rate scheduler from the optimizer; none by default. A
+            `lightning.pytorch.cli.ReduceLROnPlateau` follows the metric that it names as its ``monitor``, torch's own
+            follows ``val/loss``.
+        lr_scheduler_interval: Whether the scheduler steps after every epoch, or after every optimizer step (such as
+            `torch.optim.lr_scheduler.OneCycleLR`).
+        compile: Compile the network with `torch.compile`, in place: names in checkpoints stay as they are.
+
+    Raises:
+        ValueError: If no network has the name, if ``model_kwargs`` come with a module or hold anything but plain
+            values, if ``num_classes`` is less than 1 or not the data module's, if the network's output has another
+            width, or if a label is out of range.
+
+    Example:
+        >>> task = ClassificationTask("resnet20", num_classes=10, in_chans=1)
+        >>> task(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        num_classes: int,
+        in_chans: int = 3,
+        model_kwargs: dict[str, Any] | None = None,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        objects = {"model": model, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+        self.save_hyperparameters(ignore=[name for name, value in objects.items() if callable(value)])
+        if "_instantiator" in self.hparams:  # LightningCLI built the task, and has these three as plain values as well
+            self.save_hyperparameters()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}.")
+        self.num_classes = num_classes
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_scheduler_interval = lr_scheduler_interval
+        self.configure_models(model, in_chans, model_kwargs or {}, compile)
+        self.configure_losses()
+        self.configure_metrics()
+
+    def configure_models(self, model: str | nn.Module, in_chans: int, kwargs: dict[str, Any], compile: bool) -> None:
+        """Set the network."""
+        if isinstance(model, str):
+            _require_plain(kwargs)
+            model = create_classifier(model, self.num_classes, in_chans, **kwargs)
+        elif kwargs:
+            raise ValueError(f"model_kwargs are for a model by name, and {type(model).__name__} is a module already.")
+        if compile:
+            model.compile()
+        self.model = model
+
+    def configure_losses(self) -> None:
+        """Set the loss."""
+        self.criterion = nn.BCEWithLogitsLoss() if self.num_classes == 1 else nn.CrossEntropyLoss()
+
+    def configure_metrics(self) -> None:
+        """Set the metrics."""
+        # What validate_args would look for, `_check_labels` does once per epoch: each look at values waits for a GPU.
+        if self.num_classes == 1:
+            accuracy: Metric = BinaryAccuracy(validate_args=False)
+        else:
+            accuracy = MulticlassAccuracy(self.num_classes, average="micro", validate_args=False)
+        self.val_metrics = MetricCollection({"accuracy": accuracy}, prefix="val/")
+        self.test_metrics = self.val_metrics.clone(prefix="test/")
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make the optimizer, and the scheduler if there is one."""
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {
+                "scheduler": scheduler,
+                "interval": self.lr_scheduler_interval,
+                "monitor": getattr(scheduler, "monitor", "val/loss"),
+            },
+        }
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Compare the number of classes with the data module's, if that says it."""
+        data = getattr(self.trainer, "datamodule", None)
+        data_classes = getattr(data, "num_classes", self.num_classes)
+        if data_classes != self.num_classes and (self.num_classes, data_classes) != (1, 2):
+            raise ValueError(
+                f"{type(data).__name__} has {data_classes} classes, and the task was given num_classes="
+                f"{self.num_classes}: make it {data_classes} (in YAML, model.init_args.num_classes)."
+            )
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits, shape ``(N, num_classes)``, of images of shape ``(N, C, H, W)``."""
+        logits: Tensor = self.model(images)
+        if logits.shape != (len(images), self.num_classes):
+            raise ValueError(
+                f"{type(self.model).__name__} turned {len(images)} images into an output of shape "
+                f"{tuple(logits.shape)}, and num_classes={self.num_classes} asks for "
+                f"{(len(images), self.num_classes)}: change one of the two."
+            )
+        return logits
+
+    @override
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+        loss, _ = self._loss_and_logits(batch, batch_idx)
+        self._log_loss("train/loss", loss, batch)
+        return loss
+
+    @override
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log loss and accuracy of the validation images."""
+        self._evaluation_step("val/loss", self.val_metrics, batch, batch_idx)
+
+    @override
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log loss and accuracy of the test images."""
+        self._evaluation_step("test/loss", self.test_metrics, batch, batch_idx)
+
+    @override
+    def predict_step(self, batch: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+        """Return probabilities.
+
+        Args:
+            batch: Images of shape ``(N, C, H, W)``, or a sequence that begins with them.
+
+        Returns:
+            The probability of each class, shape ``(N, num_classes)``; for one logit that of class 1, shape ``(N,)``.
+        """
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self._probabilities(self(images))
+
+    def _evaluation_step(
+        self, loss_name: str, metrics: MetricCollection, batch: tuple[Tensor, Tensor], batch_idx: int
+    ) -> None:
+        loss, logits = self._loss_and_logits(batch, batch_idx)
+        metrics.update(self._probabilities(logits), batch[1])
+        self._log_loss(loss_name, loss, batch)
+        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch[1]))
+
+    def _loss_and_logits(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
+        images, labels = batch
+        if batch_idx == 0:
+            self._check_labels(labels)
+        logits = self(images)
+        if self.num_classes == 1:
+            labels = labels.to(logits.dtype).unsqueeze(1)
+        loss: Tensor = self.criterion(logits, labels)
+        return loss, logits
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        return logits.squeeze(1).sigmoid() if self.num_classes == 1 else logits.softmax(dim=1)
+
+    def _log_loss(self, name: str, loss: Tensor, batch: tuple[Tensor, Tensor]) -> None:
+        self.log(name, loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch[1]), sync_dist=True)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        # Cross entropy kills a CUDA process over such a label, and binary cross entropy takes it without a word.
+        smallest, largest = (int(bound) for bound in labels.aminmax())
+        last = max(self.num_classes, 2) - 1
+        if smallest < 0 or largest > last:
+            raise ValueError(
+                f"Labels run from {smallest} to {largest} in a batch, and num_classes={self.num_classes} allows 0 to "
+                f"{last}: change num_classes or the labels."
+            )
+
+
+def _require_plain(kwargs: dict[str, Any]) -> None:
+    try:
+        json.dumps(kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"model_kwargs must hold plain values, which a checkpoint can hold ({error}): build the network yourself "
+            "and pass it as the model."
+        ) from error

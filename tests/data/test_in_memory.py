@@ -1,0 +1,214 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from numbered import NumberedDataModule, Recorder
+from processes import run_python
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torchvision.transforms.v2.functional import normalize
+
+from lightning_znorm.data.in_memory import InMemoryImages
+
+
+def trainer(**kwargs) -> Trainer:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(**{"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 1, **quiet, **kwargs})
+
+
+def numbers(data, batches) -> list[list[int]]:
+    return [data.numbers(images) for images, _ in batches]
+
+
+def flat(lists: list[list[int]]) -> list[int]:
+    return [number for numbers in lists for number in numbers]
+
+
+class TestInMemoryImages:
+    rng = np.random.default_rng(0)
+    data = InMemoryImages(rng.integers(0, 256, (7, 3, 4, 5), dtype=np.uint8), np.arange(7))
+
+    def test_a_batch_is_its_items_stacked(self):
+        indices = [5, 0, 6, 5]
+        images, labels = self.data.__getitems__(indices)
+        assert images.dtype == torch.uint8
+        assert labels.dtype == torch.int64
+        assert labels.tolist() == indices
+        items = [self.data[i] for i in indices]
+        assert torch.equal(images, torch.stack([image for image, _ in items]))
+        assert torch.equal(labels, torch.stack([label for _, label in items]))
+
+    def test_a_batch_is_a_copy(self):
+        images, _ = self.data.__getitems__([0])
+        before = self.data.images.copy()
+        images.zero_()
+        assert np.array_equal(self.data.images, before)
+
+    def test_the_loader_takes_whole_batches(self, monkeypatch):
+        taken = []
+        monkeypatch.setattr(InMemoryImages, "__getitem__", lambda *_: pytest.fail("image by image"))
+        getitems = InMemoryImages.__getitems__
+        monkeypatch.setattr(InMemoryImages, "__getitems__", lambda s, i: (taken.append(i), getitems(s, i))[1])
+        data = NumberedDataModule(batch_size=32)
+        data.setup("fit")
+        assert [len(labels) for _, labels in data.val_dataloader()] == [20]
+        assert taken == [list(range(20))]
+
+
+class TestLoaders:
+    @pytest.mark.parametrize(
+        ("batch_size", "sizes"),
+        [(16, [16] * 5), (79, [79, 1]), (81, [80]), (1000, [80]), (1, [1] * 80)],
+        ids=["even", "last batch of one", "one more than there are", "far more than there are", "one by one"],
+    )
+    def test_every_image_once_whatever_the_batch_size(self, batch_size, sizes):
+        data = NumberedDataModule(batch_size=batch_size)
+        data.setup("fit")
+        batches = list(data.train_dataloader())
+        assert [len(labels) for _, labels in batches] == sizes
+        assert sorted(flat([images[:, 0, 0, 0].tolist() for images, _ in batches])) == sorted(
+            data.train_set.images[:, 0, 0, 0]
+        )
+
+    def test_training_alone_is_shuffled_anew_each_epoch_and_by_the_torch_seed(self):
+        data = NumberedDataModule()
+        data.setup("fit")
+        data.setup("test")
+
+        def order(loader: DataLoader) -> list[int]:
+            return [int(image[0, 0, 0]) for images, _ in loader for image in images]
+
+        loader = data.train_dataloader()
+        torch.manual_seed(0)
+        first, second = order(loader), order(loader)
+        assert first != second
+        assert sorted(first) == sorted(second)
+        torch.manual_seed(0)
+        assert order(loader) == first
+        assert isinstance(loader.sampler, RandomSampler)
+        for other in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
+            assert isinstance(other.sampler, SequentialSampler)
+            assert order(other) == order(other)
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_memory_is_pinned_for_cuda_alone(self, device):
+        data = NumberedDataModule()
+        data.setup("fit")
+        data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+        assert data.train_dataloader().pin_memory == (device == "cuda")
+
+
+class TestSplit:
+    @pytest.mark.parametrize(
+        ("stage", "reads"), [("fit", [True]), ("validate", [True]), ("test", [False]), ("predict", [False])]
+    )
+    def test_the_test_images_are_read_for_test_and_predict_alone(self, stage, reads):
+        data = NumberedDataModule()
+        data.setup(stage)
+        assert data.reads == reads
+
+    @pytest.mark.parametrize("val_fraction", [0.05, 0.2, 0.5])
+    def test_validation_is_stratified_and_apart_from_training(self, val_fraction):
+        data = NumberedDataModule(val_fraction=val_fraction)
+        data.setup("fit")
+        assert np.bincount(data.val_set.labels).tolist() == [20 * val_fraction] * 5
+        numbers = np.concatenate([data.train_set.images[:, 0, 0, 0], data.val_set.images[:, 0, 0, 0]])
+        assert sorted(numbers) == list(range(100))
+        assert (data.val_set.images[:, 0, 0, 0] % 5 == data.val_set.labels).all()
+
+    def test_the_seed_draws_it(self):
+        def drawn(seed: int) -> list[int]:
+            data = NumberedDataModule(seed=seed)
+            data.setup("validate")
+            return data.val_set.images[:, 0, 0, 0].tolist()
+
+        assert drawn(0) == drawn(0)
+        assert sorted(drawn(0)) != sorted(drawn(1))
+
+    @pytest.mark.parametrize("val_fraction", [0, 1, 1.5, -0.1])
+    def test_the_fraction_is_a_fraction(self, val_fraction):
+        with pytest.raises(ValueError, match=rf"val_fraction .* in \(0, 1\): {val_fraction}"):
+            NumberedDataModule(val_fraction=val_fraction)
+
+
+class TestInTheTrainer:
+    def test_images_of_every_stage(self):
+        data, recorder = NumberedDataModule(), Recorder()
+        run = trainer()
+        run.fit(recorder, datamodule=data)
+        train, val = numbers(data, recorder.seen["train"]), numbers(data, recorder.seen["val"])
+        assert sorted({*flat(train), *flat(val)}) == list(range(100))
+        assert set(flat(train)).isdisjoint(flat(val))
+        assert data.reads == [True]
+        run.test(recorder, datamodule=data, verbose=False)
+        run.predict(recorder, datamodule=data)
+        assert flat(numbers(data, recorder.seen["test"])) == list(range(100, 150))
+        assert flat(numbers(data, recorder.seen["predict"])) == list(range(100, 150))
+
+    def test_normalized_as_torchvision_does(self):
+        data, recorder = NumberedDataModule(), Recorder()
+        trainer().test(recorder, datamodule=data, verbose=False)
+        images = torch.tensor(data.test_set.images[:16]) / data.max_value
+        expected = normalize(images, data.mean, data.std)
+        torch.testing.assert_close(recorder.seen["test"][0][0], expected)
+
+    @pytest.mark.parametrize(
+        ("precision", "dtype"),
+        [
+            ("32-true", torch.float32),
+            ("64-true", torch.float64),
+            ("bf16-true", torch.bfloat16),
+            ("16-true", torch.float16),
+            ("bf16-mixed", torch.float32),
+        ],
+    )
+    def test_images_have_the_precision_of_the_weights(self, precision, dtype):
+        recorder = Recorder()
+        trainer(precision=precision, limit_train_batches=1, num_sanity_val_steps=1).fit(
+            recorder, datamodule=NumberedDataModule()
+        )
+        for stage in ("train", "val"):
+            images, labels = recorder.seen[stage][0]
+            assert images.dtype == dtype
+            assert labels.dtype == torch.int64
+
+    def test_augmented_in_training_alone(self):
+        class Negative(NumberedDataModule):
+            def augment_batch(self, images):
+                assert images.dtype == torch.uint8
+                return 200 - images
+
+        data, recorder = Negative(), Recorder()
+        run = trainer()
+        run.fit(recorder, datamodule=data)
+        run.test(recorder, datamodule=data, verbose=False)
+        run.predict(recorder, datamodule=data)
+        val = set(flat(numbers(data, recorder.seen["val"])))
+        assert val == set(data.val_set.images[:, 0, 0, 0].tolist())
+        assert {200 - n for n in flat(numbers(data, recorder.seen["train"]))} == set(range(100)) - val
+        assert flat(numbers(data, recorder.seen["test"])) == list(range(100, 150))
+        assert flat(numbers(data, recorder.seen["predict"])) == list(range(100, 150))
+
+
+def test_two_processes_see_disjoint_halves(tmp_path):
+    script = Path(__file__).with_name("ddp_numbers.py")
+    result = run_python(script, tmp_path, timeout=120)
+    assert result.returncode == 0, result.stdout
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    # 80 training images, 40 for each process: batches of 16, 16 and 8, in each of two epochs.
+    assert [len(batch) for batch in first["train"]] == [len(batch) for batch in second["train"]] == [16, 16, 8] * 2
+    for half in (slice(0, 3), slice(3, 6)):
+        mine, others = flat(first["train"][half]), flat(second["train"][half])
+        assert set(mine).isdisjoint(others)
+        assert len({*mine, *others}) == 80
+    assert set(flat(first["train"][:3])) != set(flat(first["train"][3:]))
+    assert set(flat(first["val"])).isdisjoint(flat(second["val"]))
+    assert len({*flat(first["val"]), *flat(second["val"])}) == 20
