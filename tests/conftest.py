@@ -1,12 +1,18 @@
-"""Warnings of others, which pytest's policy (every warning is an error) would turn into failures."""
+"""Fixtures, and warnings of others, which pytest's policy (every warning is an error) would turn into failures."""
 
 import pytest
+
+from tests.cifar10 import fake_cifar10, real_cifar10  # noqa: F401
 
 THIRD_PARTY = (
     # Lightning 2.6 with torch 2.15.
     r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning",
     # Of machines with more than two CPU cores: workers would do nothing for data that is in memory.
     r"ignore:The '\w+_dataloader' does not have many workers",
+    # LightningCLI's own calls.
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
+    # Of machines with a GPU: tests choose the CPU.
+    r"ignore:GPU available but not used",
 )
 
 

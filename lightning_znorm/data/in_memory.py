@@ -52,7 +52,7 @@ class InMemoryDataModule(LightningDataModule, ABC):
     A subclass says how its images are read (`load`) and what they are (the class attributes). Images travel as uint8
     and are normalized on the device to zero mean and unit standard deviation per channel. There are no worker
     processes, for there is no work per sample to share out: indexing one array is faster than passing batches between
-    processes.
+    processes. (On a machine with more than two cores, Lightning advises workers all the same.)
 
     Validation images are split off from the training images, stratified by class; the test images are read for
     ``test`` and ``predict`` alone.

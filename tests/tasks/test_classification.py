@@ -380,8 +380,6 @@ class TestCheckpoint:
         torch.testing.assert_close(again.model.state_dict(), network.state_dict())
         assert again.configure_optimizers().defaults["lr"] == 0.1
 
-    # Lightning 2.6 with jsonargparse 4.53.
-    @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
     def test_of_a_task_that_the_cli_built(self, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["program"])
         cli = LightningCLI(

@@ -1,3 +1,5 @@
+"""CIFAR-10 for tests: random images in its format, and the real ones where they are."""
+
 import hashlib
 import os
 import pickle

@@ -1,0 +1,131 @@
+"""What a command does, once its config files are found to be in order."""
+
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+# Imported for their names: YAML may then name these classes without their modules.
+import lightning_znorm.data
+import lightning_znorm.tasks  # noqa: F401
+from lightning_znorm.callbacks import GradientTransform
+from lightning_znorm.cli.config_files import ConfigFile
+from lightning_znorm.cli.config_order import check_callbacks, check_resumed
+
+_PROGRAM = "python -m lightning_znorm"
+
+
+class SaveConfig(SaveConfigCallback):
+    """Save the resulting settings beside the logs; without a logger there is no such place, and nothing is saved."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save, before the first step."""
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
+class RunCLI(LightningCLI):
+    """Run fit, validate, test or predict.
+
+    Args:
+        files: Config files, in order.
+        args: The rest of the command line: the command and its flags, which win over the files.
+    """
+
+    def __init__(self, files: Sequence[ConfigFile], args: Sequence[str]) -> None:
+        self.files = files
+        self.args = args
+        usages = {name: f"{_PROGRAM} {name} [--config FILE ...] [--KEY VALUE ...]" for name in self.subcommands()}
+        super().__init__(
+            args=[*args[:1], *_flags(str(file.path) for file in files), *args[1:]],
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": _PROGRAM, **{name: {"usage": usage} for name, usage in usages.items()}},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            # An optimizer beside the model's own would undo the methods that set the latter.
+            auto_configure_optimizers=False,
+        )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and see that no gradient method was lost on the way."""
+        assert isinstance(args, list)
+        self.config = parser.parse_args(args)  # not super's, which warns of arguments that come from Python
+        callbacks = self.config[self.config.subcommand].trainer.callbacks or []
+        check_callbacks(
+            self.files,
+            [callback.as_dict() for callback in (callbacks if isinstance(callbacks, list) else [callbacks])],
+            {method.__name__ for method in _subclasses(GradientTransform)},
+        )
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Take the model's settings from the checkpoint, unless training is to go on with others."""
+        model = self.config[self.config.subcommand].model
+        super()._parse_ckpt_path()
+        if self.config.subcommand == "fit" and self.config.fit.ckpt_path:
+            check_resumed(self.config.fit.ckpt_path, self.config.fit.model.as_dict(), model.as_dict())
+
+    @override
+    def after_instantiate_classes(self) -> None:
+        """Say so if a model that was never trained is to be evaluated."""
+        if self.subcommand != "fit" and not self.config[self.subcommand].ckpt_path:
+            rank_zero_warn(f"{self.subcommand} without --ckpt_path uses the weights that the model starts with.")
+
+    def after_fit(self) -> None:
+        """Print what was reached, where the best checkpoint is and how to test it."""
+        if not self.trainer.is_global_zero:
+            return
+        checkpoint = self.trainer.checkpoint_callback
+        monitor = getattr(checkpoint, "monitor", None)
+        best = getattr(checkpoint, "best_model_score", None)
+        print()
+        for name, value in self.trainer.callback_metrics.items():
+            if name.startswith("val/"):
+                note = f"   best {best:.4f}" if name == monitor and best is not None else ""
+                print(f"{name:<16} final {value:.4f}{note}")
+        if path := getattr(checkpoint, "best_model_path", ""):
+            path = _relative(path)
+            args = ["test", *_flags(file.name for file in self.files), *self.args[1:], "--ckpt_path", path]
+            print(f"best checkpoint  {path}\ntest it with     {_PROGRAM} {shlex.join(args)}")
+
+    def predict(self, **kwargs: Any) -> None:
+        """Predict, and save what ``predict_step`` returned beside the logs: one tensor where batches can be joined."""
+        predictions: Any = self.trainer.predict(**kwargs)
+        if not predictions:  # as with --return_predictions false, for a BasePredictionWriter among the callbacks
+            return
+        what = f"{len(predictions)} batches"
+        if all(
+            isinstance(batch, torch.Tensor) and batch.shape[1:] == predictions[0].shape[1:] for batch in predictions
+        ):
+            predictions = torch.cat(predictions)
+            what = f"shape {tuple(predictions.shape)}"
+        # Each process has its own part of the data.
+        part = f"-{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+        path = Path(self.trainer.log_dir or ".") / f"predictions{part}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(predictions, path)
+        print(f"predictions      {what}, for torch.load: {_relative(path)}")
+
+
+def _subclasses(cls: type[GradientTransform]) -> Iterator[type[GradientTransform]]:
+    yield cls
+    for subclass in cls.__subclasses__():
+        yield from _subclasses(subclass)
+
+
+def _flags(files: Iterable[str]) -> list[str]:
+    return [arg for file in files for arg in ("--config", file)]
+
+
+def _relative(path: str | Path) -> str:
+    path = Path(path).absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

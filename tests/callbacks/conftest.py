@@ -1,0 +1,33 @@
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    """Makes a Trainer on the CPU that is given callbacks, and keyword arguments of its own."""
+
+    def make(*callbacks: Callback, cls: type = Trainer, **kwargs: Any) -> Trainer:
+        defaults = QUIET | {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_checkpointing": False}
+        return cls(callbacks=list(callbacks), default_root_dir=tmp_path, **defaults | kwargs)
+
+    return make
+
+
+@pytest.fixture
+def fit(trainer: Callable[..., Trainer]) -> Callable[..., Trainer]:
+    """Trains a module on batches, with the callbacks and Trainer arguments given."""
+
+    def run(module: LightningModule, data: Sequence[Tensor], *callbacks: Callback, **kwargs: Any) -> Trainer:
+        made = trainer(*callbacks, **kwargs)
+        made.fit(module, DataLoader(data, batch_size=None))
+        return made
+
+    return run

@@ -1,0 +1,78 @@
+"""The callback in Lightning's other package, whose classes are not lightning.pytorch's."""
+
+from typing import Any
+
+import pytest
+import pytorch_lightning
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.plugins.precision import MixedPrecision
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+from lightning_znorm import GradientCentralizationCallback, GradientTransform, ZNormCallback
+from tests.callbacks.training import OPTIMIZERS, Method, Recording, assert_every_step, batches, loss_of
+from tests.gradients.reference import centralized, zscore
+
+
+class Training(Recording, pytorch_lightning.LightningModule):
+    """With automatic optimization."""
+
+
+class ManualTraining(Training):
+    automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss_of(self.net, batch))
+        optimizer.step()
+
+
+def amp() -> dict[str, Any]:
+    scaler = GradScaler("cpu", init_scale=2.0**10)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
+
+
+@pytest.mark.parametrize("module_class", [Training, ManualTraining])
+@pytest.mark.parametrize("kind", ["plain", "fused"])
+@pytest.mark.parametrize(("arguments", "atol"), [(dict, 1e-6), (amp, 1e-3)], ids=["32", "16-mixed"])
+@pytest.mark.parametrize(
+    ("callback", "method"),
+    [
+        (ZNormCallback(eps=0.3), lambda grad: zscore(grad, 0.3)),
+        (GradientCentralizationCallback(min_ndim=2), lambda grad: centralized(grad) if grad.ndim > 1 else grad),
+        (GradientTransform(torch.tanh), torch.tanh),
+    ],
+    ids=["znorm", "centralization", "function"],
+)
+def test_every_step(fit, module_class, kind: str, arguments, atol: float, callback, method: Method) -> None:
+    module, data = module_class(optimizer=OPTIMIZERS[kind]), batches(3)
+    fit(module, data, callback, cls=pytorch_lightning.Trainer, **arguments())
+    assert_every_step(module, data, atol, method=method)
+
+
+def test_third_party_strategy_is_refused(fit) -> None:
+    class ThirdParty(SingleDeviceStrategy):
+        pass
+
+    module = Training()
+    with pytest.raises(MisconfigurationException, match="ZNormCallback does not support ThirdParty"):
+        fit(module, batches(1), ZNormCallback(), cls=pytorch_lightning.Trainer,
+            strategy=ThirdParty(device=torch.device("cpu")))  # fmt: skip
+    assert not module.weights
+
+
+def test_bypassed_optimizer_warns_once(fit) -> None:
+    class Bypassing(Training):
+        automatic_optimization = False
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            self.manual_backward(loss_of(self.net, batch))
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match="ZNormCallback has seen no optimizer step") as caught:
+        fit(Bypassing(), batches(2), ZNormCallback(), cls=pytorch_lightning.Trainer, max_epochs=3)
+    assert sum("ZNormCallback" in str(warning.message) for warning in caught) == 1

@@ -1,0 +1,36 @@
+"""What a user brings along: a LightningModule and data of their own, named in YAML by class path."""
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class OwnData(LightningDataModule):
+    def train_dataloader(self) -> DataLoader:
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(16, 3, generator=generator)
+        return DataLoader(TensorDataset(inputs, inputs.sum(1, keepdim=True)), batch_size=8)
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+
+class OwnModule(LightningModule):
+    def __init__(self, lr: float = 0.1, fault: str = "") -> None:
+        super().__init__()
+        self.lr = lr
+        self.fault = fault
+        self.layer = nn.Linear(3, 1)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        if self.fault == "raises":
+            raise ValueError("a mistake of the user's own")
+        if self.fault == "misuses Lightning":
+            self.log("loss", "a mistake of the user's own")
+        return nn.functional.mse_loss(self.layer(batch[0]), batch[1])
+
+    def predict_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return {"y": self.layer(batch[0])}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)

@@ -1,0 +1,468 @@
+"""The command line as users meet it: through `main`, from a folder that is not the repository."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import own_module
+import pytest
+import torch
+import yaml
+
+import lightning_znorm
+from lightning_znorm.cli import main
+from lightning_znorm.cli.config_files import flatten, read_config, shipped_configs
+from lightning_znorm.cli.errors import sentence
+from lightning_znorm.tasks import ClassificationTask
+
+DIGITS = "configs/digits/resnet20.yaml"
+ZNORM = "configs/methods/znorm.yaml"
+CLIP = "configs/methods/clip.yaml"
+WEIGHT_DECAY = "configs/methods/wd-1e-3.yaml"
+METHODS = [name for name in shipped_configs() if name.startswith("configs/methods/")]
+# Two optimizer steps, and one batch of validation.
+SHORT = shlex.split(
+    "--trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1 --trainer.accelerator cpu"
+    " --trainer.log_every_n_steps 1"
+)
+OWN = ["--model", "own_module.OwnModule", "--data", "own_module.OwnData"]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step`|You passed in a `val_dataloader`"),
+]
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(name: str, text: str) -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text(text)
+    return name
+
+
+def configs(*names: str) -> list[str]:
+    return [arg for name in names for arg in ("--config", name)]
+
+
+def refusal(*args: str) -> str:
+    """The sentence with which a command is refused."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(args))
+    assert isinstance(exit_info.value.code, str)
+    assert exit_info.value.code.startswith("error: ")
+    return exit_info.value.code
+
+
+def resolved(capsys: pytest.CaptureFixture[str], *args: str) -> dict:
+    """What `--print_config` says that a run would use."""
+    with pytest.raises(SystemExit) as exit_info:
+        main([*args, "--print_config"])
+    assert exit_info.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def callbacks(config: dict) -> list[str]:
+    return [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
+
+
+def flags_in(text: str) -> list[str]:
+    return [arg for name in re.findall(r"--config (\S+)", text) for arg in ("--config", name)]
+
+
+class TestHelp:
+    def test_version(self, capsys):
+        main(["--version"])
+        assert capsys.readouterr().out == f"lightning-znorm {lightning_znorm.__version__}\n"
+
+    @pytest.mark.parametrize("args", [[], ["-h"], ["--help"]])
+    def test_help_names_commands_and_files(self, args, capsys):
+        main(args)
+        out = capsys.readouterr().out
+        for word in ("fit", "validate", "test", "predict", "--version", DIGITS, *METHODS):
+            assert word in out
+
+    def test_commands_in_help_are_right(self, capsys):
+        main(["--help"])
+        commands = re.findall(r"python -m lightning_znorm (fit --config .*)", capsys.readouterr().out)
+        assert len(commands) == 2
+        for command in commands:
+            resolved(capsys, *command.split())
+
+    def test_help_of_a_command(self, capsys):
+        with pytest.raises(SystemExit) as exit_info:
+            main(["fit", "--help"])
+        assert exit_info.value.code == 0
+        assert "--trainer.max_epochs" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("args", ["['--version']", "['--help']", f"['fit', '--config', '{ZNORM}x']"])
+    def test_without_torch(self, args):
+        lines = ("import sys", "from lightning_znorm.cli import main", f"try: main({args})")
+        program = "\n".join((*lines, "finally: print('torch' in sys.modules)"))
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+        assert done.stdout.endswith("False\n")
+
+    def test_as_a_program(self):
+        done = subprocess.run(
+            [sys.executable, "-m", "lightning_znorm", "--version"], capture_output=True, text=True, timeout=60
+        )
+        assert done.stdout == f"lightning-znorm {lightning_znorm.__version__}\n"
+
+    def test_unknown_command(self, capsys):
+        with pytest.raises(SystemExit) as exit_info:
+            main(["fitt", "--config", DIGITS])
+        assert exit_info.value.code == 2
+        assert "invalid choice: 'fitt'" in capsys.readouterr().err
+
+
+class TestFindingConfigs:
+    def test_shipped(self):
+        assert read_config(DIGITS).path.is_file()
+        assert read_config(f"./{DIGITS}").path == read_config(DIGITS).path
+
+    def test_on_disk_first(self):
+        write(ZNORM, "trainer: {max_epochs: 1}")
+        assert read_config(ZNORM).settings == {"trainer.max_epochs": 1}
+
+    def test_neither(self):
+        assert f"did you mean {ZNORM} or " in refusal("fit", *configs(DIGITS, "configs/methods/znrom.yaml"))
+        assert "--help lists" in refusal("fit", "--config", "x")
+
+    @pytest.mark.parametrize("text", ["# nothing", "- a list", "a string"])
+    def test_no_settings(self, text):
+        assert "mine.yaml holds no settings" in refusal("fit", "--config", write("mine.yaml", text))
+
+    def test_no_yaml(self):
+        assert "mine.yaml is not valid YAML" in refusal("fit", "--config", write("mine.yaml", "a: [1"))
+
+    @pytest.mark.parametrize(
+        "args",
+        [
+            ["fit", "--config", DIGITS, "--config", WEIGHT_DECAY],
+            ["fit", f"--config={DIGITS}", "-c", WEIGHT_DECAY],
+            ["--config", DIGITS, "fit", f"--config={WEIGHT_DECAY}"],
+            ["-c", DIGITS, "-c", WEIGHT_DECAY, "fit"],
+        ],
+    )
+    def test_every_way_of_naming(self, args, capsys):
+        reference = resolved(capsys, "fit", *configs(DIGITS, WEIGHT_DECAY))
+        assert reference["model"]["init_args"]["optimizer"]["class_path"] == "torch.optim.AdamW"
+        assert resolved(capsys, *args) == reference
+
+    def test_flags_win_wherever_they_stand(self, capsys):
+        flags = shlex.split("--trainer.max_epochs 3 --model.init_args.optimizer.init_args.lr 0.5")
+        before = resolved(capsys, "fit", *flags, *configs(DIGITS))
+        assert before["trainer"]["max_epochs"] == 3
+        assert before["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.5
+        assert before == resolved(capsys, "fit", *configs(DIGITS), *flags)
+
+
+class TestNoMethodIsLost:
+    @pytest.mark.parametrize("method", METHODS)
+    def test_both_orders(self, method, capsys):
+        right = resolved(capsys, "fit", *configs(DIGITS, method))
+        message = refusal("fit", *configs(method, DIGITS))
+        assert f"{DIGITS} is an experiment" in message
+        assert flags_in(message) == configs(DIGITS, method)
+        assert resolved(capsys, "fit", *flags_in(message)) == right
+
+    def test_the_right_order_of_many(self):
+        mine = write("my settings.yaml", "trainer: {max_epochs: 1}")
+        message = refusal("fit", *configs(mine, DIGITS, ZNORM))
+        assert message.endswith(f"--config {DIGITS} --config 'my settings.yaml' --config {ZNORM}")
+
+    @pytest.mark.parametrize(
+        "text", ["data: OwnData", "data: {class_path: OwnData}", "model: OwnModule", "model.class_path: OwnModule"]
+    )
+    def test_what_an_experiment_is(self, text):
+        mine = write("mine.yaml", text)
+        assert flags_in(refusal("fit", *configs(ZNORM, mine))) == configs(mine, ZNORM)
+
+    @pytest.mark.parametrize(
+        "text", ["data: {init_args: {batch_size: 8}}", "model: {init_args: {optimizer: {init_args: {lr: 0.1}}}}"]
+    )
+    def test_what_no_experiment_is(self, text, capsys):
+        mine = write("mine.yaml", text)
+        assert resolved(capsys, "fit", *configs(DIGITS, WEIGHT_DECAY, mine)) == resolved(
+            capsys, "fit", *configs(DIGITS, mine, WEIGHT_DECAY)
+        )
+
+    @pytest.mark.parametrize(
+        ("method", "text", "key"),
+        [
+            (ZNORM, "trainer: {callbacks: [LearningRateMonitor]}", "trainer.callbacks"),
+            (ZNORM, "trainer: {callbacks: {class_path: LearningRateMonitor}}", "trainer.callbacks"),
+            (ZNORM, "trainer.callbacks: [LearningRateMonitor]", "trainer.callbacks"),
+            (CLIP, "trainer: {gradient_clip_val: 1}", "trainer.gradient_clip_val"),
+            (WEIGHT_DECAY, "model: {init_args: {optimizer: Adam}}", "model.init_args.optimizer"),
+            (
+                WEIGHT_DECAY,
+                "model: {init_args: {optimizer: {class_path: Adam}}}",
+                "model.init_args.optimizer.class_path",
+            ),
+        ],
+    )
+    def test_file_that_undoes_a_method(self, method, text, key):
+        message = refusal("fit", *configs(DIGITS, method, write("mine.yaml", text)))
+        assert f"mine.yaml sets {key} and so undoes {method}" in message
+        assert ("`callbacks+:`" if method == ZNORM else f"--{key}") in message
+
+    def test_method_of_ones_own(self):
+        method = write("methods/adamw.yaml", "model: {init_args: {optimizer: torch.optim.AdamW}}")
+        mine = write("mine.yaml", "model: {init_args: {optimizer: {class_path: Adam}}}")
+        assert f"undoes {method}" in refusal("fit", *configs(DIGITS, method, mine))
+
+    def test_file_that_repeats_a_method(self, capsys):
+        mine = write("mine.yaml", "trainer: {gradient_clip_val: 0.1}")
+        assert resolved(capsys, "fit", *configs(DIGITS, CLIP, mine)) == resolved(capsys, "fit", *configs(DIGITS, CLIP))
+
+    def test_experiment_in_two_files(self, capsys):
+        whole = yaml.safe_load(read_config(DIGITS).path.read_text())
+        data = write("data.yaml", yaml.safe_dump({"data": whole.pop("data")}))
+        rest = write("rest.yaml", yaml.safe_dump(whole))
+        assert resolved(capsys, "fit", *configs(rest, data, ZNORM)) == resolved(capsys, "fit", *configs(DIGITS, ZNORM))
+
+    def test_optimizer_beside_the_model(self, capsys):
+        mine = write("mine.yaml", "optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}")
+        with pytest.raises(SystemExit) as exit_info:
+            main(["fit", *configs(DIGITS, WEIGHT_DECAY, mine), *SHORT])
+        assert exit_info.value.code == 2
+        assert "optimizer" in capsys.readouterr().err
+
+    def test_methods_that_exclude_each_other(self):
+        both = [WEIGHT_DECAY, "configs/methods/wd-1e-4.yaml"]
+        for order in (both, both[::-1]):
+            assert refusal("fit", *configs(DIGITS, *order)).endswith("name one of the two.")
+
+    def test_methods_that_go_together(self, capsys):
+        orders = [resolved(capsys, "fit", *configs(DIGITS, *order)) for order in ((ZNORM, CLIP), (CLIP, ZNORM))]
+        assert orders[0] == orders[1]
+        assert orders[0]["trainer"]["gradient_clip_val"] == 0.1
+        assert callbacks(orders[0])[-1] == "ZNormCallback"
+
+    def test_file_that_appends(self, capsys):
+        mine = write("mine.yaml", "trainer: {callbacks+: [{class_path: LearningRateMonitor}]}")
+        names = callbacks(resolved(capsys, "fit", *configs(DIGITS, ZNORM, mine)))
+        assert names == ["ModelCheckpoint", "RichProgressBar", "ZNormCallback", "LearningRateMonitor"]
+
+    @pytest.mark.parametrize(
+        "flag", ["--trainer.callbacks=LearningRateMonitor", "--trainer.callbacks=null", "--trainer.callbacks=[]"]
+    )
+    def test_flag_that_replaces_callbacks(self, flag):
+        message = refusal("fit", *configs(DIGITS, ZNORM), flag)
+        assert message.startswith(f"error: ZNormCallback of {ZNORM} is lost")
+        assert "--trainer.callbacks+=" in message
+
+    @pytest.mark.parametrize("form", ["{{class_path: {}}}", "[{{class_path: {}}}]", "[{}]", "{}"])
+    def test_method_in_a_file_of_any_name(self, form):
+        callback = form.format("lightning_znorm.GradientCentralizationCallback")
+        mine = write("mine.yaml", f"trainer: {{callbacks: {callback}}}")
+        later = write("later.yaml", "trainer: {callbacks: [{class_path: LearningRateMonitor}]}")
+        assert "GradientCentralizationCallback of mine.yaml is lost" in refusal("fit", *configs(DIGITS, mine, later))
+
+    def test_flag_that_appends(self, capsys):
+        flags = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
+        config = resolved(capsys, "fit", *configs(DIGITS, ZNORM), *flags)
+        assert callbacks(config)[-2:] == ["ZNormCallback", "EarlyStopping"]
+        assert config["trainer"]["callbacks"][-1]["init_args"]["monitor"] == "val/loss"
+
+    def test_twice(self):
+        assert "named twice" in refusal("fit", *configs(DIGITS, ZNORM, f"./{ZNORM}"))
+        assert "twice among the callbacks" in refusal(
+            "fit", *configs(DIGITS, ZNORM), "--trainer.callbacks+=ZNormCallback"
+        )
+
+    def test_twice_for_different_parameters(self):
+        callback = "{{class_path: ZNormCallback, init_args: {{include: '{}'}}}}"
+        both = ", ".join(map(callback.format, ("*conv*", "*fc*")))
+        mine = write("mine.yaml", f"trainer: {{callbacks+: [{both}]}}")
+        main(["fit", *configs(DIGITS, mine), *SHORT])
+
+    def test_flag_overrides_a_method(self, capsys):
+        config = resolved(capsys, "fit", *configs(DIGITS, CLIP), "--trainer.gradient_clip_val", "0.5")
+        assert config["trainer"]["gradient_clip_val"] == 0.5
+
+
+class TestRun:
+    def test_fit_test_predict(self, capsys):
+        main(["fit", *configs(DIGITS, ZNORM), *SHORT, "--trainer.max_epochs", "2"])
+        run = Path("logs/digits-resnet20/version_0")
+        out = capsys.readouterr().out
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+        rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+        accuracies = [float(row[rows[0].index("val/accuracy")] or "nan") for row in rows[1:]]
+        accuracies = [accuracy for accuracy in accuracies if accuracy == accuracy]
+        assert f"val/accuracy     final {accuracies[-1]:.4f}   best {max(accuracies):.4f}\n" in out
+        assert f"best checkpoint  {run}/checkpoints/best.ckpt\n" in out
+
+        checkpoint = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+        task = ClassificationTask.load_from_checkpoint(run / "checkpoints/best.ckpt")
+        assert torch.equal(task.state_dict()["model.fc.weight"], checkpoint["state_dict"]["model.fc.weight"])
+
+        command = re.search("test it with     python -m lightning_znorm (.*)\n", out)
+        assert command
+        main(shlex.split(command[1]))
+        assert "test/accuracy" in capsys.readouterr().out
+
+        main(["predict", *configs(DIGITS), "--ckpt_path", f"{run}/checkpoints/best.ckpt"])
+        saved = re.search(r"predictions      shape \(360, 10\), for torch.load: (.*)\n", capsys.readouterr().out)
+        assert saved
+        predictions = torch.load(saved[1], weights_only=True)
+        assert predictions.shape == (360, 10)
+        assert torch.allclose(predictions.sum(1), torch.ones(360))
+
+    def test_same_command_again(self):
+        command = ["fit", *configs(DIGITS), *SHORT]
+        main(command)
+        main(command)
+        runs = sorted(Path("logs/digits-resnet20").iterdir())
+        assert [run.name for run in runs] == ["version_0", "version_1"]
+        saved = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
+        assert saved[0] == saved[1]
+        weights = [torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in runs]
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+    @pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty")
+    @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+    def test_same_command_into_the_same_folder(self):
+        for epochs in ("1", "2"):
+            version = ["--trainer.logger.init_args.version", "mine", "--trainer.max_epochs", epochs]
+            main(["fit", *configs(DIGITS), *SHORT, *version])
+        saved = yaml.safe_load(Path("logs/digits-resnet20/mine/config.yaml").read_text())
+        assert saved["trainer"]["max_epochs"] == 2
+
+    def test_saved_config_runs(self):
+        main(["fit", *configs(DIGITS, ZNORM), *SHORT])
+        saved = "logs/digits-resnet20/version_0/config.yaml"
+        main(["fit", *configs(saved)])
+        assert Path(saved.replace("_0", "_1")).read_text() == Path(saved).read_text()
+
+    @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+    def test_without_logger(self):
+        write("config.yaml", "trainer: {logger: false}")
+        for _ in range(2):
+            main(["fit", *configs(DIGITS, "config.yaml"), *SHORT])
+        assert Path("config.yaml").read_text() == "trainer: {logger: false}"
+        assert len(list(Path("checkpoints").glob("best*.ckpt"))) == 2
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning:google")
+    def test_tensorboard(self):
+        main(["fit", *configs(DIGITS), *SHORT, "--trainer.logger", "TensorBoardLogger"])
+        assert list(Path("logs/digits-resnet20/version_0").glob("events.out.tfevents.*"))
+
+    def test_evaluating_what_was_never_trained(self):
+        with pytest.warns(UserWarning, match="test without --ckpt_path uses the weights that the model starts with"):
+            main(["test", *configs(DIGITS), "--trainer.limit_test_batches", "1"])
+
+    def test_validate(self, capsys):
+        main(["fit", *configs(DIGITS), *SHORT])
+        checkpoint = "logs/digits-resnet20/version_0/checkpoints/last.ckpt"
+        main(["validate", *configs(DIGITS), "--ckpt_path", checkpoint])
+        assert "val/accuracy" in capsys.readouterr().out
+
+    def test_resuming(self, capsys):
+        main(["fit", *configs(DIGITS, ZNORM), *SHORT])
+        checkpoint = "logs/digits-resnet20/version_0/checkpoints/last.ckpt"
+        resume = ["--ckpt_path", checkpoint, "--trainer.max_epochs", "2"]
+        main(["fit", *configs(DIGITS, ZNORM), *SHORT, *resume])
+        resumed = torch.load(checkpoint.replace("_0", "_1"), weights_only=True)
+        assert (resumed["epoch"], resumed["global_step"]) == (1, 4)
+
+        message = refusal("fit", *configs(DIGITS, WEIGHT_DECAY), *SHORT, *resume)
+        assert "optimizer.class_path torch.optim.Adam, " in message
+        assert "torch.optim.AdamW would be lost" in message
+        flags = ["--model.init_args.optimizer.init_args.lr", "0.5"]
+        assert "optimizer.init_args.lr 0.001" in refusal("fit", *configs(DIGITS, ZNORM), *SHORT, *resume, *flags)
+
+
+class TestOwnModule:
+    def test_with_znorm(self, monkeypatch):
+        seen = []
+        step = torch.optim.SGD.step
+        monkeypatch.setattr(
+            torch.optim.SGD,
+            "step",
+            lambda self, closure=None: (
+                step(self, closure),
+                seen.append(self.param_groups[0]["params"][0].grad.clone()),
+            ),
+        )
+        main(["fit", *configs(ZNORM), *OWN, *SHORT, "--trainer.logger", "false"])
+        assert len(seen) == 2
+        for gradient in seen:
+            assert gradient.mean().item() == pytest.approx(0, abs=1e-6)
+            assert gradient.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+
+    def test_predictions_that_are_no_tensors(self, capsys):
+        with pytest.warns(UserWarning, match="without --ckpt_path"):
+            main(["predict", *OWN, "--trainer.logger", "false"])
+        assert "predictions      2 batches, for torch.load: predictions.pt\n" in capsys.readouterr().out
+        saved = torch.load("predictions.pt", weights_only=True)
+        assert [batch["y"].shape for batch in saved] == [(8, 1), (8, 1)]
+
+    def test_no_predictions_kept(self, capsys):
+        with pytest.warns(UserWarning, match="without --ckpt_path"):
+            main(["predict", *OWN, "--trainer.logger", "false", "--return_predictions", "false"])
+        assert "predictions" not in capsys.readouterr().out
+        assert not Path("predictions.pt").exists()
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            ([*configs(DIGITS), "--model.init_args.model", "resnet2000"], "No network is called 'resnet2000'"),
+            (configs("configs/cifar10/resnet56.yaml"), "No CIFAR-10 at "),
+            ([*configs(DIGITS), "--model.init_args.num_classes", "11"], "DigitsDataModule has 10 classes"),
+            ([*configs(DIGITS), "--data.init_args.val_fraction", "3"], "val_fraction"),
+            ([*configs(DIGITS), "--ckpt_path", "none.ckpt"], "Checkpoint file not found: none.ckpt"),
+            ([*configs(DIGITS), "--trainer.strategy", "none"], "You selected an invalid strategy name"),
+        ],
+    )
+    def test_one_sentence(self, args, message):
+        assert refusal("fit", *args).startswith(f"error: {message}")
+
+    def test_status_and_stderr(self):
+        done = subprocess.run(
+            [sys.executable, "-m", "lightning_znorm", "fit", *configs("configs/cifar10/resnet56.yaml")],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith("error: No CIFAR-10 at ")
+        assert "Traceback" not in done.stderr
+
+    def test_unknown_setting(self, capsys):
+        with pytest.raises(SystemExit) as exit_info:
+            main(["fit", *configs(DIGITS), "--trainer.maxepochs", "2"])
+        assert exit_info.value.code == 2
+        err = capsys.readouterr().err
+        assert "unrecognized arguments: --trainer.maxepochs" in err
+        assert len(err.splitlines()) < 5
+
+    @pytest.mark.parametrize("fault", ["raises", "misuses Lightning"])
+    def test_bugs_of_the_user_keep_their_traceback(self, fault):
+        with pytest.raises(ValueError, match="a mistake of the user's own") as error:
+            main(["fit", *OWN, *SHORT, "--model.fault", fault, "--trainer.logger", "false"])
+        assert Path(own_module.__file__) in [step.path for step in error.traceback]
+
+    def test_own_raise_statements_only(self):
+        def caught(function, *args):
+            try:
+                function(*args)
+            except Exception as error:
+                error.__traceback__ = error.__traceback__.tb_next  # as from main, without this function
+                return error
+
+        missing = caught(read_config, "none.yaml")
+        assert sentence(missing) == str(missing)
+        assert sentence(caught(flatten, None)) is None  # AttributeError: a bug, if it came up

@@ -1,0 +1,103 @@
+"""Every program in examples/ does what it says, and leaves no file behind."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.processes import run_python
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def output_of(name: str, folder: Path, *python: str) -> str:
+    finished = run_python(*python, EXAMPLES / name, cwd=folder, timeout=120)
+    assert finished.returncode == 0, finished.stdout
+    assert list(folder.iterdir()) == []
+    return finished.stdout
+
+
+def numbers(pattern: str, output: str) -> list[float]:
+    """What the groups of the pattern capture."""
+    match = re.search(pattern, output)
+    assert match, output
+    return [float(group) for group in match.groups()]
+
+
+def test_every_example_is_run_here() -> None:
+    tests = Path(__file__).read_text(encoding="utf-8")
+    assert [
+        path.name for path in EXAMPLES.iterdir() if f'output_of("{path.name}"' not in tests and path.is_file()
+    ] == []
+
+
+def test_own_lightning_module(tmp_path: Path) -> None:
+    output = output_of("own_lightning_module.py", tmp_path)
+    assert numbers(r"test accuracy\W+([\d.]+)", output)[0] > 0.93
+
+
+# Lightning is not to be had, and not needed.
+WITHOUT_LIGHTNING = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(["lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"]))
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+def test_plain_pytorch(tmp_path: Path) -> None:
+    output = output_of("plain_pytorch.py", tmp_path, "-c", WITHOUT_LIGHTNING)
+    for way in ("call_before_each_step", "attach_to_the_optimizer", "attach_under_mixed_precision"):
+        assert numbers(rf"{way}: test accuracy ([\d.]+)", output)[0] > 0.93
+
+
+def test_plain_pytorch_ways_are_the_same_method() -> None:
+    example = runpy.run_path(str(EXAMPLES / "plain_pytorch.py"))
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(128, 64, generator=generator), torch.randint(10, (128,), generator=generator)
+
+    def plain(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        for batch, targets in example["batches"](images, labels):
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch), targets).backward()
+            optimizer.step()
+
+    def trained(train) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Linear(64, 10)
+        train(model, images, labels)
+        return model.weight.detach()
+
+    called, attached, mixed = (
+        trained(example[name])
+        for name in ("call_before_each_step", "attach_to_the_optimizer", "attach_under_mixed_precision")
+    )
+    assert torch.equal(called, attached)
+    # Half precision costs three digits, and the mean distance without the method is far above that.
+    assert (mixed - called).abs().mean() < 0.1 * (trained(plain) - called).abs().mean()
+
+
+def test_gan(tmp_path: Path) -> None:
+    output = output_of("gan.py", tmp_path)
+    before = numbers(r"before training: .* ([\d.]+) from .* ([\d.]+) from", output)
+    after = numbers(r"after training: .* ([\d.]+) from .* ([\d.]+) from", output)
+    assert len(before) == len(after) == 2
+    assert all(end < 0.75 * start for start, end in zip(before, after, strict=True))
+
+
+def test_ddp(tmp_path: Path) -> None:
+    output = output_of("ddp.py", tmp_path)
+    first, second = re.findall(r"process (\d) of 2: sum of the weights (\S+)", output)
+    assert {first[0], second[0]} == {"0", "1"}
+    assert first[1] == second[1]
+    assert numbers(r"validation accuracy ([\d.]+)", output)[0] > 0.9
+
+
+def test_custom_method(tmp_path: Path) -> None:
+    output = output_of("custom_method.py", tmp_path)
+    assert numbers(r"norms of the gradients: ([\d.]+) to ([\d.]+)", output) == pytest.approx([1, 1], abs=2e-6)
+    assert numbers(r"validation accuracy ([\d.]+)", output)[0] > 0.9

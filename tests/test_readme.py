@@ -1,0 +1,63 @@
+"""Every code block of the README runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_znorm.cli import main
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    return [code for block_language, code in BLOCKS if block_language == language]
+
+
+def test_every_language_is_run_here() -> None:
+    assert {language for language, _ in BLOCKS} == {"bash", "python", "yaml"}
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0])
+def test_python(code: str) -> None:
+    exec(compile(code, str(README), "exec"), {"__name__": "__readme__"})
+
+
+COMMANDS = [command.strip() for code in blocks("bash") for command in code.replace("&&", "\n").strip().split("\n")]
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "lightning_znorm" in command])
+def test_command(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python, flag, package, *args = shlex.split(command)
+    assert (python, flag, package) == ("python", "-m", "lightning_znorm")
+    monkeypatch.chdir(tmp_path)
+    main([*args, "--trainer.fast_dev_run", "true"])
+
+
+def test_the_other_commands_install_and_test() -> None:
+    # .ci/run runs them, in a fresh environment.
+    assert [command for command in COMMANDS if "lightning_znorm" not in command] == [
+        "python -m pip install .",
+        "python -m pip install '.[test]'",
+        "python -m pytest",
+    ]
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_yaml(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The reader's classes, stood in for by the package's.
+    settings = yaml.safe_load(text)
+    assert settings["model"]["class_path"] == "my_package.MyModule"
+    settings["model"] = {
+        "class_path": "ClassificationTask",
+        "init_args": {"model": "resnet20", "num_classes": 10, "in_chans": 1},
+    }
+    settings["data"]["class_path"] = "DigitsDataModule"
+    settings["trainer"]["fast_dev_run"] = True
+    file = tmp_path / "experiment.yaml"
+    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", str(file)])
