@@ -50,6 +50,7 @@ class RunCLI(LightningCLI):
             parser_kwargs={"prog": _PROGRAM, **{name: {"usage": usage} for name, usage in usages.items()}},
             subclass_mode_model=True,
             subclass_mode_data=True,
+            seed_everything_default=0,
             # An optimizer beside the model's own would undo the methods that set the latter.
             auto_configure_optimizers=False,
         )

@@ -2,7 +2,8 @@ import re
 from pathlib import Path
 
 import pytest
-from processes import run_python
+
+from tests.processes import run_python
 
 
 def test_prints_its_table_and_the_ratio():

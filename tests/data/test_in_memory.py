@@ -5,23 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from numbered import NumberedDataModule, Recorder
-from processes import run_python
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torchvision.transforms.v2.functional import normalize
 
 from lightning_znorm.data.in_memory import InMemoryImages
-
-
-def trainer(**kwargs) -> Trainer:
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(**{"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 1, **quiet, **kwargs})
+from tests.processes import run_python
+from tests.trainers import trainer
 
 
 def numbers(data, batches) -> list[list[int]]:

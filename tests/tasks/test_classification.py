@@ -9,28 +9,19 @@ import torch
 import torch.nn.functional as F
 import yaml
 from ddp_metrics import loader, task
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LightningCLI, ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
-from processes import run_python
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_znorm.data import DigitsDataModule
 from lightning_znorm.tasks import ClassificationTask
+from tests.processes import run_python
+from tests.trainers import trainer
 
 KEYS = {"train/loss", "val/loss", "val/accuracy"}
-
-
-def trainer(**kwargs) -> Trainer:
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(**{"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 1, **quiet, **kwargs})
 
 
 class Digits(DigitsDataModule):

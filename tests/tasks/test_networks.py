@@ -1,9 +1,9 @@
 import pytest
 import torch
-from processes import run_python
 
 from lightning_znorm.models import ResNet
 from lightning_znorm.tasks.networks import create_classifier
+from tests.processes import run_python
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("resnet20", 9), ("resnet56", 27)])
