@@ -29,7 +29,7 @@ def tensor_by_tensor_(parameters: list[Tensor], eps: float = 1e-10) -> None:
     for parameter in parameters:
         grad = parameter.grad
         assert grad is not None
-        parameter.grad = (grad - grad.mean()) / (grad.std(correction=0) + eps)
+        grad.copy_((grad - grad.mean()) / (grad.std(correction=0) + eps))
 
 
 def rows(parameters: list[Tensor]) -> dict[str, Callable[[], object]]:

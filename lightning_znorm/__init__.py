@@ -11,12 +11,17 @@ __version__ = "0.1.0"
 __all__ = ["GradientCentralizationCallback", "GradientTransform", "ZNormCallback"]
 
 
+_MODULES = ["callbacks", "data", "functional", "gradients", "models", "tasks"]
+
+
 # Resolved on first use, so that `lightning_znorm.functional` works in a program that never loads Lightning.
 def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(importlib.import_module("lightning_znorm.callbacks"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"lightning_znorm.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__, *_MODULES})

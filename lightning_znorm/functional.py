@@ -1,13 +1,15 @@
 """Gradient methods for any PyTorch loop, named and shaped like :func:`torch.nn.utils.clip_grad_norm_`."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_znorm.gradients import Centralization, GradientMethod, ZScore, transform_named_grads_
+from lightning_znorm.gradients.collect import optimizer_parameters
+from lightning_znorm.gradients.methods import describe
 
 __all__ = ["attach", "centralize_grads_", "transform_grads_", "zscore_grads_"]
 
@@ -31,8 +33,9 @@ def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10) -> 
       1e-22 in float32 count as zero.
     - Complex gradients have a complex mean and a real deviation, as :func:`torch.std` defines it.
 
-    Call it when the gradients are complete and unscaled: after ``backward()``, after ``GradScaler.unscale_`` and before
-    ``optimizer.step()``. Clipping afterwards bounds the normalized gradients, whose norm is :math:`\sqrt{d}` each.
+    Call it when the gradients are whole, complete and unscaled: on a single device or under DDP, after ``backward()``
+    and ``GradScaler.unscale_``, before ``optimizer.step()``. Clipping afterwards bounds the normalized gradients, whose
+    norm is :math:`\sqrt{d}` each.
 
     Source: Yun, "ZNorm: Z-Score Gradient Normalization", arXiv 2408.01215, Algorithm 1, Lemma 4.1 and Theorem 4.2.
 
@@ -42,7 +45,7 @@ def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10) -> 
 
     Raises:
         ValueError: If ``eps`` is negative, infinite or NaN.
-        UnsupportedGradientError: If a gradient is sparse or a DTensor; no gradient has been changed then.
+        UnsupportedGradientError: If a gradient is sparse or sharded; no gradient has been changed then.
 
     Example:
         >>> import torch
@@ -75,7 +78,7 @@ def centralize_grads_(parameters: Tensor | Iterable[Tensor]) -> None:
         parameters: Parameters, of any shape, whose ``.grad`` is replaced; an iterable of them or a single one.
 
     Raises:
-        UnsupportedGradientError: If a gradient is sparse or a DTensor; no gradient has been changed then.
+        UnsupportedGradientError: If a gradient is sparse or sharded; no gradient has been changed then.
 
     Example:
         >>> import torch
@@ -99,7 +102,9 @@ def transform_grads_(parameters: Tensor | Iterable[Tensor], method: GradientMeth
             the same shape.
 
     Raises:
-        UnsupportedGradientError: If a gradient is sparse or a DTensor, or if a function returns another shape.
+        TypeError: If ``method`` is no method, or ``parameters`` are none.
+        UnsupportedGradientError: If a gradient is sparse or sharded, and then before any is changed; or if a function
+            returns anything but a tensor of its argument's shape, when those before it have been replaced.
 
     Example:
         >>> import torch
@@ -110,6 +115,8 @@ def transform_grads_(parameters: Tensor | Iterable[Tensor], method: GradientMeth
         >>> weight.grad
         tensor([-1.,  1.])
     """
+    if isinstance(parameters, nn.Module):
+        raise TypeError(f"{type(parameters).__name__} is a module: give its parameters()")
     if isinstance(parameters, Tensor):
         parameters = [parameters]
     transform_named_grads_(((f"parameter {index}", parameter) for index, parameter in enumerate(parameters)), method)
@@ -125,15 +132,18 @@ def attach(optimizer: Optimizer, method: GradientMethod | None = None) -> Remova
     :class:`~lightning_znorm.ZNormCallback`: there, a step computes its gradients in a closure.
 
     Args:
-        optimizer: Any optimizer; parameter groups that are added later take part.
+        optimizer: Any optimizer but LBFGS; parameter groups that are added later take part. All its parameters do: to
+            leave some alone, give them an optimizer of their own.
         method: The method; ``None`` is ZNorm, :class:`~lightning_znorm.gradients.ZScore` with its default ``eps``.
 
     Returns:
         A handle whose ``remove()`` detaches the method.
 
     Raises:
+        TypeError: If ``method`` is no method.
+        ValueError: If the optimizer is LBFGS, which steps with a closure only.
         RuntimeError: In a step that is called with a closure, which computes the gradients too late for the method.
-        UnsupportedGradientError: In a step, if a gradient is sparse or a DTensor.
+        UnsupportedGradientError: In a step, if a gradient is sparse or sharded.
 
     Example:
         >>> import torch
@@ -148,23 +158,20 @@ def attach(optimizer: Optimizer, method: GradientMethod | None = None) -> Remova
         >>> handle.remove()
     """
     method = ZScore() if method is None else method
+    name = describe(method)
+    if isinstance(optimizer, LBFGS):
+        raise ValueError("LBFGS computes its gradients in the closure of its step, out of an attached method's reach")
 
     def transform(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # torch hands the hook the arguments of the unbound step, which begin with the optimizer.
         if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step was called with a closure, which computes the gradients after the "
-                f"attached {method} has run: compute them before the step, and call it without a closure"
+                f"attached {name} has run: compute them before the step, and call it without a closure"
             )
-        transform_named_grads_(_named_parameters(optimizer), method, _loss_scale(optimizer, kwargs))
+        transform_named_grads_(optimizer_parameters(optimizer), method, _loss_scale(optimizer, kwargs))
 
     return optimizer.register_step_pre_hook(transform)
-
-
-def _named_parameters(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    for group_index, group in enumerate(optimizer.param_groups):
-        for index, parameter in enumerate(group["params"]):
-            yield f"parameter {index} of group {group_index}", parameter
 
 
 def _loss_scale(optimizer: Optimizer, step_kwargs: dict[str, Any]) -> Tensor | None:

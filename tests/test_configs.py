@@ -14,6 +14,7 @@ METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
 EXPERIMENTS = sorted(set(CONFIGS.rglob("*.yaml")) - set(METHODS))
 CIFAR10 = [path for path in EXPERIMENTS if path.parent.name == "cifar10"]
 DIGITS = CONFIGS / "digits/resnet20.yaml"
+CPU = ["--trainer.accelerator", "cpu"]
 
 
 def name(path: Path) -> str:
@@ -50,7 +51,7 @@ def test_experiment(experiment, data_flags, capsys):
 
 @pytest.mark.parametrize("method", METHODS, ids=name)
 def test_method(method, data_flags, capsys):
-    main(["fit", "--config", str(DIGITS), "--config", str(method), "--trainer.fast_dev_run", "true"])
+    main(["fit", "--config", str(DIGITS), "--config", str(method), "--trainer.fast_dev_run", "true", *CPU])
     assert "val/accuracy" in capsys.readouterr().out
 
 
@@ -173,6 +174,6 @@ def test_learns_digits(tmp_path, monkeypatch, capsys):
     """The newcomer's run, cut to a third."""
     monkeypatch.chdir(tmp_path)
     methods = CONFIGS / "methods"
-    main(["fit", "--config", str(DIGITS), "--config", str(methods / "znorm.yaml"), "--trainer.max_epochs", "10"])
+    main(["fit", "--config", str(DIGITS), "--config", str(methods / "znorm.yaml"), "--trainer.max_epochs", "10", *CPU])
     best = max(float(word) for word in capsys.readouterr().out.partition("best ")[2].split()[:1])
     assert best >= 0.95

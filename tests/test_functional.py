@@ -136,6 +136,11 @@ def test_closure_is_refused(as_keyword: bool) -> None:
         optimizer.step(closure=closure) if as_keyword else optimizer.step(closure)
 
 
+def test_lbfgs_is_refused() -> None:
+    with pytest.raises(ValueError, match="LBFGS"):
+        attach(torch.optim.LBFGS([nn.Parameter(torch.zeros(1))]))
+
+
 def test_groups_added_later_take_part() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     attach(optimizer)

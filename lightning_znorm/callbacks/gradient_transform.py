@@ -14,6 +14,8 @@ from typing_extensions import override
 from lightning_znorm.callbacks.strategies import check_strategy
 from lightning_znorm.gradients import GradientMethod, transform_named_grads_
 from lightning_znorm.gradients.amp import is_unscaled, take_over_scale_, unscales_in_step
+from lightning_znorm.gradients.collect import optimizer_parameters
+from lightning_znorm.gradients.methods import describe
 from lightning_znorm.gradients.selection import ParameterFilter
 
 
@@ -21,8 +23,12 @@ class GradientTransform(Callback):
     """Applies a gradient method before every optimizer step, right before gradient clipping.
 
     Works with automatic and manual optimization, any number of optimizers (only the stepping one's gradients change),
-    accumulation, and every precision of Lightning: the method always sees the true, unscaled gradients, and a step that
-    a ``GradScaler`` skips stays skipped.
+    accumulation, and the precisions 32, 64, bf16 and 16, true and mixed: the method always sees the true, unscaled
+    gradients, and a step that a ``GradScaler`` skips stays skipped.
+
+    Several of these callbacks compose in the order of the list, and what runs later in the step (the module's own
+    ``on_before_optimizer_step``, ``gradient_clip_val``) sees the transformed gradients. In manual optimization,
+    ``self.clip_gradients`` comes before the step: the method undoes it.
 
     A step with neither a backward pass nor a ``zero_grad`` since the last one (that of the extra epoch in which
     :class:`~lightning.pytorch.callbacks.StochasticWeightAveraging` updates batch normalization) would repeat gradients
@@ -42,6 +48,7 @@ class GradientTransform(Callback):
         min_ndim: Least number of dimensions of a parameter; 2 leaves biases and normalization scales alone.
 
     Raises:
+        TypeError: If ``method`` is no method.
         MisconfigurationException: Before training, if the strategy is not supported.
         ValueError: Before training, if a pattern matches no parameter or nothing is chosen.
         UnsupportedGradientError: Before a step, if a gradient is sparse or sharded.
@@ -65,6 +72,7 @@ class GradientTransform(Callback):
         min_ndim: int = 0,
     ) -> None:
         self.method = method
+        self._description = describe(method)
         self._filter = ParameterFilter(include, exclude, min_ndim)
         self._choice: dict[Tensor, str | None] = {}
         self._used_up = False
@@ -76,6 +84,22 @@ class GradientTransform(Callback):
     @property
     def _name(self) -> str:
         return type(self).__name__
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(**self.state_dict())
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        # Nothing that a resumed run needs; but Lightning warns of a run that is resumed without a callback that has a
+        # state, and refuses two callbacks with the same one. A method must not vanish, or work twice, without a word.
+        return {
+            "method": self._description,
+            "include": list(self._filter.include),
+            "exclude": list(self._filter.exclude),
+            "min_ndim": self._filter.min_ndim,
+        }
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -97,7 +121,7 @@ class GradientTransform(Callback):
             if isinstance(optimizer, torch.optim.LBFGS):
                 rank_zero_warn(
                     f"{self._name}: LBFGS searches along the true gradient, and builds its curvature from it. With "
-                    f"{self.method} it takes steps that the loss does not confirm, and may diverge."
+                    f"{self._description} it takes steps that the loss does not confirm, and may diverge."
                 )
 
     @override
@@ -169,11 +193,7 @@ class GradientTransform(Callback):
         if any(parameter not in known for group in optimizer.param_groups for parameter in group["params"]):
             # The first step, or one after the model or the optimizer has grown. An optimizer may also hold parameters
             # that are not the module's.
-            foreign = (
-                (f"parameter {index} of group {group_index}", parameter)
-                for group_index, group in enumerate(optimizer.param_groups)
-                for index, parameter in enumerate(group["params"])
-            )
+            foreign = optimizer_parameters(optimizer)
             own = pl_module.named_parameters(remove_duplicate=False)
             known = self._choice = self._filter.choose(foreign) | self._choice | self._filter.choose(own)
         for group in optimizer.param_groups:

@@ -1,14 +1,22 @@
-"""The gradients of some parameters, checked before any of them is touched."""
+"""The parameters of an optimizer, and gradients checked before any of them is touched."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 
 class UnsupportedGradientError(RuntimeError):
     """A gradient that cannot be normalized where and as it is."""
+
+
+def optimizer_parameters(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """The optimizer's parameters, named by their places."""
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            yield f"parameter {index} of group {group_index}", parameter
 
 
 def collect_grads(named_parameters: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
@@ -23,11 +31,14 @@ def collect_grads(named_parameters: Iterable[tuple[str, Tensor]]) -> list[Tensor
         Dense gradients in the order of their parameters.
 
     Raises:
-        UnsupportedGradientError: If a gradient is sparse, or a DTensor. No gradient has been changed then.
+        TypeError: If something is given that is not a tensor.
+        UnsupportedGradientError: If a gradient is sparse, or sharded over processes. None has been changed then.
     """
     grads = []
     seen = set()
     for name, parameter in named_parameters:
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"{name} is not a tensor but a {type(parameter).__name__}: give model.parameters()")
         grad = parameter.grad
         if grad is None or id(parameter) in seen:
             continue
@@ -38,10 +49,10 @@ def collect_grads(named_parameters: Iterable[tuple[str, Tensor]]) -> list[Tensor
                 "no mean over all its elements that would leave it sparse: use dense gradients (`sparse=False` in "
                 "torch.nn.Embedding), or leave this parameter out"
             )
-        if _is_dtensor(grad):
+        if _is_sharded(parameter):
             raise UnsupportedGradientError(
-                f"the gradient of {name} is a DTensor, of which this process holds a part, and the statistics of a "
-                "part are not those of the whole: use single-device or DDP training"
+                f"the gradient of {name} is sharded over processes (FSDP, DeepSpeed or tensor parallelism), and the "
+                "statistics of this process' part are not those of the whole: use a single device or DDP"
             )
         if grad.numel() == 0:
             continue
@@ -51,7 +62,10 @@ def collect_grads(named_parameters: Iterable[tuple[str, Tensor]]) -> list[Tensor
     return grads
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def _is_sharded(parameter: Tensor) -> bool:
+    # Marks of FSDP1 and of DeepSpeed's ZeRO-3, whose shards are plain tensors.
+    if getattr(parameter, "_fsdp_flattened", False) or hasattr(parameter, "ds_id"):
+        return True
     # A program that has DTensors has loaded them; one that has not need not.
     module = sys.modules.get("torch.distributed.tensor")
-    return type(tensor) is not Tensor and module is not None and isinstance(tensor, module.DTensor)
+    return module is not None and isinstance(parameter.grad, module.DTensor)

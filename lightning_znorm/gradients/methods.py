@@ -1,6 +1,7 @@
 """Gradient methods as affine maps of each tensor, or of each of its rows, from their statistics."""
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, Literal, TypeAlias
@@ -41,9 +42,18 @@ class AffineMethod(ABC):
     over: ClassVar[Literal["tensor", "row"]] = "tensor"
     needs_std: ClassVar[bool] = True
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.over not in ("tensor", "row"):
+            raise TypeError(f"{cls.__name__}.over must be 'tensor' or 'row', got {cls.over!r}")
+
     @abstractmethod
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
         """Returns shift and scale, each of shape ``(S,)`` like the statistics, or ``None`` for no shift or no scale."""
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({arguments})"
 
 
 class ZScore(AffineMethod):
@@ -57,10 +67,13 @@ class ZScore(AffineMethod):
             smaller than unit size.
 
     Raises:
+        TypeError: If ``eps`` is not a number.
         ValueError: If ``eps`` is negative, infinite or NaN.
     """
 
     def __init__(self, eps: float = 1e-10) -> None:
+        if not isinstance(eps, numbers.Real):  # PyYAML reads 1e-10 as text, and 1.0e-10 as a number
+            raise TypeError(f"eps must be a number, got {eps!r}")
         if not 0 <= eps < math.inf:
             raise ValueError(f"eps must be a finite number that is not negative, got {eps}")
         self.eps = eps
@@ -68,9 +81,6 @@ class ZScore(AffineMethod):
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:  # noqa: D102
         std = stats.std
         return stats.mean, (std + self.eps).reciprocal_().masked_fill_(std == 0, 0.0)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(eps={self.eps})"
 
 
 class Centralization(AffineMethod):
@@ -86,9 +96,22 @@ class Centralization(AffineMethod):
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:  # noqa: D102
         return stats.mean, None
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
-
 
 GradientMethod: TypeAlias = AffineMethod | Callable[[Tensor], Tensor]
 """An affine method, or any function from a whole gradient to its replacement of the same shape."""
+
+
+def describe(method: GradientMethod) -> str:
+    """A method's name, for messages and checkpoints.
+
+    Raises:
+        TypeError: If it is no method: an affine method's class in place of an object, or nothing to call.
+    """
+    if isinstance(method, AffineMethod):
+        return repr(method)
+    if isinstance(method, type) or not callable(method):
+        raise TypeError(
+            "a gradient method is an AffineMethod object or a function from a gradient to its replacement, got "
+            f"{method!r}"
+        )
+    return getattr(method, "__qualname__", type(method).__qualname__)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_znorm.gradients.collect import UnsupportedGradientError, collect_grads
 from lightning_znorm.gradients.kernels import affine_
-from lightning_znorm.gradients.methods import AffineMethod, GradientMethod
+from lightning_znorm.gradients.methods import AffineMethod, GradientMethod, describe
 
 
 @torch.no_grad()
@@ -23,17 +23,21 @@ def transform_named_grads_(
             a scalar tensor.
 
     Raises:
-        UnsupportedGradientError: If a gradient is sparse or a DTensor, or a function returns another shape.
+        TypeError: If the method or a parameter is none.
+        UnsupportedGradientError: If a gradient is sparse or sharded, and then before any is changed; or if a function
+            returns anything but a tensor of its argument's shape.
     """
+    name = describe(method)
     grads = collect_grads(named_parameters)
     if isinstance(method, AffineMethod):
         affine_(grads, method, loss_scale)
         return
     for grad in grads:
         result = method(grad if loss_scale is None else grad / loss_scale)
-        if result.shape != grad.shape:
+        if not isinstance(result, Tensor) or result.shape != grad.shape:
+            made = f"a tensor of shape {tuple(result.shape)}" if isinstance(result, Tensor) else repr(result)
             raise UnsupportedGradientError(
-                f"{method} made a tensor of shape {tuple(result.shape)} from a gradient of shape {tuple(grad.shape)}"
+                f"{name} made {made} from a gradient of shape {tuple(grad.shape)}, and must return its replacement"
             )
         # Who divides by the scale looks for inf later, and the function may leave no trace of one: 0 * inf is NaN.
         grad.copy_(result if loss_scale is None else result * loss_scale + 0 * grad)

@@ -190,8 +190,20 @@ def test_used_callback_resumes_in_the_middle_of_an_accumulation(fit, trainer, tm
     assert_weights(resumed.weights[1], expected)
 
 
-def test_checkpoint_needs_no_callback_to_be_loaded(fit, tmp_path: Path) -> None:
+def test_resuming_without_the_method_warns(fit, trainer, tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, save_last=True)
-    fit(Training(), batches(1), ZNormCallback(), checkpoint, enable_checkpointing=True)
+    fit(Training(), batches(1), ZNormCallback(EPS, min_ndim=2), checkpoint, enable_checkpointing=True)
     content = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert not any("ZNorm" in key for key in content["callbacks"])
+    (state,) = (state for key, state in content["callbacks"].items() if "ZNorm" in key)
+    assert state == {"method": "ZScore(eps=0.3)", "include": ["*"], "exclude": [], "min_ndim": 2}
+    for callbacks in ([], [ZNormCallback(min_ndim=2)]):  # another eps is another method
+        with pytest.warns(UserWarning, match="Please add the following callbacks.*ZNormCallback.*eps=0.3"):
+            trainer(*callbacks).fit(
+                Training(), DataLoader(batches(1), batch_size=None), ckpt_path=tmp_path / "last.ckpt"
+            )
+
+
+def test_twice_the_same_method_is_refused(trainer) -> None:
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `ZNormCallback`"):
+        trainer(ZNormCallback(), ZNormCallback())
+    trainer(ZNormCallback(include="net.0.*"), ZNormCallback(include="net.1.*"))

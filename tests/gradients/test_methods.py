@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_znorm.functional import transform_grads_
-from lightning_znorm.gradients import AffineMethod, Statistics, UnsupportedGradientError
+from lightning_znorm import GradientTransform
+from lightning_znorm.functional import attach, transform_grads_, zscore_grads_
+from lightning_znorm.gradients import AffineMethod, Statistics, UnsupportedGradientError, ZScore
 from lightning_znorm.gradients.kernels import affine_
 from tests.gradients.reference import wide, zscore
 
@@ -47,8 +48,7 @@ GRADS = [
 ]
 
 
-@pytest.mark.parametrize("scale", [None, 1024.0])
-def test_scale_without_shift(scale: float | None) -> None:
+def test_scale_without_shift() -> None:
     for got, grad in zip(applied(RMSNorm(), *GRADS), GRADS, strict=True):
         torch.testing.assert_close(got, wide(grad) / wide(grad).square().mean().sqrt(), rtol=0, atol=2e-5)
 
@@ -91,10 +91,17 @@ def test_loss_scale_passes_through(method: AffineMethod) -> None:
         torch.testing.assert_close(other / 4096, one, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+def test_huge_loss_scale(copies: int) -> None:
+    # Its square overflows, and the z-scores would be zero.
+    grads = [torch.randn(50) * 1e-9 for _ in range(copies)]
+    scaled = applied(ZScore(), *(grad * 2.0**66 for grad in grads), loss_scale=torch.tensor(2.0**66))
+    for got, grad in zip(scaled, grads, strict=True):
+        torch.testing.assert_close(got / 2.0**66, zscore(grad), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("numel", [6, 20_000])
 def test_loss_scale_does_not_hide_eps(numel: int) -> None:
-    from lightning_znorm.gradients import ZScore
-
     grad = torch.randn(numel)
     (got,) = applied(ZScore(eps=0.5), grad * 65536, loss_scale=torch.tensor(65536.0))
     torch.testing.assert_close(got / 65536, zscore(grad, eps=0.5), rtol=0, atol=1e-5)
@@ -114,3 +121,60 @@ def test_function_of_another_shape_is_refused() -> None:
     param.grad = torch.tensor([-3.0, 0.5])
     with pytest.raises(UnsupportedGradientError, match=r"shape \(\).*shape \(2,\)"):
         transform_grads_(param, torch.sum)
+
+
+def test_function_that_returns_nothing_is_refused() -> None:
+    param = nn.Parameter(torch.zeros(2))
+    param.grad = torch.tensor([-3.0, 0.5])
+    with pytest.raises(UnsupportedGradientError, match=r"made None from .*must return its replacement"):
+        transform_grads_(param, lambda grad: None)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize("method", [RMSNorm, 0.5, None])
+def test_what_is_no_method_is_refused_at_once(method: object) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=1.0)
+    uses = [lambda: transform_grads_([], method), lambda: GradientTransform(method)]  # type: ignore[arg-type]
+    if method is not None:  # ZNorm, for attach
+        uses.append(lambda: attach(optimizer, method))  # type: ignore[arg-type]
+    for use in uses:
+        with pytest.raises(TypeError, match="a gradient method is an AffineMethod object or a function"):
+            use()
+
+
+def test_misspelt_over_is_refused_at_once() -> None:
+    with pytest.raises(TypeError, match=r"Rows\.over must be 'tensor' or 'row', got 'rows'"):
+
+        class Rows(RMSNorm):
+            over = "rows"  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("scale", [2.0, torch.tensor(2.0)], ids=["number", "scalar tensor"])
+def test_scale_of_another_shape_is_refused(scale: object) -> None:
+    class Doubled(AffineMethod):
+        def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
+            return None, scale  # type: ignore[return-value]
+
+    with pytest.raises(TypeError, match=r"Doubled\(\)\.affine must return .* of shape \(1,\)"):
+        applied(Doubled(), torch.randn(5))
+
+
+def test_parameters_by_mistake() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"Linear is a module: give its parameters\(\)"):
+        zscore_grads_(model)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"parameter 0 is not a tensor but a tuple"):
+        zscore_grads_(model.named_parameters())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mark", ["_fsdp_flattened", "ds_id"])
+def test_shards_that_are_plain_tensors_are_refused(mark: str) -> None:
+    param = nn.Parameter(torch.zeros(2))
+    param.grad = torch.tensor([-3.0, 0.5])
+    setattr(param, mark, True)
+    with pytest.raises(UnsupportedGradientError, match="parameter 0 is sharded"):
+        zscore_grads_(param)
+
+
+def test_representation_names_what_was_given() -> None:
+    assert repr(ZScore(eps=0.5)) == "ZScore(eps=0.5)"
+    assert repr(RMSNorm()) == "RMSNorm()"

@@ -117,6 +117,11 @@ def test_bad_eps(eps: float) -> None:
         zscore_grads_([], eps=eps)
 
 
+def test_eps_as_text() -> None:
+    with pytest.raises(TypeError, match="eps must be a number, got '1e-10'"):
+        zscore_grads_([], eps="1e-10")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("numel", [2, 3, 10, 999, 20_000, 1_000_000])
 @pytest.mark.parametrize("copies", [1, 3])
@@ -251,6 +256,16 @@ def test_complex_deviation_is_that_of_torch_std() -> None:
     param = parameter(grad)
     zscore_grads_(param, eps=0.0)
     torch.testing.assert_close(param.grad, expected)
+
+
+def test_lazily_conjugated_gradients() -> None:
+    weights = [nn.Parameter(torch.randn(6, dtype=torch.complex128)) for _ in range(2)]
+    sum((weight.conj() * torch.randn(6)).abs().square().sum() for weight in weights).backward()
+    assert all(weight.grad.is_conj() for weight in weights)
+    expected = [zscore(weight.grad.resolve_conj()) for weight in weights]
+    zscore_grads_(weights)
+    for weight, want in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.grad.resolve_conj(), want)
 
 
 def test_sparse_is_refused_before_anything_is_changed() -> None:

@@ -60,13 +60,14 @@ def _center_(flat: Tensor, needs_std: bool) -> tuple[Tensor, Tensor | None]:
     """Subtracts its mean from a flat tensor; returns the former sum and the squared deviation as scalar tensors."""
     numel = flat.numel()
     block = block_size(flat.device)
+    # Not vector_norm, which takes three times as long and loses digits.
+    dot = torch.vdot if flat.is_complex() else torch.dot
     total = flat.sum()
     m2s = []
     for part in (flat,) if numel <= block else torch.split(flat, block):
         part.sub_(total, alpha=1 / numel)
         if needs_std:
-            # While the part is in cache. Not vector_norm, which takes three times as long and loses digits.
-            m2s.append(torch.vdot(part, part))
+            m2s.append(dot(part, part))  # while the part is in cache
     if not needs_std:
         return total, None
     return total, m2s[0] if len(m2s) == 1 else torch.stack(m2s).sum()
@@ -74,7 +75,10 @@ def _center_(flat: Tensor, needs_std: bool) -> tuple[Tensor, Tensor | None]:
 
 @lru_cache(maxsize=1024)
 def _counts(numels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The tensors' sizes on their device; cached, because a copy to a device waits for it."""
+    """The tensors' sizes on their device; cached, because a copy to a device waits for it.
+
+    So a CUDA graph can only be captured of sizes that have been seen before, as in its warm-up.
+    """
     return torch.tensor(numels, dtype=dtype, device=device)
 
 
@@ -84,8 +88,16 @@ def _offset_and_scale(
     """What is left to add to, and to multiply with, gradients whose mean has been subtracted."""
     stats = Statistics(count, mean, m2)
     if loss_scale is not None:
-        stats = Statistics(count, mean / loss_scale, None if m2 is None else m2 / loss_scale.square())
+        loss_scale = loss_scale.to(mean.device, non_blocking=True)
+        # Twice, and not by the square, which overflows beyond 2^64.
+        stats = Statistics(count, mean / loss_scale, None if m2 is None else m2 / loss_scale / loss_scale)
     shift, scale = method.affine(stats)
+    for part in (shift, scale):
+        if part is not None and (not isinstance(part, Tensor) or part.shape != mean.shape):
+            raise TypeError(
+                f"{method}.affine must return a shift and a scale that are None or tensors of shape "
+                f"{tuple(mean.shape)}, like the statistics, and returned {part!r}"
+            )
     if shift is stats.mean:
         return None, scale
     if shift is None:

@@ -12,8 +12,8 @@ _UPCAST = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.co
 
 # Up to this many elements each, tensors of equal shape are transformed as the rows of one matrix: to copy them there
 # and back costs less than the calls it saves (a network has dozens of biases and scales of one length).
-_STACKED = 2**14
-_STACK = 2**20  # elements of such a matrix
+_MAX_STACKED_NUMEL = 2**14
+_STACK_NUMEL = 2**20  # of such a matrix
 
 
 def block_size(device: torch.device) -> int:
@@ -54,16 +54,18 @@ def _stacks_and_flats(grads: list[Tensor]) -> Iterator[list[Tensor] | Tensor]:
     singles = []
     by_shape = defaultdict(list)
     for grad in grads:
-        numel = grad.numel()
-        if numel > _STACKED:
+        if grad.numel() < 2:
+            continue
+        # _foreach_copy_ refuses lazily conjugated and negated tensors, which complex autograd makes.
+        if grad.numel() > _MAX_STACKED_NUMEL or grad.is_complex() or grad.is_neg():
             singles.append(grad)
-        elif numel > 1:
+        else:
             by_shape[grad.shape].append(grad)
     for shape, equal in by_shape.items():
         if len(equal) == 1:
             singles += equal
         else:
-            yield from _stacks(equal, rows=_STACK // shape.numel())
+            yield from _stacks(equal, rows=_STACK_NUMEL // shape.numel())
     for chunk in _chunks(singles):
         pairs = [_workspace(grad) for grad in chunk]
         yield [work.view(-1) for _, work in pairs]
