@@ -310,7 +310,7 @@ class TestRun:
         main(shlex.split(command[1]))
         assert "test/accuracy" in capsys.readouterr().out
 
-        main(["predict", *configs(DIGITS), "--ckpt_path", f"{run}/checkpoints/best.ckpt"])
+        main(["predict", *configs(DIGITS, ZNORM), "--ckpt_path", f"{run}/checkpoints/best.ckpt"])
         saved = re.search(r"predictions      shape \(360, 10\), for torch.load: (.*)\n", capsys.readouterr().out)
         assert saved
         predictions = torch.load(saved[1], weights_only=True)

@@ -29,10 +29,22 @@ PRECISIONS: dict[str, tuple[Callable[[], dict[str, Any]], float]] = {
 EPS = pytest.mark.parametrize("eps", [1e-10, 0.3])
 
 
+def fused_sgd_is_right(dtype: torch.dtype) -> bool:
+    """Whether torch's own fused SGD can step in this type on the CPU; that of torch 2.6 cannot in half precision."""
+    weights = [torch.zeros(30, dtype=dtype, requires_grad=True) for _ in range(2)]
+    for weight, fused in zip(weights, (False, True), strict=True):
+        weight.grad = torch.linspace(-1, 1, 30).to(dtype)
+        torch.optim.SGD([weight], lr=0.1, fused=fused).step()
+    return torch.allclose(*weights, rtol=0.02)
+
+
 @EPS
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_znorm(fit, precision: str, kind: str, eps: float) -> None:
+    half = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision)
+    if half and kind == "fused" and not fused_sgd_is_right(half):
+        pytest.skip(f"torch {torch.__version__} has a fused SGD that is wrong in {half} on the CPU")
     arguments, atol = PRECISIONS[precision]
     module, data = Training(optimizer=OPTIMIZERS[kind]), batches(4)
     fit(module, data, ZNormCallback(eps), **arguments())
