@@ -1,7 +1,6 @@
 """Gradient methods as affine maps of each tensor, or of each of its rows, from their statistics."""
 
 import math
-import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, Literal, TypeAlias
@@ -72,7 +71,7 @@ class ZScore(AffineMethod):
     """
 
     def __init__(self, eps: float = 1e-10) -> None:
-        if not isinstance(eps, numbers.Real):  # PyYAML reads 1e-10 as text, and 1.0e-10 as a number
+        if not isinstance(eps, (int, float)):  # PyYAML reads 1e-10 as text, and 1.0e-10 as a number
             raise TypeError(f"eps must be a number, got {eps!r}")
         if not 0 <= eps < math.inf:
             raise ValueError(f"eps must be a finite number that is not negative, got {eps}")
