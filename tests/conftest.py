@@ -1,6 +1,7 @@
 """Fixtures, and warnings of others, which pytest's policy (every warning is an error) would turn into failures."""
 
 import pytest
+import torch
 
 from tests.cifar10 import fake_cifar10, real_cifar10  # noqa: F401
 
@@ -19,3 +20,10 @@ THIRD_PARTY = (
 def pytest_configure(config: pytest.Config) -> None:
     for warning in THIRD_PARTY:
         config.addinivalue_line("filterwarnings", warning)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
