@@ -56,16 +56,20 @@ def collect_grads(named_parameters: Iterable[tuple[str, Tensor]]) -> list[Tensor
             )
         if grad.numel() == 0:
             continue
-        if 0 in grad.stride() and not grad.is_contiguous():
+        if not grad.is_contiguous() and 0 in grad.stride():
             grad = parameter.grad = grad.clone(memory_format=torch.contiguous_format)
         grads.append(grad)
     return grads
 
 
 def _is_sharded(parameter: Tensor) -> bool:
-    # Marks of FSDP1 and of DeepSpeed's ZeRO-3, whose shards are plain tensors.
-    if getattr(parameter, "_fsdp_flattened", False) or hasattr(parameter, "ds_id"):
+    # Marks of FSDP1 and of DeepSpeed's ZeRO-3, whose shards are plain tensors. Looked up where they are kept, because
+    # a tensor takes its time to say that it has no such attribute.
+    attributes = vars(parameter)
+    if attributes and ("_fsdp_flattened" in attributes or "ds_id" in attributes):
         return True
+    if type(parameter.grad) is Tensor:
+        return False
     # A program that has DTensors has loaded them; one that has not need not.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(parameter.grad, module.DTensor)

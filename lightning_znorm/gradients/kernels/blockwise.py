@@ -6,9 +6,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_znorm.gradients.kernels.layout import block_size, workspaces
+from lightning_znorm.gradients.kernels.layout import workspaces
 from lightning_znorm.gradients.methods import AffineMethod
 from lightning_znorm.gradients.statistics import Statistics
+
+# Elements of which the deviation is taken while they are in cache: on a CPU, in the second-level caches of a few cores.
+# The bound also keeps a float32 dot product exact to a few units of rounding (it is off by 4e-4 at 2^27 elements).
+# Elsewhere a block is a kernel launch, and 2^30 elements keep to 32-bit indices.
+_CPU_BLOCK = 2**20
+_DEVICE_BLOCK = 2**30
 
 
 @torch.no_grad()
@@ -24,62 +30,63 @@ def affine_(grads: Iterable[Tensor], method: AffineMethod, loss_scale: Tensor | 
         loss_scale: Factor by which the gradients are larger than the true ones because the optimizer will divide by it,
             a scalar tensor. The result is the true gradients' one, larger by the same factor.
     """
-    for work in workspaces(grads, method.over):
-        if isinstance(work, Tensor):
-            _transform_rows_(work, method, loss_scale)
-        else:
-            _transform_flats_(work, method, loss_scale)
+    for works in workspaces(grads, method.over):
+        _transform_(works, method, loss_scale)
 
 
-def _transform_rows_(rows: Tensor, method: AffineMethod, loss_scale: Tensor | None) -> None:
-    mean = rows.mean(dim=1)
-    rows.sub_(mean.unsqueeze(1))
-    m2 = torch.linalg.vector_norm(rows, dim=1).square_() if method.needs_std else None
-    count = mean.real.new_full(mean.shape, rows.shape[1])
-    offset, scale = _offset_and_scale(count, mean, m2, method, loss_scale)
+def _transform_(works: list[Tensor], method: AffineMethod, loss_scale: Tensor | None) -> None:
+    """Transforms flat tensors, and matrices row by row, with statistics that are computed upon together."""
+    sums, m2s = zip(*(_center_(work, method.needs_std) for work in works), strict=True)
+    count = _counts(tuple(work.shape for work in works), sums[0].real.dtype, sums[0].device)
+    m2 = torch.cat(m2s).real if method.needs_std else None
+    offset, scale = _offset_and_scale(count, torch.cat(sums) / count, m2, method, loss_scale)
     if offset is not None:
-        rows.add_(offset.unsqueeze(1))
+        torch._foreach_add_(works, _dealt_out(offset, works))
     if scale is not None:
-        rows.mul_(scale.unsqueeze(1))
+        torch._foreach_mul_(works, _dealt_out(scale, works))
 
 
-def _transform_flats_(flats: list[Tensor], method: AffineMethod, loss_scale: Tensor | None) -> None:
-    sums, m2s = zip(*(_center_(flat, method.needs_std) for flat in flats), strict=True)
-    count = _counts(tuple(flat.numel() for flat in flats), sums[0].real.dtype, sums[0].device)
-    m2 = torch.stack(m2s).real if method.needs_std else None
-    offset, scale = _offset_and_scale(count, torch.stack(sums) / count, m2, method, loss_scale)
-    if offset is not None:
-        for flat, own_offset in zip(flats, offset.unbind(), strict=True):
-            flat.add_(own_offset)
-    if scale is not None:
-        for flat, own_scale in zip(flats, scale.unbind(), strict=True):
-            flat.mul_(own_scale)
+def _center_(work: Tensor, needs_std: bool) -> tuple[Tensor, Tensor]:
+    """Subtracts the mean of a flat tensor, or of each row of a matrix.
 
-
-def _center_(flat: Tensor, needs_std: bool) -> tuple[Tensor, Tensor | None]:
-    """Subtracts its mean from a flat tensor; returns the former sum and the squared deviation as scalar tensors."""
-    numel = flat.numel()
-    block = block_size(flat.device)
+    Returns:
+        The former sums and, if needed, the squared deviations, of shape ``(1,)`` or one for each row.
+    """
+    numel = work.shape[-1]
+    total = work.sum(-1, keepdim=True)
+    if work.ndim > 1:
+        work.sub_(total, alpha=1 / numel)
+        return total.squeeze(1), torch.linalg.vector_norm(work, dim=1).square_() if needs_std else total
     # Not vector_norm, which takes three times as long and loses digits.
-    dot = torch.vdot if flat.is_complex() else torch.dot
-    total = flat.sum()
+    dot = torch.vdot if work.is_complex() else torch.dot
+    block = _CPU_BLOCK if work.device.type == "cpu" else _DEVICE_BLOCK
     m2s = []
-    for part in (flat,) if numel <= block else torch.split(flat, block):
+    # Backwards, because the end of the tensor is what summing it has left in cache.
+    for part in (work,) if numel <= block else reversed(torch.split(work, block)):
         part.sub_(total, alpha=1 / numel)
         if needs_std:
             m2s.append(dot(part, part))  # while the part is in cache
-    if not needs_std:
-        return total, None
-    return total, m2s[0] if len(m2s) == 1 else torch.stack(m2s).sum()
+    if len(m2s) > 1:
+        return total, torch.stack(m2s).sum(0, keepdim=True)
+    return total, m2s[0].view(1) if needs_std else total
+
+
+def _dealt_out(entries: Tensor, works: list[Tensor]) -> list[Tensor]:
+    """One entry for each flat tensor, a column of them for each matrix."""
+    if all(work.ndim == 1 for work in works):
+        return list(entries.unbind())
+    own_entries = torch.split(entries, [1 if work.ndim == 1 else len(work) for work in works])
+    return [own if work.ndim == 1 else own.unsqueeze(1) for work, own in zip(works, own_entries, strict=True)]
 
 
 @lru_cache(maxsize=1024)
-def _counts(numels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The tensors' sizes on their device; cached, because a copy to a device waits for it.
+def _counts(shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Elements behind each entry of the statistics; cached, because a copy to a device waits for it.
 
     So a CUDA graph can only be captured of sizes that have been seen before, as in its warm-up.
     """
-    return torch.tensor(numels, dtype=dtype, device=device)
+    counts = [shape[-1] for shape in shapes for _ in range(shape[0] if len(shape) > 1 else 1)]
+    return torch.tensor(counts, dtype=dtype, device=device)
 
 
 def _offset_and_scale(

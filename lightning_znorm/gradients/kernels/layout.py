@@ -1,7 +1,7 @@
 """From gradients of any layout to flat tensors and matrices that a kernel transforms in place, and back."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -13,104 +13,88 @@ _UPCAST = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.co
 # Up to this many elements each, tensors of equal shape are transformed as the rows of one matrix: to copy them there
 # and back costs less than the calls it saves (a network has dozens of biases and scales of one length).
 _MAX_STACKED_NUMEL = 2**14
-_STACK_NUMEL = 2**20  # of such a matrix
+# No more elements than these are copied at a time, unless it is a single tensor.
+_COPIED_NUMEL = 2**20
 
 
-def block_size(device: torch.device) -> int:
-    """How many elements should go through all their passes together.
-
-    On a CPU they fit the second-level caches of a few cores, amortize the arithmetic on the statistics, and keep a
-    float32 dot product exact to a few units of rounding (it is off by 4e-4 at 2^27 elements). Elsewhere each block is a
-    kernel launch, and 2^30 elements keep to 32-bit indices.
-    """
-    return 2**20 if device.type == "cpu" else 2**30
-
-
-def workspaces(grads: Iterable[Tensor], over: Literal["tensor", "row"]) -> Iterator[list[Tensor] | Tensor]:
-    """Yields tensors to transform in place, and carries them back to the gradients when the next is asked for.
+def workspaces(grads: Iterable[Tensor], over: Literal["tensor", "row"]) -> Iterator[list[Tensor]]:
+    """Yields tensors to transform together in place, and carries them back when the next are asked for.
 
     Gradients (or rows) of a single element are left out: they have no deviation. Most workspaces are the gradients'
-    own memory. Half-precision ones are float32 copies: of one tensor at a time, or of small ones, 4 MiB together.
+    own memory. Copies (small tensors in a matrix, half precision in float32) are of one tensor at a time, or of small
+    ones that take 4 MiB together. As many tensors as that allows come at once, so that what is computed from their
+    statistics, in a dozen small operations, is computed once.
 
     Yields:
-        Flat tensors, each a whole gradient, or a matrix whose rows are whole gradients or rows of one.
+        Flat tensors, each a whole gradient, and matrices whose rows are whole gradients or the rows of one.
     """
     by_kind = defaultdict(list)
     for grad in grads:
         by_kind[grad.device, grad.dtype].append(grad)
     for alike in by_kind.values():
-        yield from _matrices(alike) if over == "row" else _stacks_and_flats(alike)
+        for chunk in _chunks(_units(alike, over)):
+            spaces = [_workspace(unit, over) for unit in chunk]
+            yield [work for work, _ in spaces]
+            for _, write_back_ in spaces:
+                if write_back_ is not None:
+                    write_back_()
 
 
-def _matrices(grads: list[Tensor]) -> Iterator[Tensor]:
-    for grad in grads:
-        if grad.ndim > 1 and grad.numel() > len(grad):
-            aligned, work = _workspace(grad, outermost=1)
-            yield work.view(len(grad), -1)
-            _write_back_(aligned, work)
-
-
-def _stacks_and_flats(grads: list[Tensor]) -> Iterator[list[Tensor] | Tensor]:
-    singles = []
+def _units(grads: Iterable[Tensor], over: Literal["tensor", "row"]) -> Iterator[list[Tensor]]:
+    """Yields what one workspace serves: a gradient, or small ones of equal shape that become the rows of a matrix."""
     by_shape = defaultdict(list)
     for grad in grads:
-        if grad.numel() < 2:
-            continue
-        # _foreach_copy_ refuses lazily conjugated and negated tensors, which complex autograd makes.
-        if grad.numel() > _MAX_STACKED_NUMEL or grad.is_complex() or grad.is_neg():
-            singles.append(grad)
-        else:
+        if over == "row":
+            if grad.ndim > 1 and grad.numel() > len(grad):
+                yield [grad]
+        # Lazily conjugated and negated tensors, which complex autograd makes, cannot be written to by _foreach_copy_.
+        elif grad.numel() > _MAX_STACKED_NUMEL or ((grad.is_complex() or grad.is_neg()) and grad.numel() > 1):
+            yield [grad]
+        elif grad.numel() > 1:
             by_shape[grad.shape].append(grad)
     for shape, equal in by_shape.items():
-        if len(equal) == 1:
-            singles += equal
-        else:
-            yield from _stacks(equal, rows=_STACK_NUMEL // shape.numel())
-    for chunk in _chunks(singles):
-        pairs = [_workspace(grad) for grad in chunk]
-        yield [work.view(-1) for _, work in pairs]
-        for aligned, work in pairs:
-            _write_back_(aligned, work)
+        rows = _COPIED_NUMEL // shape.numel()
+        for start in range(0, len(equal), rows):
+            yield equal[start : start + rows]
 
 
-def _stacks(grads: list[Tensor], rows: int) -> Iterator[Tensor]:
-    for start in range(0, len(grads), rows):
-        stacked = grads[start : start + rows]
-        matrix = torch.stack(stacked).reshape(len(stacked), -1)
-        matrix = matrix.to(_UPCAST.get(matrix.dtype, matrix.dtype))
-        yield matrix
-        torch._foreach_copy_(stacked, matrix.view(len(stacked), *stacked[0].shape).unbind())
-
-
-def _chunks(grads: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Cuts a list where a block is full, and around every tensor that will be copied to a wider type."""
-    chunk: list[Tensor] = []
-    elements = 0
-    for grad in grads:
-        if chunk and (grad.dtype in _UPCAST or elements + grad.numel() > block_size(grad.device)):
+def _chunks(units: Iterable[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
+    """Gathers as many units as may be copied at a time; all, if their workspaces are no copies."""
+    chunk: list[list[Tensor]] = []
+    copied = 0
+    for unit in units:
+        is_copy = len(unit) > 1 or unit[0].dtype in _UPCAST or not unit[0].is_contiguous()
+        numel = len(unit) * unit[0].numel() if is_copy else 0
+        if copied and copied + numel > _COPIED_NUMEL:
             yield chunk
-            chunk, elements = [], 0
-        chunk.append(grad)
-        elements += grad.numel()
+            chunk, copied = [], 0
+        chunk.append(unit)
+        copied += numel
     if chunk:
         yield chunk
 
 
-def _workspace(grad: Tensor, outermost: int = 0) -> tuple[Tensor, Tensor]:
-    """Views the gradient in the order of its memory, its first ``outermost`` dimensions in place.
+def _workspace(grads: list[Tensor], over: Literal["tensor", "row"]) -> tuple[Tensor, Callable[[], object] | None]:
+    """Makes a workspace for one gradient, or for several of equal shape.
 
     Returns:
-        The view, and a contiguous tensor of its shape in the type of the statistics: the view itself where possible.
+        The workspace, contiguous and in the type of the statistics, and what carries it back; ``None`` where it is the
+        gradient's own memory.
     """
-    aligned = grad
-    if not grad.is_contiguous():
-        # A dimension of size one may have any stride.
-        strides = grad.stride()
-        inner = sorted(range(outermost, grad.ndim), key=lambda dim: (grad.shape[dim] == 1, -strides[dim]))
-        aligned = grad.permute(*range(outermost), *inner)
-    return aligned, aligned.to(_UPCAST.get(grad.dtype, grad.dtype)).contiguous()
+    wide = _UPCAST.get(grads[0].dtype, grads[0].dtype)
+    if len(grads) > 1:
+        matrix = torch.stack(grads).reshape(len(grads), -1).to(wide)
+        return matrix, lambda: torch._foreach_copy_(grads, matrix.view(len(grads), *grads[0].shape).unbind())
+    (grad,) = grads
+    aligned = grad if grad.is_contiguous() else _in_memory_order(grad, outermost=1 if over == "row" else 0)
+    work = aligned.resolve_conj().resolve_neg().to(wide).contiguous()
+    write_back_ = None if work is aligned else lambda: aligned.copy_(work)
+    return work.view(len(grad), -1) if over == "row" else work.view(-1), write_back_
 
 
-def _write_back_(aligned: Tensor, work: Tensor) -> None:
-    if work is not aligned:
-        aligned.copy_(work)
+def _in_memory_order(grad: Tensor, outermost: int) -> Tensor:
+    """Permutes the dimensions, but for the first ``outermost``, into the order in which they lie in memory."""
+    strides = grad.stride()
+    # A dimension of size one may have any stride.
+    inner = sorted(range(outermost, grad.ndim), key=lambda dim: (grad.shape[dim] == 1, -strides[dim]))
+    return grad.permute(*range(outermost), *inner)
