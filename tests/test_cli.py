@@ -278,11 +278,14 @@ class TestNoMethodIsLost:
             "fit", *configs(DIGITS, ZNORM), "--trainer.callbacks+=ZNormCallback"
         )
 
-    def test_twice_for_different_parameters(self):
+    def test_twice_for_different_parameters(self, capsys):
         callback = "{{class_path: ZNormCallback, init_args: {{include: '{}'}}}}"
         both = ", ".join(map(callback.format, ("*conv*", "*fc*")))
         mine = write("mine.yaml", f"trainer: {{callbacks+: [{both}]}}")
+        config = resolved(capsys, "fit", *configs(DIGITS, mine), *SHORT)
+        assert callbacks(config)[-2:] == ["ZNormCallback", "ZNormCallback"]
         main(["fit", *configs(DIGITS, mine), *SHORT])
+        assert "val/accuracy" in capsys.readouterr().out
 
     def test_flag_overrides_a_method(self, capsys):
         config = resolved(capsys, "fit", *configs(DIGITS, CLIP), "--trainer.gradient_clip_val", "0.5")

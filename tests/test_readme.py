@@ -3,11 +3,16 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from torch import nn
 
+from lightning_znorm import ZNormCallback
 from lightning_znorm.cli import main
+from lightning_znorm.functional import transform_grads_
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
@@ -21,9 +26,22 @@ def test_every_language_is_run_here() -> None:
     assert {language for language, _ in BLOCKS} == {"bash", "python", "yaml"}
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0])
-def test_python(code: str) -> None:
-    exec(compile(code, str(README), "exec"), {"__name__": "__readme__"})
+def run(code: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(compile(code, str(README), "exec"), names)
+    return names
+
+
+def test_python() -> None:
+    in_a_trainer, in_a_loop, own_method = map(run, blocks("python"))
+    assert any(isinstance(callback, ZNormCallback) for callback in in_a_trainer["trainer"].callbacks)
+    for parameter in in_a_loop["model"].parameters():
+        assert parameter.grad.mean().abs() < 1e-6
+        assert parameter.grad.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([1.0, 7.0])
+    transform_grads_(weight, own_method["callback"].method)
+    torch.testing.assert_close(weight.grad, torch.tensor([0.2, 1.4]))
 
 
 COMMANDS = [command.strip() for code in blocks("bash") for command in code.replace("&&", "\n").strip().split("\n")]

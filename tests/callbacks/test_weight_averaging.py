@@ -69,7 +69,6 @@ def test_training_goes_on_after_swa(fit) -> None:
     assert_every_step(module, data)
 
 
-@pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="Lightning before 2.6")
 def test_ema(fit) -> None:
     module, data = Training(), batches(4)
     fit(module, data, ZNormCallback(), callbacks.EMAWeightAveraging(decay=0.5))
