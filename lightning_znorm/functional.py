@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_znorm.gradients import Centralization, GradientMethod, ZScore, transform_named_grads_
-from lightning_znorm.gradients.collect import optimizer_parameters
+from lightning_znorm.gradients import Centralization, GradientMethod, ZScore, transform_places_
 from lightning_znorm.gradients.methods import describe
+from lightning_znorm.gradients.sources import optimizer_places, parameter_places
 
 __all__ = ["attach", "centralize_grads_", "transform_grads_", "zscore_grads_"]
 
@@ -33,9 +33,13 @@ def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10) -> 
       1e-22 in float32 count as zero.
     - Complex gradients have a complex mean and a real deviation, as :func:`torch.std` defines it.
 
-    Call it when the gradients are whole, complete and unscaled: on a single device or under DDP, after ``backward()``
-    and ``GradScaler.unscale_``, before ``optimizer.step()``. Clipping afterwards bounds the normalized gradients, whose
-    norm is :math:`\sqrt{d}` each.
+    Call it when the gradients are complete and unscaled: after ``backward()`` and ``GradScaler.unscale_``, before
+    ``optimizer.step()``. Clipping afterwards bounds the normalized gradients, whose norm is :math:`\sqrt{d}` each.
+
+    Under DDP the gradients are whole on every process, and each normalizes them for itself. Gradients that are DTensors
+    (those of FSDP2, of tensor parallelism, and of both) are normalized with mean and deviation of the whole: all
+    processes must call this with the same parameters in the same order, and exchange two small sums for each process
+    group, however many parameters there are.
 
     Source: Yun, "ZNorm: Z-Score Gradient Normalization", arXiv 2408.01215, Algorithm 1, Lemma 4.1 and Theorem 4.2.
 
@@ -45,7 +49,8 @@ def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10) -> 
 
     Raises:
         ValueError: If ``eps`` is negative, infinite or NaN.
-        UnsupportedGradientError: If a gradient is sparse or sharded; no gradient has been changed then.
+        UnsupportedGradientError: If a gradient is sparse, or sharded by DeepSpeed or the first version of FSDP, whose
+            parts only the callbacks put together; no gradient has been changed then.
 
     Example:
         >>> import torch
@@ -71,6 +76,9 @@ def centralize_grads_(parameters: Tensor | Iterable[Tensor]) -> None:
     the latter with the penalty in it. So the results agree for SGD (momentum included), AdamW and ``gc_loc=True`` as
     long as there is no L2 penalty, which stays uncentred here, and differ for their default Adam.
 
+    DTensors are treated as :func:`zscore_grads_` does; processes exchange something only if they hold parts of the same
+    rows.
+
     Source: Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks", ECCV 2020
     (arXiv 2004.01461), equation 1.
 
@@ -78,7 +86,8 @@ def centralize_grads_(parameters: Tensor | Iterable[Tensor]) -> None:
         parameters: Parameters, of any shape, whose ``.grad`` is replaced; an iterable of them or a single one.
 
     Raises:
-        UnsupportedGradientError: If a gradient is sparse or sharded; no gradient has been changed then.
+        UnsupportedGradientError: If a gradient is sparse, or sharded by DeepSpeed or the first version of FSDP, whose
+            parts only the callbacks put together; no gradient has been changed then.
 
     Example:
         >>> import torch
@@ -103,7 +112,8 @@ def transform_grads_(parameters: Tensor | Iterable[Tensor], method: GradientMeth
 
     Raises:
         TypeError: If ``method`` is no method, or ``parameters`` are none.
-        UnsupportedGradientError: If a gradient is sparse or sharded, and then before any is changed; or if a function
+        UnsupportedGradientError: If a gradient is sparse, or sharded in a way that :func:`zscore_grads_` does not
+            support, or a sharded DTensor and the method a function, and then before any is changed; or if a function
             returns anything but a tensor of its argument's shape, when those before it have been replaced.
 
     Example:
@@ -119,7 +129,8 @@ def transform_grads_(parameters: Tensor | Iterable[Tensor], method: GradientMeth
         raise TypeError(f"{type(parameters).__name__} is a module: give its parameters()")
     if isinstance(parameters, Tensor):
         parameters = [parameters]
-    transform_named_grads_(((f"parameter {index}", parameter) for index, parameter in enumerate(parameters)), method)
+    named = ((f"parameter {index}", parameter) for index, parameter in enumerate(parameters))
+    transform_places_(parameter_places(named), method)
 
 
 def attach(optimizer: Optimizer, method: GradientMethod | None = None) -> RemovableHandle:
@@ -129,7 +140,8 @@ def attach(optimizer: Optimizer, method: GradientMethod | None = None) -> Remova
     gradients (fused optimizers), the method sees the true gradients all the same. A gradient clipped before the step is
     normalized after it, which undoes the clipping. If the step of an optimizer class calls its base class's, the method
     runs in both, which ZNorm and centralization do not notice. In a Lightning ``Trainer`` use
-    :class:`~lightning_znorm.ZNormCallback`: there, a step computes its gradients in a closure.
+    :class:`~lightning_znorm.ZNormCallback`: there, a step computes its gradients in a closure. Where something wraps
+    the optimizer (Fabric, Accelerate, the Trainer of transformers), attach before it does.
 
     Args:
         optimizer: Any optimizer but LBFGS; parameter groups that are added later take part. All its parameters do: to
@@ -140,10 +152,10 @@ def attach(optimizer: Optimizer, method: GradientMethod | None = None) -> Remova
         A handle whose ``remove()`` detaches the method.
 
     Raises:
-        TypeError: If ``method`` is no method.
+        TypeError: If ``method`` is no method, or the optimizer a wrapper that runs no hooks.
         ValueError: If the optimizer is LBFGS, which steps with a closure only.
         RuntimeError: In a step that is called with a closure, which computes the gradients too late for the method.
-        UnsupportedGradientError: In a step, if a gradient is sparse or sharded.
+        UnsupportedGradientError: In a step, as in :func:`transform_grads_`.
 
     Example:
         >>> import torch
@@ -161,6 +173,11 @@ def attach(optimizer: Optimizer, method: GradientMethod | None = None) -> Remova
     name = describe(method)
     if isinstance(optimizer, LBFGS):
         raise ValueError("LBFGS computes its gradients in the closure of its step, out of an attached method's reach")
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(
+            f"{type(optimizer).__name__} runs no hooks before its step: if it wraps another optimizer, as Accelerate's "
+            "does, attach to that one, before it is wrapped"
+        )
 
     def transform(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # torch hands the hook the arguments of the unbound step, which begin with the optimizer.
@@ -169,7 +186,7 @@ def attach(optimizer: Optimizer, method: GradientMethod | None = None) -> Remova
                 f"{type(optimizer).__name__}.step was called with a closure, which computes the gradients after the "
                 f"attached {name} has run: compute them before the step, and call it without a closure"
             )
-        transform_named_grads_(optimizer_parameters(optimizer), method, _loss_scale(optimizer, kwargs))
+        transform_places_(optimizer_places(optimizer), method, _loss_scale(optimizer, kwargs))
 
     return optimizer.register_step_pre_hook(transform)
 

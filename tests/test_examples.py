@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,32 @@ def test_ddp(tmp_path: Path) -> None:
     assert {first[0], second[0]} == {"0", "1"}
     assert first[1] == second[1]
     assert numbers(r"validation accuracy ([\d.]+)", output)[0] > 0.9
+
+
+def test_fsdp2(tmp_path: Path) -> None:
+    output = output_of("fsdp2.py", tmp_path)
+    processes = re.findall(r"process (\d) of 2: holds (\d+) weights, test accuracy ([\d.]+)", output)
+    assert sorted(rank for rank, _, _ in processes) == ["0", "1"]
+    assert sum(int(weights) for _, weights, _ in processes) == 64 * 128 + 128 + 128 * 10 + 10
+    assert len({accuracy for _, _, accuracy in processes}) == 1
+    assert float(processes[0][2]) > 0.93
+
+
+def test_fabric(tmp_path: Path) -> None:
+    output = output_of("fabric.py", tmp_path)
+    accuracies = dict(re.findall(r"(DDP|FSDP2), process 0 of 2: test accuracy ([\d.]+)", output))
+    assert dict(re.findall(r"(DDP|FSDP2), process 1 of 2: test accuracy ([\d.]+)", output)) == accuracies
+    # The same steps, but for rounding.
+    assert float(accuracies["DDP"]) == pytest.approx(float(accuracies["FSDP2"]), abs=0.01)
+    assert float(accuracies["DDP"]) > 0.93
+
+
+def test_huggingface(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("transformers")
+    output = output_of("huggingface.py", tmp_path)
+    assert numbers(r"test accuracy ([\d.]+)", output)[0] > 0.9
 
 
 def test_custom_method(tmp_path: Path) -> None:

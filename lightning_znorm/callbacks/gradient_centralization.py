@@ -20,11 +20,12 @@ class GradientCentralizationCallback(GradientTransform):
         exclude: Pattern or patterns whose matches are left alone.
         min_ndim: Least number of dimensions of a parameter; 4 restricts it to convolutions, as in the authors'
             ``gc_conv_only``.
+        allow_untested_strategy: See :class:`GradientTransform`.
 
     Raises:
         MisconfigurationException: Before training, if the strategy is not supported.
         ValueError: Before training, if a pattern matches no parameter or nothing is chosen.
-        UnsupportedGradientError: Before a step, if a gradient is sparse or sharded.
+        UnsupportedGradientError: Before a step, if a gradient is sparse, or sharded in an unknown way.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -33,6 +34,10 @@ class GradientCentralizationCallback(GradientTransform):
     """
 
     def __init__(
-        self, include: str | Sequence[str] = "*", exclude: str | Sequence[str] = (), min_ndim: int = 0
+        self,
+        include: str | Sequence[str] = "*",
+        exclude: str | Sequence[str] = (),
+        min_ndim: int = 0,
+        allow_untested_strategy: bool = False,
     ) -> None:
-        super().__init__(Centralization(), include, exclude, min_ndim)
+        super().__init__(Centralization(), include, exclude, min_ndim, allow_untested_strategy)

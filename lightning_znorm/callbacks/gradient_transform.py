@@ -1,22 +1,22 @@
 """The callback behind every gradient method: applies it to the stepping optimizer's gradients."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_znorm.callbacks.strategies import check_strategy
-from lightning_znorm.gradients import GradientMethod, transform_named_grads_
+from lightning_znorm.callbacks.strategies import check_strategy, gradient_source
+from lightning_znorm.gradients import GradientMethod, transform_places_
 from lightning_znorm.gradients.amp import is_unscaled, take_over_scale_, unscales_in_step
-from lightning_znorm.gradients.collect import optimizer_parameters
 from lightning_znorm.gradients.methods import describe
+from lightning_znorm.gradients.places import Place
 from lightning_znorm.gradients.selection import ParameterFilter
+from lightning_znorm.gradients.sources import GradientSource
 
 
 class GradientTransform(Callback):
@@ -34,11 +34,14 @@ class GradientTransform(Callback):
     :class:`~lightning.pytorch.callbacks.StochasticWeightAveraging` updates batch normalization) would repeat gradients
     that are transformed already: they are dropped.
 
+    Under strategies that shard gradients (FSDP, ``ModelParallelStrategy`` with FSDP2 and tensor parallelism, and
+    DeepSpeed), an :class:`~lightning_znorm.gradients.AffineMethod` works with the statistics of whole gradients, which
+    are never gathered; a function is refused, because it would see parts.
+
     Note:
-        Single-device and DDP strategies only. Not seen by this callback: steps that bypass Lightning
-        (``self.optimizers(use_pl_optimizer=False)``), of which a warning tells after the first epoch; and runs of
-        ``Tuner.lr_find`` and ``Tuner.scale_batch_size``, which drop all callbacks, so that a learning rate they find is
-        not one for the transformed gradients.
+        Not seen by this callback: steps that bypass Lightning (``self.optimizers(use_pl_optimizer=False)``), of which a
+        warning tells after the first epoch; and runs of ``Tuner.lr_find`` and ``Tuner.scale_batch_size``, which drop
+        all callbacks, so that a learning rate they find is not one for the transformed gradients.
 
     Args:
         method: A :class:`~lightning_znorm.gradients.AffineMethod`, or a function from a gradient to its replacement of
@@ -46,12 +49,16 @@ class GradientTransform(Callback):
         include: Shell-style pattern or patterns; a parameter takes part if its name in the LightningModule matches one.
         exclude: Pattern or patterns whose matches are left alone.
         min_ndim: Least number of dimensions of a parameter; 2 leaves biases and normalization scales alone.
+        allow_untested_strategy: Whether to trust, with a warning, that a strategy that is none of Lightning's tested
+            ones, such as a subclass, leaves gradients where the class of Lightning's that it derives from does; or, if
+            it derives from none of them, in the ``grad`` of each parameter.
 
     Raises:
         TypeError: If ``method`` is no method.
-        MisconfigurationException: Before training, if the strategy is not supported.
+        MisconfigurationException: Before training, if the strategy is not supported, or shards gradients and ``method``
+            is a function.
         ValueError: Before training, if a pattern matches no parameter or nothing is chosen.
-        UnsupportedGradientError: Before a step, if a gradient is sparse or sharded.
+        UnsupportedGradientError: Before a step, if a gradient is sparse, or sharded in an unknown way.
 
     Example:
         A method of one's own (root mean square normalization) for all weights but the last layer's:
@@ -70,11 +77,14 @@ class GradientTransform(Callback):
         include: str | Sequence[str] = "*",
         exclude: str | Sequence[str] = (),
         min_ndim: int = 0,
+        allow_untested_strategy: bool = False,
     ) -> None:
         self.method = method
+        self.allow_untested_strategy = allow_untested_strategy
         self._description = describe(method)
         self._filter = ParameterFilter(include, exclude, min_ndim)
-        self._choice: dict[Tensor, str | None] = {}
+        self._source: GradientSource | None = None
+        self._choice: dict[Place, bool] = {}
         self._used_up = False
         self._backward_in_batch = False
         self._batches = 0
@@ -104,12 +114,13 @@ class GradientTransform(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            check_strategy(trainer.strategy, self._name)
+            check_strategy(trainer.strategy, self._name, self.method, self.allow_untested_strategy)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._source = gradient_source(trainer.strategy, pl_module)
         try:
-            self._filter.check(pl_module.named_parameters(remove_duplicate=False))
+            self._filter.check(self._source.places())
         except ValueError as error:
             raise ValueError(f"{self._name}: {error}") from None
         if trainer.gradient_clip_val:
@@ -147,6 +158,7 @@ class GradientTransform(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
+        assert self._source is not None
         self._steps += 1
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         loss_scale = None
@@ -160,11 +172,16 @@ class GradientTransform(Callback):
             if returned_none or not unscales_in_step(optimizer):
                 return
             loss_scale = take_over_scale_(scaler, optimizer)
-        if repeated:
-            for _, parameter in self._parameters(pl_module, optimizer):
-                parameter.grad = None
+        if not self._source.is_complete():
             return
-        transform_named_grads_(self._parameters(pl_module, optimizer), self.method, loss_scale)
+        places = self._places(optimizer)
+        if repeated:
+            for place in places:
+                place.drop()
+            return
+        if loss_scale is None:
+            loss_scale = self._source.loss_scale()
+        transform_places_(places, self.method, loss_scale)
         self._used_up = True
 
     @override
@@ -185,19 +202,16 @@ class GradientTransform(Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._source = None
         self._choice = {}
 
-    def _parameters(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-        """The optimizer's parameters that take part, with their names."""
-        known = self._choice
-        if any(parameter not in known for group in optimizer.param_groups for parameter in group["params"]):
-            # The first step, or one after the model or the optimizer has grown. An optimizer may also hold parameters
-            # that are not the module's.
-            foreign = optimizer_parameters(optimizer)
-            own = pl_module.named_parameters(remove_duplicate=False)
-            known = self._choice = self._filter.choose(foreign) | self._choice | self._filter.choose(own)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                name = known[parameter]
-                if name is not None:
-                    yield name, parameter
+    def _places(self, optimizer: Optimizer) -> list[Place]:
+        """Where the gradients are that the optimizer is about to use, and that take part."""
+        assert self._source is not None
+        places = []
+        for place in self._source.places_of(optimizer):
+            if place not in self._choice:
+                self._choice[place] = self._filter.matches(place)
+            if self._choice[place]:
+                places.append(place)
+        return places

@@ -33,11 +33,12 @@ class ZNormCallback(GradientTransform):
         include: Shell-style pattern or patterns; a parameter takes part if its name in the LightningModule matches one.
         exclude: Pattern or patterns whose matches are left alone.
         min_ndim: Least number of dimensions of a parameter; 2 leaves biases and normalization scales alone.
+        allow_untested_strategy: See :class:`GradientTransform`.
 
     Raises:
         ValueError: If ``eps`` is negative, infinite or NaN, and as :class:`GradientTransform` does.
         MisconfigurationException: Before training, if the strategy is not supported.
-        UnsupportedGradientError: Before a step, if a gradient is sparse or sharded.
+        UnsupportedGradientError: Before a step, if a gradient is sparse, or sharded in an unknown way.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -51,5 +52,6 @@ class ZNormCallback(GradientTransform):
         include: str | Sequence[str] = "*",
         exclude: str | Sequence[str] = (),
         min_ndim: int = 0,
+        allow_untested_strategy: bool = False,
     ) -> None:
-        super().__init__(ZScore(eps), include, exclude, min_ndim)
+        super().__init__(ZScore(eps), include, exclude, min_ndim, allow_untested_strategy)

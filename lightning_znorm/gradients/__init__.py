@@ -1,9 +1,9 @@
 """Where gradients live, and the methods and kernels that rewrite them. Needs torch alone."""
 
-from lightning_znorm.gradients.collect import UnsupportedGradientError
+from lightning_znorm.gradients.errors import UnsupportedGradientError
 from lightning_znorm.gradients.methods import AffineMethod, Centralization, GradientMethod, ZScore
 from lightning_znorm.gradients.statistics import Statistics
-from lightning_znorm.gradients.transform import transform_named_grads_
+from lightning_znorm.gradients.transform import transform_places_
 
 __all__ = [
     "AffineMethod",
@@ -12,5 +12,5 @@ __all__ = [
     "Statistics",
     "UnsupportedGradientError",
     "ZScore",
-    "transform_named_grads_",
+    "transform_places_",
 ]

@@ -31,4 +31,7 @@ def take_over_scale_(scaler: GradScaler, optimizer: Optimizer) -> Tensor | None:
         return scaler._get_scale_async()
     with torch.no_grad():
         scaler.unscale_(optimizer)
+        # FSDP's scaler counts the ranks that have found inf, and fused kernels skip the step at one exactly.
+        for found_inf in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+            found_inf.clamp_(max=1)
     return None

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from lightning_znorm.gradients.statistics import Statistics
 
+Over: TypeAlias = Literal["tensor", "row"]
+"""What statistics are taken of: each whole tensor, or each of its rows (all elements of one index of dimension 0)."""
+
 
 class AffineMethod(ABC):
     """A gradient method ``z = (g - shift) * scale`` whose shift and scale follow from statistics of ``g``.
@@ -38,7 +41,7 @@ class AffineMethod(ABC):
         tensor([0.2000, 1.4000])
     """
 
-    over: ClassVar[Literal["tensor", "row"]] = "tensor"
+    over: ClassVar[Over] = "tensor"
     needs_std: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:

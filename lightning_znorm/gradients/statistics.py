@@ -7,7 +7,7 @@ from torch import Tensor
 
 # A deviation of fewer than this many rounding units of the mean is rounding. Summing a constant float32 tensor of up to
 # 1e7 elements was measured to leave at most 4.9 of them.
-_ROUNDING_UNITS = 8
+ROUNDING_UNITS = 8
 
 
 @dataclass(frozen=True)
@@ -38,5 +38,5 @@ class Statistics:
         if self.m2 is None:
             raise RuntimeError("these statistics hold no deviation: set `needs_std = True` on the method")
         std = (self.m2 / self.count).sqrt_()
-        rounding = _ROUNDING_UNITS * torch.finfo(std.dtype).eps * self.mean.abs()
+        rounding = ROUNDING_UNITS * torch.finfo(std.dtype).eps * self.mean.abs()
         return std.masked_fill_(std <= rounding, 0.0).masked_fill_(std.isinf(), torch.nan)

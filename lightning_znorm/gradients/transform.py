@@ -1,38 +1,62 @@
-"""Applies a method to the gradients of parameters."""
+"""Applies a method to gradients, wherever they are."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from lightning_znorm.gradients.collect import UnsupportedGradientError, collect_grads
-from lightning_znorm.gradients.kernels import affine_
+from lightning_znorm.gradients.errors import UnsupportedGradientError
+from lightning_znorm.gradients.kernels import affine_, affine_shards_
 from lightning_znorm.gradients.methods import AffineMethod, GradientMethod, describe
+from lightning_znorm.gradients.places import ParameterPlace, Place, has_dtensors
+from lightning_znorm.gradients.shards import Shard, whole_pieces
 
 
 @torch.no_grad()
-def transform_named_grads_(
-    named_parameters: Iterable[tuple[str, Tensor]], method: GradientMethod, loss_scale: Tensor | None = None
-) -> None:
-    """Replaces the gradients of named parameters by the method's, in place.
+def transform_places_(places: Iterable[Place], method: GradientMethod, loss_scale: Tensor | None = None) -> None:
+    """Replaces the gradients at some places by the method's, in place.
+
+    Where gradients are sharded, all processes that hold a part must call this with the same places in the same order.
 
     Args:
-        named_parameters: Names, for messages, and parameters.
+        places: Where the gradients are.
         method: An affine method, or a function from a gradient to its replacement.
         loss_scale: Factor by which the gradients are larger than the true ones because the optimizer will divide by it,
             a scalar tensor.
 
     Raises:
-        TypeError: If the method or a parameter is none.
-        UnsupportedGradientError: If a gradient is sparse or sharded, and then before any is changed; or if a function
-            returns anything but a tensor of its argument's shape.
+        TypeError: If the method is none.
+        UnsupportedGradientError: If a gradient is sparse, or cannot be put together from the processes, or is sharded
+            and the method a function, and then before any is changed; or if a function returns anything but a tensor of
+            its argument's shape.
     """
     name = describe(method)
-    grads = collect_grads(named_parameters)
+    places = list(places)
+    if has_dtensors():
+        from lightning_znorm.gradients.dtensor import replicate_partial_grads_
+
+        replicate_partial_grads_(place.parameter for place in places if isinstance(place, ParameterPlace))
+    wholes: list[Tensor] = []
+    shards: list[Shard] = []
+    for place in places:
+        grad = place.find()
+        if isinstance(grad, Shard):
+            if not isinstance(method, AffineMethod):
+                raise UnsupportedGradientError(
+                    f"the gradient of {place.names[0]} is sharded over processes, and {name} is a function of whole "
+                    "gradients: write it as an AffineMethod, which works with their statistics"
+                )
+            shards.append(grad)
+        elif grad is not None and grad.numel() > 0:
+            wholes.append(grad)
     if isinstance(method, AffineMethod):
-        affine_(grads, method, loss_scale)
+        affine_(whole_pieces(wholes, method.over), method, loss_scale)
+        if shards:
+            affine_shards_(shards, method, loss_scale)
+            for place in places:
+                place.rewritten()
         return
-    for grad in grads:
+    for grad in wholes:
         result = method(grad if loss_scale is None else grad / loss_scale)
         if not isinstance(result, Tensor) or result.shape != grad.shape:
             made = f"a tensor of shape {tuple(result.shape)}" if isinstance(result, Tensor) else repr(result)

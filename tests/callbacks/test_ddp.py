@@ -135,7 +135,7 @@ def test_overflow_in_one_process_skips_the_step_in_both(runs: Path, name: str) -
         assert not torch.equal(after["linear.weight"], record["weights"][-1]["linear.weight"])
 
 
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
 def test_start_methods(tmp_path: Path, strategy: str) -> None:
     script = Path(__file__).with_name("ddp_training.py")
     finished = run_python(script, tmp_path, strategy, "default", timeout=120)

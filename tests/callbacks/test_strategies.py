@@ -1,19 +1,30 @@
-"""Strategies that shard the gradients, or of which nothing is known, are refused before the first step."""
+"""Strategies of which nothing is known, and methods that shards do not allow, are refused before the first step."""
 
 import inspect
+import warnings
 
 import lightning.pytorch.strategies
 import pytest
 import pytorch_lightning.strategies
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_znorm import GradientCentralizationCallback, GradientTransform, ZNormCallback
 from lightning_znorm.callbacks.strategies import check_strategy
-from tests.callbacks.training import Training, batches
+from lightning_znorm.gradients import GradientMethod, ZScore
+from tests.callbacks.training import Training, assert_every_step, batches
 
-SUPPORTED = {"SingleDeviceStrategy", "DDPStrategy"}
+ZSCORE = ZScore()
+WHOLE = {"SingleDeviceStrategy", "DDPStrategy"}
+SHARDED = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
 PACKAGES = (lightning.pytorch.strategies, pytorch_lightning.strategies)
 ALL = [
     pytest.param(cls, id=f"{cls.__module__.split('.')[0]}-{cls.__name__}")
@@ -23,56 +34,112 @@ ALL = [
 ]
 
 
+def check(cls: type, method: GradientMethod = ZSCORE, allow_untested: bool = False) -> None:
+    # Most strategies need an accelerator, or a package, to be made.
+    check_strategy(object.__new__(cls), "ZNormCallback", method, allow_untested)
+
+
 @pytest.mark.parametrize("cls", ALL)
 def test_every_strategy_of_lightning(cls: type) -> None:
-    strategy = object.__new__(cls)  # most need an accelerator, or a package, to be made
-    if cls.__name__ in SUPPORTED:
-        check_strategy(strategy, "ZNormCallback")
+    if cls.__name__ in WHOLE | SHARDED:
+        check(cls)
     else:
-        message = rf"ZNormCallback does not support {cls.__name__} \({cls.__module__}\).*Use a single device or DDP"
+        message = (
+            rf"ZNormCallback has not been tested with {cls.__name__} \({cls.__module__}\).*Use a single device, 'ddp'"
+        )
         with pytest.raises(MisconfigurationException, match=message):
-            check_strategy(strategy, "ZNormCallback")
+            check(cls)
 
 
-def test_the_list_above_is_not_empty_handed() -> None:
+@pytest.mark.parametrize("cls", ALL)
+def test_function_needs_whole_gradients(cls: type) -> None:
+    if cls.__name__ in WHOLE:
+        check(cls, torch.sign)
+    elif cls.__name__ in SHARDED:
+        message = rf"sign is a function of whole gradients, and {cls.__name__} shards them.*AffineMethod.*'ddp'"
+        with pytest.raises(MisconfigurationException, match=message):
+            check(cls, torch.sign)
+
+
+def test_the_lists_above_are_not_empty_handed() -> None:
     names = [parameter.values[0].__name__ for parameter in ALL]
-    for name in [*SUPPORTED, "FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"]:
+    for name in WHOLE | SHARDED:
         assert names.count(name) == len(PACKAGES)
+    assert {"XLAStrategy", "SingleDeviceXLAStrategy"} <= set(names) - WHOLE - SHARDED
 
 
 @pytest.mark.parametrize("module", ["colossal.strategies", "lightning.pytorch_plus.ddp", "my.lightning.pytorch.x"])
 def test_namesake_of_another_package_is_refused(module: str) -> None:
     namesake = type("DDPStrategy", (DDPStrategy,), {"__module__": module})
     with pytest.raises(MisconfigurationException, match=rf"DDPStrategy \({module}\)"):
-        check_strategy(object.__new__(namesake), "ZNormCallback")
+        check(namesake)
 
 
 class ThirdParty(SingleDeviceStrategy):
     """Could do anything with the gradients."""
 
 
-class ThirdPartyDDP(DDPStrategy):
-    """DeepSpeed's, too, is one of these."""
+@pytest.mark.parametrize("base", [DDPStrategy, FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
+def test_subclasses(base: type) -> None:
+    subclass = type("ThirdParty", (base,), {})
+    with pytest.raises(
+        MisconfigurationException, match=r"has not been tested with ThirdParty.*allow_untested_strategy=True"
+    ):
+        check(subclass)
+    with pytest.warns(UserWarning, match="has not been tested with ThirdParty"):
+        check(subclass, allow_untested=True)
+    if base is not DDPStrategy:
+        # To allow an untested strategy is not to allow what its base cannot do.
+        with (
+            pytest.warns(UserWarning, match="has not been tested with ThirdParty"),
+            pytest.raises(MisconfigurationException, match="ThirdParty shards them"),
+        ):
+            check(subclass, torch.sign, allow_untested=True)
 
 
-@pytest.mark.parametrize(
-    "callback",
-    [ZNormCallback(), GradientCentralizationCallback(), GradientTransform(torch.sign)],
-    ids=lambda callback: type(callback).__name__,
-)
-def test_third_party_strategy_is_refused_before_the_first_step(fit, callback: GradientTransform) -> None:
+CALLBACKS = {
+    "znorm": ZNormCallback,
+    "centralization": GradientCentralizationCallback,
+    "transform": lambda **options: GradientTransform(torch.sign, **options),
+}
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_third_party_strategy_is_refused_before_the_first_step(fit, name: str) -> None:
     class NotReached(Training):
         def configure_optimizers(self) -> None:
             raise AssertionError("after the model's setup")
 
-    message = rf"{type(callback).__name__} does not support ThirdParty \({__name__}\)"
+    callback = CALLBACKS[name]()
+    message = rf"{type(callback).__name__} has not been tested with ThirdParty \({__name__}\)"
     with pytest.raises(MisconfigurationException, match=message):
         fit(NotReached(), batches(1), callback, strategy=ThirdParty(device=torch.device("cpu")))
 
 
-def test_subclass_of_ddp_is_refused() -> None:
-    with pytest.raises(MisconfigurationException, match="does not support ThirdPartyDDP"):
-        check_strategy(ThirdPartyDDP(), "ZNormCallback")
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_third_party_strategy_is_allowed_with_one_warning(fit, name: str) -> None:
+    module, data = Training(), batches(3)
+    callback = CALLBACKS[name](allow_untested_strategy=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", ".*has not been tested")
+        fit(module, data, callback, strategy=ThirdParty(device=torch.device("cpu")), max_epochs=2)
+    assert [str(warning.message) for warning in caught] == [
+        f"{type(callback).__name__} has not been tested with ThirdParty ({__name__}): it is trusted to leave gradients "
+        "where Lightning's strategies do."
+    ]
+    assert all(module.moved)
+
+
+def test_third_party_strategy_is_trained_with_the_z_score(fit) -> None:
+    module, data = Training(), batches(3)
+    with pytest.warns(UserWarning, match="has not been tested with ThirdParty"):
+        fit(
+            module,
+            data,
+            ZNormCallback(allow_untested_strategy=True),
+            strategy=ThirdParty(device=torch.device("cpu")),
+        )
+    assert_every_step(module, data)
 
 
 @pytest.mark.parametrize("strategy", ["auto", SingleDeviceStrategy(device=torch.device("cpu"))], ids=["auto", "object"])

@@ -1,16 +1,40 @@
 """The kernels on a CUDA device: the same numbers, without waiting for the device."""
 
-from collections.abc import Iterator
+import importlib.util
+import math
+import random
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_znorm.functional import attach, centralize_grads_, zscore_grads_
-from lightning_znorm.gradients import ZScore
+from lightning_znorm.functional import attach, centralize_grads_, transform_grads_, zscore_grads_
+from lightning_znorm.gradients import AffineMethod, Centralization, ZScore
+from lightning_znorm.gradients.kernels import affine_, blockwise, dispatch
+from lightning_znorm.gradients.shards import whole_pieces
 from tests.gradients.reference import centralized, wide, zscore
+from tests.gradients.test_methods import RMSNorm, RowZScore
 
+needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True, params=[pytest.param("triton", marks=needs_triton), "pytorch"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs with either kernel; with Triton's, nothing is left to the other."""
+
+    def refuse(pieces: list[object], *_: object) -> None:
+        assert not list(pieces)
+
+    if request.param == "pytorch":
+        monkeypatch.setattr(dispatch, "_is_within_reach", lambda tensor: False)
+    else:
+        monkeypatch.setattr(dispatch, "DEVICE_TYPES", frozenset({"cuda"}))
+        monkeypatch.setattr(blockwise, "affine_", refuse)
+    return request.param
+
 
 # Stacked, flat, and more than one multiple of every block that a kernel may use.
 SHAPES = [(64,), (64,), (16, 8, 3, 3), (16, 8, 3, 3), (300, 100), (3000, 2000), (7,), (1,), (0, 3), (40, 1)]
@@ -59,7 +83,8 @@ def test_centralization() -> None:
 
 @pytest.fixture
 def synchronizing_is_an_error() -> Iterator[None]:
-    zscore_grads_(parameters())  # the sizes go to the device once
+    for method in (zscore_grads_, centralize_grads_):
+        method(parameters())  # the sizes go to the device once
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     yield
@@ -103,3 +128,242 @@ def test_attached_under_a_grad_scaler(fused: bool) -> None:
     scaler.step(optimizer)
     expected = start.detach() - 0.1 * zscore(start.grad, eps=0.3)
     torch.testing.assert_close(weight.detach().double(), expected, rtol=0, atol=1e-6)
+
+
+def test_triton_knows_the_device(kernel: str) -> None:
+    if kernel == "triton":
+        _pointer_table().Table(whole_pieces([randn(300)], "tensor")).transform_(
+            ZScore()
+        )  # with whatever error there is
+        assert dispatch.runs_triton(torch.device("cuda", 0))
+
+
+def transformed(method: AffineMethod, *grads: Tensor, loss_scale: Tensor | None = None) -> list[Tensor]:
+    copies = [grad.clone() for grad in grads]
+    affine_(whole_pieces(copies, method.over), method, loss_scale)
+    return copies
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda", dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("method", [RMSNorm(), RowZScore(), Centralization(), ZScore(eps=0.5)], ids=repr)
+@pytest.mark.parametrize("loss_scale", [None, 4096.0])
+def test_methods(method: AffineMethod, loss_scale: float | None) -> None:
+    shapes = [(300, 5), (64, 16), (200, 27), (64, 64, 3, 3), (256, 1024), (30, 4608), (3, 100_000), (1, 50)]
+    grads = [randn(*shape) + 0.3 for shape in shapes]
+    factor = loss_scale or 1.0
+    scaled = [grad * factor for grad in grads]
+    for got, grad in zip(
+        transformed(method, *scaled, loss_scale=loss_scale and torch.tensor(factor, device="cuda")), grads, strict=True
+    ):
+        rows = wide(grad).flatten(1)
+        want = {
+            "RMSNorm": lambda rows=rows: rows / rows.square().mean().sqrt(),
+            "RowZScore": lambda rows=rows: (rows - rows.mean(1, keepdim=True)) / rows.std(1, False, keepdim=True),
+            "Centralization": lambda rows=rows: rows - rows.mean(1, keepdim=True),
+            "ZScore": lambda rows=rows: zscore(rows, eps=0.5),
+        }[type(method).__name__]()
+        torch.testing.assert_close(wide(got).flatten(1) / factor, want, rtol=0, atol=2e-5)
+
+
+def test_anywhere_in_memory_and_nowhere_else() -> None:
+    rng = random.Random(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        lengths = [rng.choice([2, 9, 100, 1023, 4096, 5000, 70_000]) + rng.randrange(20) for _ in range(40)]
+        gaps = [rng.randrange(9) for _ in lengths]
+        bucket = torch.full((sum(lengths) + sum(gaps) + 64,), 7.0, dtype=dtype, device="cuda")
+        start, views = 0, []
+        for length, gap in zip(lengths, gaps, strict=True):
+            views.append(bucket[start + gap : start + gap + length])
+            start += gap + length
+        for seed, view in enumerate(views):
+            view.copy_(randn(len(view), dtype=dtype, seed=seed) + 0.5)
+        want = [zscore(view) for view in views]
+        affine_(whole_pieces(views, "tensor"), ZScore())
+        rtol, atol = {2: (1e-2, 2e-2), 4: (0, 2e-5), 8: (0, 1e-12)}[dtype.itemsize]
+        for view, expected in zip(views, want, strict=True):
+            torch.testing.assert_close(wide(view), expected, rtol=rtol, atol=atol)
+            view.fill_(7.0)
+        assert torch.equal(bucket, torch.full_like(bucket, 7.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_constant_becomes_zero(dtype: torch.dtype) -> None:
+    for value in (1000.3, -0.1, 1e-7, 3.14e4, 0.0):
+        grads = [torch.full((length,), value, dtype=dtype, device="cuda") for length in (2, 3, 999, 20_001, 3_000_001)]
+        for grad in transformed(ZScore(), *grads):
+            assert not grad.any(), (value, len(grad))
+
+
+def test_large_mean() -> None:
+    for mean in (1.0, -1e3, 1e5):
+        for length in (1_000, 100_001, 3_000_000):
+            grad = randn(length) + mean
+            (got,) = transformed(ZScore(), grad)
+            atol = 2e-5 + 8 * torch.finfo(torch.float32).eps * abs(mean)
+            torch.testing.assert_close(wide(got), zscore(grad), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("length", [30, 5000, 300_000])
+def test_inf_nan_overflow_and_denormals(length: int, kernel: str) -> None:
+    for bad in (math.inf, -math.inf, math.nan):
+        grad = randn(length)
+        grad[length // 2] = bad
+        got, other = transformed(ZScore(), grad, randn(length))
+        assert got.isnan().all()
+        assert other.isfinite().all()
+    (got,) = transformed(ZScore(), randn(length) * 1e30)
+    assert got.isnan().all()
+    if kernel == "pytorch":  # cuBLAS may take denormal products for zero
+        return
+    grad = randn(length) * 1e-20  # the variance is denormal, and no zero
+    (got,) = transformed(ZScore(eps=0.0), grad)
+    torch.testing.assert_close(wide(got), zscore(grad, eps=0.0), rtol=1e-2, atol=1e-2)
+
+
+def test_the_same_bits_always() -> None:
+    for method in (ZScore(), Centralization(), RMSNorm(), RowZScore()):
+        grads = [
+            randn(*shape) for shape in [(2,), (5, 7), (64, 64, 3, 3), (300, 40), (70_000,), (3, 100_000), (2000, 3000)]
+        ]
+        once = transformed(method, *grads)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+            again = transformed(method, *grads)
+        torch.cuda.synchronize()
+        for first, second in zip(once, again, strict=True):
+            assert torch.equal(first, second)
+
+
+@needs_triton
+def test_the_same_bits_whatever_else_there_is(kernel: str) -> None:
+    if kernel != "triton":
+        pytest.skip("of the Triton kernel alone: the other stacks small tensors")
+    for method in (ZScore(), Centralization(), RowZScore()):
+        grads = [randn(*shape) for shape in [(2,), (5, 7), (64, 64, 3, 3), (300, 40), (70_000,), (3, 100_000)]]
+        together, reverse = transformed(method, *grads), transformed(method, *grads[::-1])[::-1]
+        alone = [transformed(method, grad)[0] for grad in grads]
+        for first, second, third in zip(together, reverse, alone, strict=True):
+            assert torch.equal(first, second)
+            assert torch.equal(first, third)
+
+
+@pytest.mark.parametrize("method", [ZScore(), Centralization(), RMSNorm(), RowZScore()], ids=repr)
+def test_graphs_outlive_what_is_cached(method: AffineMethod) -> None:
+    params = [param for param in parameters() if param.numel() > 1]
+    grads = [param.grad.clone() for param in params]
+    transform_grads_(params, method)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        transform_grads_(params, method)
+    if kernel_module := _pointer_table():
+        kernel_module._layout.cache_clear()
+        kernel_module._uploaded.cache_clear()
+    torch.cuda.empty_cache()
+    garbage = [torch.full((2**16,), 3, device="cuda") for _ in range(64)]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad.copy_(2 * grad + 1)
+    graph.replay()
+    for param, want in zip(params, transformed(method, *(2 * grad + 1 for grad in grads)), strict=True):
+        torch.testing.assert_close(param.grad, want, rtol=1e-5, atol=1e-5)
+    del garbage
+
+
+def _pointer_table() -> ModuleType | None:
+    if not importlib.util.find_spec("triton"):
+        return None
+    from lightning_znorm.gradients.kernels import pointer_table
+
+    return pointer_table
+
+
+def test_whole_steps_in_a_cuda_graph() -> None:
+    # The gradients are allocated while the graph is captured, at addresses that no step before has seen.
+    torch.manual_seed(0)
+    networks = [nn.Sequential(nn.Linear(8, 70), nn.ReLU(), nn.Linear(70, 3)).cuda() for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    optimizers = [torch.optim.SGD(network.parameters(), lr=0.1) for network in networks]
+    batch = torch.zeros(16, 8, device="cuda")
+
+    def step(which: int) -> None:
+        optimizers[which].zero_grad(set_to_none=True)
+        networks[which](batch).square().mean().backward()
+        zscore_grads_(networks[which].parameters())
+        optimizers[which].step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(1)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    optimizers[1].zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        step(1)
+    networks[1].load_state_dict(networks[0].state_dict())
+    for seed in range(5):
+        batch.copy_(randn(16, 8, seed=seed))
+        step(0)
+        graph.replay()
+    for one, other in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+def test_extra_memory(kernel: str) -> None:
+    params = [nn.Parameter(torch.empty(2000, 4000, device="cuda")) for _ in range(10)]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    for method in (zscore_grads_, centralize_grads_):
+        method(params)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        method(params)
+        torch.cuda.synchronize()
+        assert torch.cuda.max_memory_allocated() - before < 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_more_elements_than_32_bits_count(dtype: torch.dtype, kernel: str) -> None:
+    numel = 2**31 + 12_345
+    if (
+        torch.cuda.mem_get_info()[0]
+        < (3 if kernel == "triton" or dtype == torch.float32 else 9) * numel * dtype.itemsize
+    ):
+        pytest.skip("too little memory")
+    grad = torch.empty(numel, dtype=dtype, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    parts = torch.split(grad, 2**28)
+    sums = torch.zeros(2, dtype=torch.float64, device="cuda")
+    for index, part in enumerate(parts):
+        part.normal_(0.5 + index, generator=generator)
+        sums += torch.stack([part.double().sum(), part.double().square().sum()])
+    mean, square = (sums / numel).unbind()
+    std = (square - mean.square()).sqrt()
+    samples = [slice(0, 1000), slice(2**31 - 500, 2**31 + 500), slice(numel - 1000, numel)]
+    want = [(wide(grad[sample]) - mean) / std for sample in samples]
+    affine_(whole_pieces([grad], "tensor"), ZScore())
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    for sample, expected in zip(samples, want, strict=True):
+        torch.testing.assert_close(wide(grad[sample]), expected, rtol=tolerance / 2, atol=tolerance)
+    total = sum(part.double().sum() for part in parts) / numel
+    assert abs(float(total)) < tolerance / 10
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_fused_optimizers(make: Callable[..., torch.optim.Optimizer]) -> None:
+    weights = [nn.Parameter(torch.linspace(-1, 1, 5000, device="cuda")) for _ in range(2)]
+    optimizers = [make([weight], lr=0.1, fused=fused) for weight, fused in zip(weights, (False, True), strict=True)]
+    for weight, optimizer in zip(weights, optimizers, strict=True):
+        attach(optimizer, ZScore(eps=0.3))
+        scaler = torch.amp.GradScaler("cuda")
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(weight.sin().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-5)

@@ -8,6 +8,7 @@ from lightning_znorm import GradientTransform
 from lightning_znorm.functional import attach, transform_grads_, zscore_grads_
 from lightning_znorm.gradients import AffineMethod, Statistics, UnsupportedGradientError, ZScore
 from lightning_znorm.gradients.kernels import affine_
+from lightning_znorm.gradients.shards import whole_pieces
 from tests.gradients.reference import wide, zscore
 
 
@@ -38,7 +39,7 @@ class Counted(AffineMethod):
 
 def applied(method: AffineMethod, *grads: Tensor, loss_scale: Tensor | None = None) -> list[Tensor]:
     copies = [grad.clone() for grad in grads]
-    affine_(copies, method, loss_scale)
+    affine_(whole_pieces(copies, method.over), method, loss_scale)
     return [wide(grad) for grad in copies]
 
 
@@ -164,6 +165,15 @@ def test_parameters_by_mistake() -> None:
         zscore_grads_(model)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"parameter 0 is not a tensor but a tuple"):
         zscore_grads_(model.named_parameters())  # type: ignore[arg-type]
+
+
+def test_wrapper_without_hooks_is_refused() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+    with pytest.raises(TypeError, match=r"Wrapper runs no hooks .*before it is wrapped"):
+        attach(Wrapper(torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=1.0)))
 
 
 @pytest.mark.parametrize("mark", ["_fsdp_flattened", "ds_id"])

@@ -1,5 +1,6 @@
 """Kernels that rewrite gradients in place, each for every affine method."""
 
-from lightning_znorm.gradients.kernels.blockwise import affine_
+from lightning_znorm.gradients.kernels.dispatch import affine_
+from lightning_znorm.gradients.kernels.sharded import affine_shards_
 
-__all__ = ["affine_"]
+__all__ = ["affine_", "affine_shards_"]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_znorm.gradients.kernels.layout import workspaces
 from lightning_znorm.gradients.methods import AffineMethod
+from lightning_znorm.gradients.pieces import Piece
 from lightning_znorm.gradients.statistics import Statistics
 
 # Elements of which the deviation is taken while they are in cache: on a CPU, in the second-level caches of a few cores.
@@ -18,28 +19,37 @@ _DEVICE_BLOCK = 2**30
 
 
 @torch.no_grad()
-def affine_(grads: Iterable[Tensor], method: AffineMethod, loss_scale: Tensor | None = None) -> None:
-    """Replaces each gradient ``g`` by ``(g - shift) * scale`` with the method's shift and scale, in place.
+def affine_(pieces: Iterable[Piece], method: AffineMethod, loss_scale: Tensor | None = None) -> None:
+    """Replaces each entry ``g`` of the pieces by ``(g - shift) * scale`` with the method's shift and scale, in place.
 
     Two passes: the mean is subtracted in place and the squared deviation taken of what remains, so that a large mean
     costs no digits.
 
     Args:
-        grads: Dense tensors of any shape and strides, on any devices, of floating-point or complex types.
+        pieces: Memory of whole tensors or rows, on any devices, of floating-point or complex types.
         method: Gives shift and scale from the statistics of each tensor or row.
         loss_scale: Factor by which the gradients are larger than the true ones because the optimizer will divide by it,
             a scalar tensor. The result is the true gradients' one, larger by the same factor.
     """
-    for works in workspaces(grads, method.over):
-        _transform_(works, method, loss_scale)
+    for chunk in workspaces(pieces):
+        count, sums, m2 = center_(chunk.works, method.needs_std)
+        rewrite_(chunk.works, *residual_map(Statistics(count, sums / count, m2), method, loss_scale))
 
 
-def _transform_(works: list[Tensor], method: AffineMethod, loss_scale: Tensor | None) -> None:
-    """Transforms flat tensors, and matrices row by row, with statistics that are computed upon together."""
-    sums, m2s = zip(*(_center_(work, method.needs_std) for work in works), strict=True)
+def center_(works: list[Tensor], needs_std: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Subtracts the mean of flat tensors, and of each row of matrices.
+
+    Returns:
+        Counts, former sums and, if needed, squared deviations from the mean, each of shape ``(S,)``: one entry for each
+        flat tensor and row, in order.
+    """
+    sums, m2s = zip(*(_center_(work, needs_std) for work in works), strict=True)
     count = _counts(tuple(work.shape for work in works), sums[0].real.dtype, sums[0].device)
-    m2 = torch.cat(m2s).real if method.needs_std else None
-    offset, scale = _offset_and_scale(count, torch.cat(sums) / count, m2, method, loss_scale)
+    return count, torch.cat(sums), torch.cat(m2s).real if needs_std else None
+
+
+def rewrite_(works: list[Tensor], offset: Tensor | None, scale: Tensor | None) -> None:
+    """Adds an offset to each flat tensor and row of a matrix, and then multiplies it with a scale."""
     if offset is not None:
         torch._foreach_add_(works, _dealt_out(offset, works))
     if scale is not None:
@@ -89,24 +99,45 @@ def _counts(shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.de
     return torch.tensor(counts, dtype=dtype, device=device)
 
 
-def _offset_and_scale(
-    count: Tensor, mean: Tensor, m2: Tensor | None, method: AffineMethod, loss_scale: Tensor | None
+def affine_map(
+    stats: Statistics, method: AffineMethod, loss_scale: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What is left to add to, and to multiply with, gradients whose mean has been subtracted."""
-    stats = Statistics(count, mean, m2)
+    """A method's shift and scale for gradients as they are: the shift is ``stats.mean`` itself where it is the mean.
+
+    Args:
+        stats: Of the gradients.
+        method: Gives shift and scale.
+        loss_scale: As for :func:`affine_`.
+    """
+    true = stats
     if loss_scale is not None:
-        loss_scale = loss_scale.to(mean.device, non_blocking=True)
+        loss_scale = loss_scale.to(stats.mean.device, non_blocking=True)
         # Twice, and not by the square, which overflows beyond 2^64.
-        stats = Statistics(count, mean / loss_scale, None if m2 is None else m2 / loss_scale / loss_scale)
-    shift, scale = method.affine(stats)
+        m2 = None if stats.m2 is None else stats.m2 / loss_scale / loss_scale
+        true = Statistics(stats.count, stats.mean / loss_scale, m2)
+    shift, scale = method.affine(true)
     for part in (shift, scale):
-        if part is not None and (not isinstance(part, Tensor) or part.shape != mean.shape):
+        if part is not None and (not isinstance(part, Tensor) or part.shape != stats.mean.shape):
             raise TypeError(
                 f"{method}.affine must return a shift and a scale that are None or tensors of shape "
-                f"{tuple(mean.shape)}, like the statistics, and returned {part!r}"
+                f"{tuple(stats.mean.shape)}, like the statistics, and returned {part!r}"
             )
+    if shift is true.mean:
+        return stats.mean, scale
+    return shift if shift is None or loss_scale is None else shift * loss_scale, scale
+
+
+def residual_map(
+    stats: Statistics, method: AffineMethod, loss_scale: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is left to add to, and to multiply with, gradients whose mean has been subtracted.
+
+    Args:
+        stats: Of the gradients as they were.
+        method: Gives shift and scale.
+        loss_scale: As for :func:`affine_`.
+    """
+    shift, scale = affine_map(stats, method, loss_scale)
     if shift is stats.mean:
         return None, scale
-    if shift is None:
-        return mean, scale
-    return mean - (shift if loss_scale is None else shift * loss_scale), scale
+    return stats.mean if shift is None else stats.mean - shift, scale

@@ -1,11 +1,13 @@
-"""From gradients of any layout to flat tensors and matrices that a kernel transforms in place, and back."""
+"""From memory of any layout to flat tensors and matrices that a kernel transforms in place, and back."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_znorm.gradients.pieces import Piece
 
 # Statistics are not taken in these: the usual eps is zero in float16, and a bfloat16 mean has three digits.
 _UPCAST = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
@@ -17,54 +19,59 @@ _MAX_STACKED_NUMEL = 2**14
 _COPIED_NUMEL = 2**20
 
 
-def workspaces(grads: Iterable[Tensor], over: Literal["tensor", "row"]) -> Iterator[list[Tensor]]:
-    """Yields tensors to transform together in place, and carries them back when the next are asked for.
+class Chunk(NamedTuple):
+    """Pieces that are transformed together."""
 
-    Gradients (or rows) of a single element are left out: they have no deviation. Most workspaces are the gradients'
-    own memory. Copies (small tensors in a matrix, half precision in float32) are of one tensor at a time, or of small
-    ones that take 4 MiB together. As many tensors as that allows come at once, so that what is computed from their
-    statistics, in a dozen small operations, is computed once.
+    pieces: list[Piece]
+    """In the order of their entries."""
+    works: list[Tensor]
+    """Their workspaces: flat tensors, each a whole piece, and matrices whose rows are pieces or the rows of one."""
 
-    Yields:
-        Flat tensors, each a whole gradient, and matrices whose rows are whole gradients or the rows of one.
+
+def workspaces(pieces: Iterable[Piece]) -> Iterator[Chunk]:
+    """Yields memory to transform together in place, and carries it back when the next is asked for.
+
+    Most workspaces are the pieces' own memory. Copies (small tensors in a matrix, half precision in float32) are of one
+    tensor at a time, or of small ones that take 4 MiB together. As many tensors as that allows come at once, so that
+    what is computed from their statistics, in a dozen small operations, is computed once. The same pieces are laid out
+    in the same way each time.
     """
     by_kind = defaultdict(list)
-    for grad in grads:
-        by_kind[grad.device, grad.dtype].append(grad)
+    for piece in pieces:
+        by_kind[piece.tensor.device, piece.tensor.dtype].append(piece)
     for alike in by_kind.values():
-        for chunk in _chunks(_units(alike, over)):
-            spaces = [_workspace(unit, over) for unit in chunk]
-            yield [work for work, _ in spaces]
+        for units in _chunks(_units(alike)):
+            spaces = [_workspace(unit) for unit in units]
+            yield Chunk([piece for unit in units for piece in unit], [work for work, _ in spaces])
             for _, write_back_ in spaces:
                 if write_back_ is not None:
                     write_back_()
 
 
-def _units(grads: Iterable[Tensor], over: Literal["tensor", "row"]) -> Iterator[list[Tensor]]:
-    """Yields what one workspace serves: a gradient, or small ones of equal shape that become the rows of a matrix."""
+def _units(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Yields what one workspace serves: a piece, or small ones of equal shape that become the rows of a matrix."""
     by_shape = defaultdict(list)
-    for grad in grads:
-        if over == "row":
-            if grad.ndim > 1 and grad.numel() > len(grad):
-                yield [grad]
+    for piece in pieces:
+        tensor = piece.tensor
         # Lazily conjugated and negated tensors, which complex autograd makes, cannot be written to by _foreach_copy_.
-        elif grad.numel() > _MAX_STACKED_NUMEL or ((grad.is_complex() or grad.is_neg()) and grad.numel() > 1):
-            yield [grad]
-        elif grad.numel() > 1:
-            by_shape[grad.shape].append(grad)
+        if piece.by_row or tensor.numel() > _MAX_STACKED_NUMEL or tensor.is_complex() or tensor.is_neg():
+            yield [piece]
+        else:
+            by_shape[tensor.shape].append(piece)
     for shape, equal in by_shape.items():
         rows = _COPIED_NUMEL // shape.numel()
         for start in range(0, len(equal), rows):
             yield equal[start : start + rows]
 
 
-def _chunks(units: Iterable[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
+def _chunks(units: Iterable[list[Piece]]) -> Iterator[list[list[Piece]]]:
     """Gathers as many units as may be copied at a time; all, if their workspaces are no copies."""
-    chunk: list[list[Tensor]] = []
+    chunk: list[list[Piece]] = []
     copied = 0
     for unit in units:
-        is_copy = len(unit) > 1 or unit[0].dtype in _UPCAST or not unit[0].is_contiguous()
-        numel = len(unit) * unit[0].numel() if is_copy else 0
+        first = unit[0].tensor
+        is_copy = len(unit) > 1 or first.dtype in _UPCAST or not first.is_contiguous()
+        numel = len(unit) * first.numel() if is_copy else 0
         if copied and copied + numel > _COPIED_NUMEL:
             yield chunk
             chunk, copied = [], 0
@@ -74,27 +81,28 @@ def _chunks(units: Iterable[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
         yield chunk
 
 
-def _workspace(grads: list[Tensor], over: Literal["tensor", "row"]) -> tuple[Tensor, Callable[[], object] | None]:
-    """Makes a workspace for one gradient, or for several of equal shape.
+def _workspace(unit: list[Piece]) -> tuple[Tensor, Callable[[], object] | None]:
+    """Makes a workspace for one piece, or for several of equal shape.
 
     Returns:
         The workspace, contiguous and in the type of the statistics, and what carries it back; ``None`` where it is the
-        gradient's own memory.
+        piece's own memory.
     """
-    wide = _UPCAST.get(grads[0].dtype, grads[0].dtype)
-    if len(grads) > 1:
-        matrix = torch.stack(grads).reshape(len(grads), -1).to(wide)
-        return matrix, lambda: torch._foreach_copy_(grads, matrix.view(len(grads), *grads[0].shape).unbind())
-    (grad,) = grads
-    aligned = grad if grad.is_contiguous() else _in_memory_order(grad, outermost=1 if over == "row" else 0)
+    tensors = [piece.tensor for piece in unit]
+    wide = _UPCAST.get(tensors[0].dtype, tensors[0].dtype)
+    if len(tensors) > 1:
+        matrix = torch.stack(tensors).reshape(len(tensors), -1).to(wide)
+        return matrix, lambda: torch._foreach_copy_(tensors, matrix.view(len(tensors), *tensors[0].shape).unbind())
+    (tensor,), by_row = tensors, unit[0].by_row
+    aligned = tensor if tensor.is_contiguous() else in_memory_order(tensor, outermost=1 if by_row else 0)
     work = aligned.resolve_conj().resolve_neg().to(wide).contiguous()
     write_back_ = None if work is aligned else lambda: aligned.copy_(work)
-    return work.view(len(grad), -1) if over == "row" else work.view(-1), write_back_
+    return work.view(len(tensor), -1) if by_row else work.view(-1), write_back_
 
 
-def _in_memory_order(grad: Tensor, outermost: int) -> Tensor:
+def in_memory_order(tensor: Tensor, outermost: int) -> Tensor:
     """Permutes the dimensions, but for the first ``outermost``, into the order in which they lie in memory."""
-    strides = grad.stride()
+    strides = tensor.stride()
     # A dimension of size one may have any stride.
-    inner = sorted(range(outermost, grad.ndim), key=lambda dim: (grad.shape[dim] == 1, -strides[dim]))
-    return grad.permute(*range(outermost), *inner)
+    inner = sorted(range(outermost, tensor.ndim), key=lambda dim: (tensor.shape[dim] == 1, -strides[dim]))
+    return tensor.permute(*range(outermost), *inner)

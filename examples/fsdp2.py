@@ -1,0 +1,63 @@
+"""ZNorm with FSDP2 in plain PyTorch: two processes on the CPU, each with half of every parameter.
+
+``fully_shard`` leaves each process a part of every gradient. Call ``zscore_grads_`` as if it were whole: it takes mean
+and deviation of the whole, in two small collectives for all gradients together. The step is that of a single process
+with twice the batch.
+
+    python examples/fsdp2.py
+
+On GPUs: start one process for each with ``torchrun``, initialize "nccl", and make the mesh of "cuda".
+"""
+
+import os
+import tempfile
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from lightning_znorm.functional import zscore_grads_
+
+PROCESSES = 2
+EPOCHS = 20
+
+
+def train(rank: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    pixels, digits = load_digits(return_X_y=True)
+    split = train_test_split(pixels / 16, digits, test_size=0.2, stratify=digits, random_state=0)
+    images, test_images = (torch.as_tensor(images, dtype=torch.float32) for images in split[:2])
+    labels, test_labels = map(torch.as_tensor, split[2:])
+
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    fully_shard(model, mesh=init_device_mesh("cpu", (PROCESSES,)))
+    here = sum(parameter.to_local().numel() for parameter in model.parameters())
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(EPOCHS):
+        # The same order everywhere, of which each process takes its share.
+        for chosen in torch.randperm(len(labels)).split(64):
+            own = chosen[rank::PROCESSES]
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[own]), labels[own]).backward()
+            zscore_grads_(model.parameters())
+            optimizer.step()
+
+    accuracy = (model(test_images).argmax(dim=1) == test_labels).float().mean()
+    print(f"process {rank} of {PROCESSES}: holds {here} weights, test accuracy {accuracy:.3f}")
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(train, (os.path.join(folder, "store"),), nprocs=PROCESSES)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,421 @@
+"""Gradients under DeepSpeed: whole (ZeRO stage 0), or intervals of flattened ones (stages 1 to 3)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+
+from lightning_znorm.gradients.errors import UnsupportedGradientError
+from lightning_znorm.gradients.places import ParameterPlace, Place
+from lightning_znorm.gradients.shards import FlatShard, Shard
+from lightning_znorm.gradients.sources import GradientSource
+
+
+class DeepSpeedSource(GradientSource):
+    """The gradients of a DeepSpeed engine, where its step will read them, after their reduction.
+
+    DeepSpeed's own access to them, ``safe_get_full_grad`` and ``safe_set_full_grad``, gathers every gradient, and is
+    wrong in some configurations (with ``round_robin_gradients``, or where stage 3 shares a parameter out unevenly).
+
+    Args:
+        module: The model, whose names count.
+        engine: The engine around it.
+
+    Raises:
+        UnsupportedGradientError: If a feature of the engine puts gradients out of reach, or if this version of
+            DeepSpeed keeps them elsewhere than the tested ones.
+    """
+
+    def __init__(self, module: nn.Module, engine: Any) -> None:
+        super().__init__(module)
+        _check_features(engine)
+        self._engine = engine
+        self._memory = _memory_of(engine.optimizer)
+        names = {parameter: places[0].names for parameter, places in self._read().items()}
+        # A parameter that is frozen, or that the optimizer was not given, takes no step.
+        self._places: dict[Tensor, Place] = {parameter: _Unstepped(own, parameter) for parameter, own in names.items()}
+        self._stepped: list[Place] = []
+        for group, parameters in enumerate(self._memory.groups()):
+            for number, parameter in enumerate(parameters):
+                own = names.get(parameter, (f"parameter {number} of group {group}",))
+                place = self._memory.place(own, parameter, group, number)
+                self._places[parameter] = place
+                self._stepped.append(place)
+
+    def is_complete(self) -> bool:  # noqa: D102
+        return bool(self._engine.is_gradient_accumulation_boundary())
+
+    def loss_scale(self) -> Tensor | None:  # noqa: D102
+        if not self._engine.fp16_enabled():
+            return None
+        return torch.tensor(float(self._engine.optimizer.loss_scale))
+
+    def places(self) -> Iterator[Place]:  # noqa: D102
+        yield from self._places.values()
+
+    def places_of(self, optimizer: Optimizer) -> Iterator[Place]:
+        """Those of the parameters that the engine steps: it has one optimizer, whose parameters are flattened ones."""
+        self._memory.refresh()
+        yield from self._stepped
+
+
+class _Unstepped(Place):
+    """A parameter of which the engine has no gradient."""
+
+    def __init__(self, names: tuple[str, ...], parameter: Tensor) -> None:
+        super().__init__(names)
+        self._parameter = parameter
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole parameter, which stage 3 takes apart."""
+        shape: torch.Size = getattr(self._parameter, "ds_shape", self._parameter.shape)
+        return shape
+
+    @property
+    def ndim(self) -> int | None:
+        return len(self.shape)
+
+    def find(self) -> Tensor | Shard | None:
+        return None
+
+    def drop(self) -> None:
+        pass
+
+
+class _WholePlace(_Unstepped):
+    """A gradient that is whole on every process, in memory of the optimizer's."""
+
+    def __init__(self, names: tuple[str, ...], parameter: Tensor, gradient: Tensor) -> None:
+        super().__init__(names, parameter)
+        self._gradient = gradient
+
+    def find(self) -> Tensor | Shard | None:
+        return self._gradient.view(self.shape)
+
+    def drop(self) -> None:
+        self._gradient.zero_()
+
+
+class _PartPlace(_Unstepped):
+    """A gradient of which every process of a group holds an interval.
+
+    Args:
+        names: The parameter's names.
+        parameter: The parameter.
+        group: The processes.
+        offset: Index, in the flattened gradient, of the first element here.
+        local: Finds the elements here; ``None`` if nothing of the gradient is here.
+        keep_norm: Is given the elements here after they have been rewritten, where the optimizer has taken their norm.
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        parameter: Tensor,
+        group: ProcessGroup,
+        offset: int = 0,
+        local: Callable[[], Tensor] | None = None,
+        keep_norm: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        super().__init__(names, parameter)
+        self._group = None if torch.distributed.get_world_size(group) == 1 else group
+        self._offset = offset
+        self._local = local
+        self._keep_norm = keep_norm
+
+    def find(self) -> Tensor | Shard | None:
+        if not self._parameter.requires_grad:
+            return None
+        return FlatShard(
+            local=None if self._local is None else self._local(),
+            shape=self.shape,
+            device=self._parameter.device,
+            offset=self._offset,
+            group=self._group,
+        )
+
+    def rewritten(self) -> None:
+        if self._local is not None and self._keep_norm is not None:
+            self._keep_norm(self._local())
+
+    def drop(self) -> None:
+        if self._local is not None:
+            self._local().zero_()
+            self.rewritten()
+
+
+class _Memory(ABC):
+    """Where one of DeepSpeed's optimizers keeps gradients.
+
+    Attributes:
+        needs: Attributes without which this is not the layout that was tested.
+    """
+
+    needs: Sequence[str] = ()
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        missing = [name for name in self.needs if not hasattr(optimizer, name)]
+        if missing:
+            raise _unknown_layout(f"{type(optimizer).__name__} has no {', '.join(missing)}")
+
+    @abstractmethod
+    def groups(self) -> list[list[Tensor]]:
+        """The parameters that are stepped, in the same order on all processes."""
+
+    @abstractmethod
+    def place(self, names: tuple[str, ...], parameter: Tensor, group: int, number: int) -> Place:
+        """The place of one of them."""
+
+    def refresh(self) -> None:
+        """Looks up what a backward pass has made anew, before the places are asked for their gradients."""
+        return
+
+
+class _InParameters(_Memory):
+    """Stage 0: in ``grad``."""
+
+    @property
+    def _attribute(self) -> str | None:
+        # With a copy of the weights in float32, it is the copies that the optimizer itself was given.
+        return next((name for name in ("fp16_groups", "bf16_groups") if hasattr(self.optimizer, name)), None)
+
+    def groups(self) -> list[list[Tensor]]:
+        if self._attribute is not None:
+            return [list(group) for group in getattr(self.optimizer, self._attribute)]
+        return [[p for p in group["params"] if p.requires_grad] for group in self.optimizer.param_groups]
+
+    def place(self, names: tuple[str, ...], parameter: Tensor, group: int, number: int) -> Place:
+        return ParameterPlace(names, parameter)
+
+
+class _BF16(_Memory):
+    """Stage 1 in bfloat16 with accumulation in float32: whole, next to gradients in bfloat16 that the step ignores."""
+
+    needs = ("bf16_groups", "fp32_groups_gradients")
+
+    def groups(self) -> list[list[Tensor]]:
+        return [list(group) for group in self.optimizer.bf16_groups]
+
+    def place(self, names: tuple[str, ...], parameter: Tensor, group: int, number: int) -> Place:
+        return _WholePlace(names, parameter, self.optimizer.fp32_groups_gradients[group][number])
+
+
+class _Zero(_Memory):
+    """Stages 1 to 3: in lists of parts that each backward pass makes, or, offloaded, in memory that stays.
+
+    The step takes the norm of the parts in the lists, and looks there for inf and NaN, both after they have been
+    rewritten. Of offloaded gradients, the norms are taken before, and must be kept up to date.
+    """
+
+    offloaded: bool
+
+    def refresh(self) -> None:
+        averaged = self.optimizer.averaged_gradients
+        if self.offloaded:
+            # The copies to the CPU need not have arrived.
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+            return
+        for group, parts in averaged.items():
+            if parts and any(part.dtype == torch.float16 for part in parts):
+                # Z-scores times the loss scale overflow in float16. The step makes these copies anyway.
+                averaged[group] = [_widened(part) for part in parts]
+
+    def _keep_norm(self, parameter: Tensor) -> Callable[[Tensor], None] | None:
+        if not self.offloaded:
+            return None
+        number = self.optimizer.get_param_id(parameter)
+
+        def keep_norm(part: Tensor) -> None:
+            self.optimizer.norm_for_param_grads[number] = torch.linalg.vector_norm(part, dtype=torch.float32)
+
+        return keep_norm
+
+
+class _Zero12(_Zero):
+    """Stages 1 and 2: one interval of all parameters of a group, flattened together, on each process."""
+
+    needs = (
+        "averaged_gradients",
+        "bit16_groups",
+        "cpu_offload",
+        "first_offset",
+        "get_param_id",
+        "params_in_partition",
+        "real_dp_process_group",
+        "single_partition_of_fp32_groups",
+    )
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer)
+        self.offloaded = optimizer.cpu_offload
+        if self.offloaded and not (hasattr(optimizer, "grad_position") and hasattr(optimizer, "norm_for_param_grads")):
+            raise _unknown_layout(f"{type(optimizer).__name__} has no grad_position and norm_for_param_grads")
+        self._numbers = [{p: number for number, p in enumerate(own)} for own in optimizer.params_in_partition]
+        self._parts: dict[int, list[Tensor]] = {}
+
+    def groups(self) -> list[list[Tensor]]:
+        return [list(group) for group in self.optimizer.bit16_groups]
+
+    def refresh(self) -> None:
+        super().refresh()
+        if self.offloaded:
+            return
+        # Padding in between is marked; at the end, it need not be.
+        self._parts = {
+            group: [part for part in parts or () if not getattr(part, "_zero_padding", False)]
+            for group, parts in self.optimizer.averaged_gradients.items()
+        }
+
+    def place(self, names: tuple[str, ...], parameter: Tensor, group: int, number: int) -> Place:
+        process_group = self.optimizer.real_dp_process_group[group]
+        index = self._numbers[group].get(parameter)
+        if index is None:
+            return _PartPlace(names, parameter, process_group)
+        offset = int(self.optimizer.first_offset[group]) if index == 0 else 0
+        is_last = index == len(self._numbers[group]) - 1
+
+        def averaged() -> Tensor:
+            parts = self._parts.get(group, [])
+            length = parts[index].numel() if index < len(parts) else 0
+            end = offset + length
+            if not length or end > parameter.numel() or (end < parameter.numel() and not is_last):
+                raise _unknown_layout(f"it holds {length} elements of the gradient of {names[0]} from number {offset}")
+            return parts[index].view(-1)
+
+        def offloaded() -> Tensor:
+            _, _, start, length = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+            gradient: Tensor = self.optimizer.single_partition_of_fp32_groups[group].grad
+            return gradient.view(-1).narrow(0, start, length)
+
+        local = offloaded if self.offloaded else averaged
+        return _PartPlace(names, parameter, process_group, offset, local, self._keep_norm(parameter))
+
+
+class _Zero3(_Zero):
+    """Stage 3: one interval of each parameter on each process, the last ones filled up with zeros."""
+
+    needs = (
+        "averaged_gradients",
+        "fp16_groups",
+        "fp32_partitioned_groups_flat",
+        "get_param_id",
+        "grad_position",
+        "offload_optimizer",
+    )
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer)
+        self.offloaded = optimizer.offload_optimizer
+
+    def groups(self) -> list[list[Tensor]]:
+        return [list(group) for group in self.optimizer.fp16_groups]
+
+    def place(self, names: tuple[str, ...], parameter: Any, group: int, number: int) -> Place:
+        process_group = parameter.ds_process_group
+        size = parameter.partition_numel()
+        offset = torch.distributed.get_rank(process_group) * size
+        length = min(size, parameter.ds_numel - offset)
+        if length <= 0:
+            return _PartPlace(names, parameter, process_group)
+
+        def local() -> Tensor:
+            if self.offloaded:
+                _, start, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+                gradient: Tensor = self.optimizer.fp32_partitioned_groups_flat[group].grad
+                return gradient.view(-1).narrow(0, start, length)
+            part: Tensor = self.optimizer.averaged_gradients[group][number]
+            if part.numel() != size:
+                raise _unknown_layout(f"it holds {part.numel()} elements of the gradient of {names[0]}, not {size}")
+            return part.view(-1).narrow(0, 0, length)
+
+        return _PartPlace(names, parameter, process_group, offset, local, self._keep_norm(parameter))
+
+
+# By name, and not by isinstance: subclasses (MiCS, ZenFlow, SuperOffload) keep gradients elsewhere.
+_MEMORIES: dict[str, type[_Memory]] = {
+    "FP16_Optimizer": _InParameters,
+    "FP16_UnfusedOptimizer": _InParameters,
+    "BF16_Optimizer": _BF16,
+    "DeepSpeedZeroOptimizer": _Zero12,
+    "DeepSpeedZeroOptimizer_Stage3": _Zero3,
+}
+
+
+def _memory_of(optimizer: Any) -> _Memory:
+    cls = type(optimizer)
+    if cls.__module__.startswith("deepspeed.runtime."):
+        if cls.__name__ not in _MEMORIES:
+            raise UnsupportedGradientError(
+                f"DeepSpeed's {cls.__name__} keeps gradients where they are not found: use ZeRO stage 0, 1, 2 or 3, "
+                "without MiCS, ZenFlow and SuperOffload"
+            )
+        return _MEMORIES[cls.__name__](optimizer)
+    return _InParameters(optimizer)
+
+
+def _widened(part: Tensor) -> Tensor:
+    wide = part.float()
+    if getattr(part, "_zero_padding", False):
+        wide._zero_padding = True  # type: ignore[attr-defined]
+    return wide
+
+
+def _unknown_layout(what: str) -> UnsupportedGradientError:
+    return UnsupportedGradientError(
+        f"DeepSpeed {version('deepspeed')} keeps gradients otherwise than the releases that were tested: {what}. Use "
+        "one that lightning-znorm names in its extra `deepspeed`"
+    )
+
+
+def _check_features(engine: Any) -> None:
+    """Refuses what leaves gradients out of reach, or makes something else of them.
+
+    Raises:
+        UnsupportedGradientError: If such a feature is on.
+    """
+
+    def setting(name: str, default: Any = None) -> Any:
+        value = getattr(engine, name, default)  # not every version has every one
+        return value() if callable(value) else value
+
+    stepping = type(getattr(engine, "basic_optimizer", engine.optimizer)).__name__
+    offloads = [setting("zero_offload_optimizer"), setting("zero_offload_param")]
+    scalers = [
+        getattr(engine, "torch_autocast_z0_gradscaler", None),
+        getattr(engine.optimizer, "torch_autocast_gradscaler", None),
+    ]
+    fp16 = setting("fp16_enabled")
+    features = {
+        f"the {type(engine).__name__}": type(engine).__name__ != "DeepSpeedEngine",
+        "mixture-of-experts layers": setting("has_moe_layers"),
+        "tensor parallelism": setting("autotp_size", 0) > 1 or getattr(engine.optimizer, "model_parallel_group", None),
+        "sparse gradients (`sparse_gradients`)": setting("sparse_gradients_enabled"),
+        "ZeRO++ (`zero_hpz_partition_size`, `zero_quantized_gradients`)": setting("zero_hpz_partition_size", 1) > 1
+        or setting("zero_quantized_gradients"),
+        "offloading to NVMe": any(getattr(offload, "device", None) == "nvme" for offload in offloads),
+        f"the optimizer {stepping}, which makes its update of gradients before they are averaged": any(
+            kind in stepping.lower() for kind in ("onebit", "zeroone", "muon")
+        ),
+        "DeepCompile": setting("is_deepcompile_enabled"),
+        "`managed_gradient_accumulation=false`": not setting("managed_gradient_accumulation", True),
+        "Apex (`amp`)": setting("amp_enabled"),
+        "`torch_autocast` in float16": any(scaler is not None for scaler in scalers),
+        "float16 and ZeRO stage 0, where scaled z-scores would overflow (use stage 1, or bfloat16)": fp16
+        and setting("zero_optimization_stage") == 0,
+        "`fp16_master_weights_and_grads`, where scaled z-scores would overflow": setting(
+            "fp16_master_weights_and_gradients"
+        ),
+    }
+    for feature, is_on in features.items():
+        if is_on:
+            raise UnsupportedGradientError(
+                f"gradients cannot be normalized under DeepSpeed with {feature}. Turn it off, or leave the callback out"
+            )

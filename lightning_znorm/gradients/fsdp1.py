@@ -1,0 +1,119 @@
+"""Gradients under the first version of FSDP (``FullyShardedDataParallel``): intervals of flattened layers."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from lightning_znorm.gradients.errors import UnsupportedGradientError
+from lightning_znorm.gradients.places import Place
+from lightning_znorm.gradients.shards import FlatShard, Shard
+from lightning_znorm.gradients.sources import GradientSource, clean_name
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+
+class FSDP1Place(Place):
+    """A parameter that is part of a flat one.
+
+    Args:
+        names: The parameter's names.
+        handle: Manages the flat parameter.
+        number: The parameter's number among those of the flat one.
+
+    Raises:
+        UnsupportedGradientError: If the parameter is sharded by tensor parallelism too.
+    """
+
+    def __init__(self, names: tuple[str, ...], handle: "FlatParamHandle", number: int) -> None:
+        super().__init__(names)
+        flat = handle.flat_param
+        if flat._param_extensions[number] is not None:
+            raise UnsupportedGradientError(
+                f"{names[0]} is sharded by FSDP and by tensor parallelism: use FSDP2 for both (ModelParallelStrategy)"
+            )
+        self._shape = flat._shapes[number]
+        self._interval = flat._shard_param_infos[number]
+        # A parameter that is not contiguous is flattened in the order of its memory.
+        stride = flat._strides[number]
+        self._in_rows = flat._contiguities[number] or stride[0] == max(stride)
+        self._is_whole = not handle.uses_sharded_strategy
+        self._group = None if self._is_whole or handle.world_size == 1 else handle.process_group
+        self._flat_parameter = flat
+        # With `use_orig_params=True`, the module's own parameter, whose data and gradient are views of the flat ones.
+        self._parameter: Tensor | None = None if flat._params is None else flat._params[number]
+
+    @property
+    def ndim(self) -> int | None:  # noqa: D102
+        return len(self._shape)
+
+    def find(self) -> Tensor | Shard | None:  # noqa: D102
+        own = self._parameter
+        if own is not None and self._is_whole:
+            return own.grad
+        parameter = self._flat_parameter if own is None else own
+        if not parameter.requires_grad:
+            return None
+        # On a rank that holds nothing of the parameter, the gradient is None too: that says nothing of the others.
+        local = parameter.grad if self._interval.in_shard else None
+        if own is None and local is not None:
+            local = local.narrow(0, self._interval.offset_in_shard or 0, self._interval.numel_in_shard or 0)
+        return FlatShard(
+            local=local,
+            shape=self._shape,
+            device=parameter.device,
+            is_complex=parameter.is_complex(),
+            offset=self._interval.intra_param_start_idx or 0,
+            group=self._group,
+            in_rows=self._in_rows,
+        )
+
+    def drop(self) -> None:  # noqa: D102
+        if self._parameter is not None:
+            self._parameter.grad = None
+        elif self._flat_parameter.grad is not None and self._interval.in_shard:
+            # Not the whole of it, which is other parameters' too.
+            grad = self._flat_parameter.grad
+            grad.narrow(0, self._interval.offset_in_shard or 0, self._interval.numel_in_shard or 0).zero_()
+
+
+class FSDP1Source(GradientSource):
+    """The gradients of a model that is wrapped, at any depth, in ``FullyShardedDataParallel``.
+
+    Args:
+        module: The model, whose names count.
+        wrapped: What holds the wrappers: the model, or a wrapper around it.
+    """
+
+    def __init__(self, module: nn.Module, wrapped: nn.Module) -> None:
+        super().__init__(module)
+        self._wrapped = wrapped
+
+    def _read(self) -> dict[Tensor, list[Place]]:
+        index = super()._read()
+        prefixes = {module: f"{name}." if name else "" for name, module in self.module.named_modules()}
+        for wrapper in FullyShardedDataParallel.fsdp_modules(self._wrapped):
+            handle = wrapper._handle
+            if handle is None:  # a module without parameters of its own
+                continue
+            flat = handle.flat_param
+            if flat._params is not None:
+                for number, parameter in enumerate(flat._params):
+                    names = index[parameter][0].names if parameter in index else (flat._fqns[number],)
+                    index[parameter] = [FSDP1Place(names, handle, number)]
+            else:
+                prefix = prefixes.get(handle._fully_sharded_module, "")
+                names_of = {name: [name] for name in flat._fqns}
+                for shared in flat._shared_param_infos:
+                    first = _joined(shared.prim_module_name, shared.prim_param_name)
+                    names_of[first].append(_joined(shared.module_name, shared.param_name))
+                index[flat] = [
+                    FSDP1Place(tuple(clean_name(prefix + name) for name in names_of[fqn]), handle, number)
+                    for number, fqn in enumerate(flat._fqns)
+                ]
+        return index
+
+
+def _joined(*names: str) -> str:
+    return ".".join(name for name in names if name)

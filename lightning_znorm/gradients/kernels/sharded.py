@@ -1,0 +1,208 @@
+"""The affine kernel where gradients are spread over processes: at most two collectives per process group."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_znorm.gradients.kernels.blockwise import (
+    _CPU_BLOCK,
+    _DEVICE_BLOCK,
+    affine_map,
+    residual_map,
+    rewrite_,
+)
+from lightning_znorm.gradients.kernels.dispatch import affine_, tables_of
+from lightning_znorm.gradients.kernels.layout import workspaces
+from lightning_znorm.gradients.methods import AffineMethod
+from lightning_znorm.gradients.pieces import Piece
+from lightning_znorm.gradients.shards import Shard
+from lightning_znorm.gradients.statistics import Statistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@torch.no_grad()
+def affine_shards_(shards: Iterable[Shard], method: AffineMethod, loss_scale: Tensor | None = None) -> None:
+    """Replaces this process' shards of gradients by the method's, in place, with the statistics of the whole gradients.
+
+    Sums of what each process holds travel first, and squared deviations from the common mean after them: two
+    collectives for each process group, or one if the method needs no deviation, however many gradients. Nothing is
+    subtracted but the common mean: an outlier in a small shard would take the digits of its neighbours.
+
+    Args:
+        shards: The same gradients in the same order on all processes, whatever each holds of them.
+        method: Gives shift and scale from the statistics of each tensor or row.
+        loss_scale: As for :func:`~lightning_znorm.gradients.kernels.blockwise.affine_`.
+    """
+    here: list[Piece] = []
+    spread: defaultdict[tuple[ProcessGroup, ...], list[Shard]] = defaultdict(list)
+    for shard in shards:
+        if groups := shard.groups(method.over):
+            spread[groups].append(shard)
+        else:
+            here += shard.pieces(method.over)
+    affine_(here, method, loss_scale)
+    tables = [_Table(groups, members, method) for groups, members in spread.items()]
+    _all_reduce_({table: table.sums for table in tables})
+    if method.needs_std:
+        for table in tables:
+            table.fill_m2_()
+        _all_reduce_({table: table.m2 for table in tables})
+    for table in tables:
+        table.rewrite_(loss_scale)
+
+
+class _Table:
+    """Statistics of gradients that are spread over the same process groups: an entry for each tensor or row of them.
+
+    In float64, whose sums neither overflow nor lose a digit of float32 ones.
+
+    Attributes:
+        groups: The process groups.
+        sums: Of all elements, shape ``(S,)``; complex if any of the gradients is.
+        m2: Squared deviations of all elements from their mean, shape ``(S,)``.
+    """
+
+    def __init__(self, groups: tuple["ProcessGroup", ...], shards: Sequence[Shard], method: AffineMethod) -> None:
+        self.groups = groups
+        self._method = method
+        device = _reachable_device(shards[0].device, groups)
+        sizes = tuple((shard.count(method.over), shard.entries(method.over)) for shard in shards)
+        self._count = _counts(sizes, device)
+        dtype = torch.complex128 if any(shard.is_complex for shard in shards) else torch.float64
+        self.sums = torch.zeros(len(self._count), dtype=dtype, device=device)
+        self.m2 = torch.zeros(len(self._count), dtype=torch.float64, device=device)
+        pieces: list[Piece] = []
+        start = 0
+        for shard, (_, entries) in zip(shards, sizes, strict=True):
+            pieces += shard.pieces(method.over, start)
+            start += entries
+        pointer_tables, self._pieces = tables_of(pieces)
+        # One pass for all that is to be known of them.
+        self._measured = [
+            (_index_of(table.pieces, device), table, table.measure(method.needs_std)) for table in pointer_tables
+        ]
+        for index, _, stats in self._measured:
+            self.sums.index_copy_(0, index, (stats.count.double() * stats.mean.double()).to(device, dtype))
+        for index, _, works in self._chunks():
+            sums = torch.cat([work.sum(-1).view(-1) for work in works])
+            self.sums.index_copy_(0, index, sums.to(device, dtype))
+
+    def fill_m2_(self) -> None:
+        """Fills in the squared deviations of the elements here from the common means, which are subtracted."""
+        mean = self.sums / self._count
+        for index, _, stats in self._measured:
+            assert stats.m2 is not None
+            offset = stats.mean.double() - mean[index].real.to(stats.mean.device)
+            deviation = stats.m2.double() + stats.count.double() * offset.square()
+            self.m2.index_copy_(0, index, deviation.to(self.m2.device))
+        for index, lasting, works in self._chunks():
+            centered = works if lasting else [work.clone() for work in works]
+            m2 = _center_(centered, _like(mean[index], works[0]), needs_std=True)
+            assert m2 is not None
+            self.m2.index_copy_(0, index, m2.to(self.m2.device, self.m2.dtype))
+
+    def rewrite_(self, loss_scale: Tensor | None) -> None:
+        """Applies the method."""
+        for index, table, local in self._measured:
+            table.rewrite_(*affine_map(self._stats(index, local.mean), self._method, loss_scale))
+        for index, lasting, works in self._chunks():
+            stats = self._stats(index, works[0])
+            if not (self._method.needs_std and lasting):
+                _center_(works, stats.mean, needs_std=False)
+            rewrite_(works, *residual_map(stats, self._method, loss_scale))
+
+    def _stats(self, index: Tensor, like: Tensor) -> Statistics:
+        """Statistics of some entries, in the type of a tensor and on its device."""
+        return Statistics(
+            _like(self._count[index], like.real),
+            _like(self.sums[index] / self._count[index], like),
+            _like(self.m2[index], like.real) if self._method.needs_std else None,
+        )
+
+    def _chunks(self) -> Iterator[tuple[Tensor, bool, list[Tensor]]]:
+        """Yields workspaces with the numbers of their entries, and whether what is left in them lasts to the next time.
+
+        In half precision it does not: the rest of a subtraction may have more digits than there are, or be too large.
+        """
+        for pieces, works in workspaces(self._pieces):
+            yield _index_of(pieces, self.sums.device), pieces[0].tensor.dtype == works[0].dtype, works
+
+
+def _center_(works: list[Tensor], mean: Tensor, needs_std: bool) -> Tensor | None:
+    """Subtracts means, one for each flat tensor and each row of a matrix, and returns squared deviations if needed."""
+    own_means = torch.split(mean, [1 if work.ndim == 1 else len(work) for work in works])
+    m2s = []
+    for work, own in zip(works, own_means, strict=True):
+        if work.ndim > 1:
+            work.sub_(own.unsqueeze(1))
+            if needs_std:
+                m2s.append(torch.linalg.vector_norm(work, dim=1).square_())
+            continue
+        dot = torch.vdot if work.is_complex() else torch.dot
+        parts = []
+        for part in torch.split(work, _CPU_BLOCK if work.device.type == "cpu" else _DEVICE_BLOCK):
+            part.sub_(own)
+            if needs_std:
+                parts.append(dot(part, part).real)  # while the part is in cache
+        if needs_std:
+            m2s.append(torch.stack(parts).sum(0, keepdim=True))
+    return torch.cat(m2s) if needs_std else None
+
+
+def _like(entries: Tensor, work: Tensor) -> Tensor:
+    """Entries in the type, and on the device, of a workspace."""
+    return (entries if work.is_complex() else entries.real).to(work.device, work.dtype)
+
+
+def _all_reduce_(vectors: dict[_Table, Tensor]) -> None:
+    """Sums the vector of each table over the ranks of its groups, group after group; all tables of a group at once.
+
+    All processes take the groups in the same order, that in which their gradients name them.
+    """
+    for group in dict.fromkeys(group for table in vectors for group in table.groups):
+        members = [
+            torch.view_as_real(vector).view(-1) if vector.is_complex() else vector
+            for table, vector in vectors.items()
+            if group in table.groups
+        ]
+        together = members[0] if len(members) == 1 else torch.cat([member.to(members[0].device) for member in members])
+        torch.distributed.all_reduce(together, group=group)
+        if len(members) > 1:
+            for member, reduced in zip(
+                members, torch.split(together, [len(member) for member in members]), strict=True
+            ):
+                member.copy_(reduced)
+
+
+def _reachable_device(device: torch.device, groups: tuple["ProcessGroup", ...]) -> torch.device:
+    """The device, or another if the groups' backends cannot communicate from there (NCCL cannot from the CPU)."""
+    for group in groups:
+        types = [reachable.type for reachable in group._device_types]
+        if device.type not in types:
+            return torch.device(types[0])
+    return device
+
+
+def _index_of(pieces: Iterable[Piece], device: torch.device) -> Tensor:
+    """The numbers of the entries that pieces contribute to."""
+    return _indices(tuple([(piece.start, piece.entries) for piece in pieces]), device)
+
+
+# Both are cached because a copy to a device waits for it.
+@lru_cache(maxsize=1024)
+def _counts(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Elements behind each entry, from elements and entries of each gradient."""
+    counts, entries = zip(*sizes, strict=True)
+    return torch.tensor(counts, dtype=torch.float64).repeat_interleave(torch.tensor(entries)).to(device)
+
+
+@lru_cache(maxsize=1024)
+def _indices(ranges: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """The numbers of the entries, from where each range of them begins and its length."""
+    return torch.cat([torch.arange(start, start + length) for start, length in ranges]).to(device)

@@ -1,0 +1,219 @@
+"""Gradients that are DTensors, of FSDP2 and tensor parallelism: the result is that of the whole gradients."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tests.gradients.dtensor_gradients import (
+    CASES,
+    EXPANDED,
+    FSDP2_RUNS_ON_CPU,
+    LR,
+    MODELS,
+    PROCESSES,
+    STEPS,
+    Blocks,
+    Network,
+    gradient,
+    loss_of,
+)
+from tests.gradients.reference import centralized, wide, zscore
+from tests.gradients.test_zscore import TOLERANCE
+from tests.processes import run_python
+
+METHODS = ["zscore", "centralized"]
+needs_fsdp2 = pytest.mark.skipif(not FSDP2_RUNS_ON_CPU, reason="FSDP2 of this torch does not run on a CPU")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of the processes wrote down in all scenarios, which they run one after the other."""
+    directory = tmp_path_factory.mktemp("dtensor")
+    finished = run_python(Path(__file__).with_name("dtensor_gradients.py"), directory, timeout=240)
+    assert finished.returncode == 0, finished.stdout
+    return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+
+
+def reference(grad: Tensor, method: str) -> Tensor:
+    """By definition, but for single elements and rows of them, which stay as they are."""
+    if method == "zscore":
+        return zscore(grad) if grad.numel() > 1 else wide(grad)
+    return centralized(grad) if grad.ndim > 1 and grad[:1].numel() > 1 else wide(grad)
+
+
+def check(record: dict[str, Any], method: str, *names: str) -> None:
+    assert sorted(record["after"]) == sorted(names)
+    for name in names:
+        before, after = record["before"][name], record["after"][name]
+        assert after.dtype == before.dtype
+        torch.testing.assert_close(
+            wide(after),
+            reference(before, method),
+            rtol=0,
+            atol=3 * TOLERANCE[before.dtype],
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", CASES)
+def test_one_gradient(runs: list[dict[str, Any]], case: str, method: str) -> None:
+    for run in runs:
+        record = run[f"one_by_one {method}"][case]
+        check({"before": {case: record["before"]}, "after": {case: record["after"]}}, method, case)
+        assert record["in_place"] or "sum" in case  # those that lie in memory in another way are copied
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_together(runs: list[dict[str, Any]], method: str) -> None:
+    for run in runs:
+        check(run[f"together {method}"], method, "plain_first", *CASES, "plain", "plain_float32")
+
+
+def test_reference_tells_the_whole_from_its_parts() -> None:
+    # The z-score of what a process holds is another one.
+    whole = gradient((7, 3))
+    of_parts = torch.cat([zscore(part) for part in whole.chunk(PROCESSES)])
+    assert (zscore(whole) - of_parts).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_processes_agree(runs: list[dict[str, Any]], method: str) -> None:
+    first, *others = (run[f"together {method}"]["after"] for run in runs)
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_elements_that_share_memory(runs: list[dict[str, Any]], method: str) -> None:
+    for run in runs:
+        check(run[f"shared_memory {method}"], method, *EXPANDED)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_collective_still_running(runs: list[dict[str, Any]], method: str) -> None:
+    for run in runs:
+        check(run[f"in_flight {method}"], method, "dtensor", "plain")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_missing_gradients(runs: list[dict[str, Any]], method: str) -> None:
+    for run in runs:
+        check(run[f"missing {method}"], method, "present")
+        assert run[f"missing {method}"]["none"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_frozen_after_the_backward_pass(runs: list[dict[str, Any]], method: str) -> None:
+    for run in runs:
+        check(run[f"frozen_later {method}"], method, "sharded", "plain")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mesh_of_some_ranks(runs: list[dict[str, Any]], method: str) -> None:
+    for rank, run in enumerate(runs):
+        check(run[f"submesh {method}"], method, "everywhere", *(["shard", "sum"] if rank < 2 else []))
+
+
+def test_refused_by_name_before_anything_changes(runs: list[dict[str, Any]]) -> None:
+    for run in runs:
+        messages = run["refused"]
+        assert (
+            "gradient of parameter 2 is neither whole nor sharded, but stands for Partial(max)" in messages["largest"]
+        )
+        assert "redistribute" in messages["largest"]
+        assert (
+            "parameter 0 is sharded over processes, and _VariableFunctionsClass.sign is a function"
+            in messages["function"]
+        )
+
+
+@pytest.mark.parametrize("count", [44, 440])
+@pytest.mark.parametrize(("method", "collectives"), [("zscore", 2), ("centralized", 1)])
+def test_collectives(runs: list[dict[str, Any]], method: str, collectives: int, count: int) -> None:
+    # Of a call for rows that are cut nowhere, there are none at all.
+    expected = 0 if method == "centralized" else collectives
+    for run in runs:
+        record = run[f"counted {method} {count} sharded"]
+        assert record["all_reduce"] == expected
+        assert record["traffic"] == ({"c10d.allreduce_": expected} if expected else {})
+        whole = run[f"counted {method} {count} whole"]
+        assert (whole["all_reduce"], whole["traffic"]) == (0, {})
+
+
+@pytest.mark.parametrize(("method", "rounds"), [("zscore", 2), ("centralized", 1)])
+def test_collectives_of_several_meshes(runs: list[dict[str, Any]], method: str, rounds: int) -> None:
+    # Three groups (the line, and two directions of the square), and the sums that are taken first: one for each
+    # direction, and for each of sum and mean.
+    sums = 4
+    for run in runs:
+        assert run[f"together {method}"]["all_reduce"] == 3 * rounds + sums
+        assert run[f"together {method}"]["traffic"] == {"c10d.allreduce_": 3 * rounds + sums}
+
+
+def stepped(model: nn.Module, weights: dict[str, Tensor], inputs: list[Tensor], method: str) -> dict[str, Tensor]:
+    """One process' SGD step along the transformed mean of the gradients, from its definition."""
+    given = {name: wide(weight).requires_grad_() for name, weight in weights.items()}
+    loss = sum(loss_of(functional_call(model, given, (batch.double(),))) for batch in inputs) / len(inputs)
+    grads = torch.autograd.grad(loss, list(given.values()), allow_unused=True)
+    return {
+        name: weight.detach() - LR * (0 if grad is None else reference(grad, method))
+        for (name, weight), grad in zip(given.items(), grads, strict=True)
+    }
+
+
+def check_step(name: str, method: str, step: int, before: Any, after: Any, tolerance: float) -> None:
+    _, inputs, _, shards = MODELS[name]
+    model = Network() if name in ("fsdp", "hybrid") else Blocks()
+    expected = stepped(model, before, [inputs(shard, step) for shard in range(shards)], method)
+    assert set(after) == set(expected)
+    for key, weight in after.items():
+        torch.testing.assert_close(
+            wide(weight), expected[key], rtol=0, atol=tolerance, msg=lambda text, key=key: f"step {step}, {key}: {text}"
+        )
+
+
+# Of the gradients, so that a scenario is what it says.
+PLACEMENTS = {
+    "fsdp": {"(Shard(dim=0),)"},
+    "hybrid": {"(Replicate(), Shard(dim=0))"},
+    "tensor_parallel": {"(Partial(sum),)", "(Shard(dim=0),)", "(Shard(dim=1),)", "(Replicate(),)"},
+    "fsdp_and_tensor_parallel": {
+        "(_StridedShard(dim=0, sf=2), Shard(dim=0))",
+        "(Shard(dim=0), Shard(dim=1))",
+        "(Shard(dim=0), Replicate())",
+        "(Shard(dim=0),)",
+    },
+}
+
+
+@pytest.mark.parametrize("way", ["called zscore", "attached zscore", "attached centralized"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_step_is_that_of_one_process(runs: list[dict[str, Any]], name: str, way: str) -> None:
+    for run in runs:
+        record = run[f"{name} {way}"]
+        assert len(record["weights"]) == STEPS + 1
+        for step in range(STEPS):
+            check_step(name, way.split()[1], step, *record["weights"][step : step + 2], tolerance=1e-11)
+        assert record["placements"] == PLACEMENTS[name]
+
+
+@needs_fsdp2
+def test_grad_scaler(runs: list[dict[str, Any]]) -> None:
+    for run in runs:
+        for step in range(STEPS):
+            check_step("fsdp", "zscore", step, *run["scaled"]["weights"][step : step + 2], tolerance=2e-5)
+
+
+@needs_fsdp2
+def test_overflow_on_one_rank_skips_the_step_on_all(runs: list[dict[str, Any]]) -> None:
+    for run in runs:
+        record = run["overflow"]
+        assert record["scales"] == [2.0**10, 2.0**10, 2.0**9]
+        start, first, second = record["weights"]
+        check_step("fsdp", "zscore", 0, start, first, tolerance=2e-5)
+        assert all(torch.equal(first[key], second[key]) for key in first)

@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+
+from tests.processes import run_python
+from tests.strategies.training import SCENARIOS
+
+# Their checkpoints hold the callback's state, and so they warn of its absence.
+WITHOUT_CALLBACK = [f"checkpoint-{kind}-resume-2" for kind in ("ddp", "fsdp", "fsdp-sharded", "fsdp2")]
+
+
+def launch(directory: Path, processes: int, *more: str) -> Path:
+    names = [name for name, scenario in SCENARIOS.items() if scenario.processes == processes]
+    script = Path(__file__).with_name("training.py")
+    finished = run_python(script, directory, *names, *more, timeout=200, PYTHONPATH=str(Path(__file__).parents[2]))
+    assert finished.returncode == 0, finished.stdout
+    return directory
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes wrote down in all scenarios for two, which they run one after the other."""
+    directory = tmp_path_factory.mktemp("strategies")
+    return launch(directory, 2, *(f"{name}-without_callback" for name in WITHOUT_CALLBACK))
+
+
+# Some of these go on from checkpoints of two processes.
+@pytest.fixture(scope="session")
+def four_processes(two_processes: Path) -> Path:
+    return launch(two_processes, 4)
+
+
+@pytest.fixture(scope="session")
+def one_process(two_processes: Path) -> Path:
+    return launch(two_processes, 1)
+
+
+@pytest.fixture
+def directory(request: pytest.FixtureRequest, name: str) -> Path:
+    """Where the processes of the test's scenario wrote down what they saw."""
+    fixture = {1: "one_process", 2: "two_processes", 4: "four_processes"}[SCENARIOS[name].processes]
+    return request.getfixturevalue(fixture)

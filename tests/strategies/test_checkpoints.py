@@ -1,0 +1,45 @@
+"""A run that is resumed, by as many processes or others, goes on as the reference does, with the callback."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.strategies.conftest import WITHOUT_CALLBACK
+from tests.strategies.reference import check, records
+from tests.strategies.training import SCENARIOS
+
+RESUMED = [name for name, scenario in SCENARIOS.items() if scenario.resumes is not None]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_goes_on(directory: Path, name: str) -> None:
+    scenario = SCENARIOS[name]
+    saved, resumed = records(directory, scenario.resumes, 1)[0], records(directory, name, 1)[0]
+    for key, weight in saved["weights"][-1].items():
+        assert torch.equal(weight, resumed["weights"][0][key]), key
+    momentum = check(scenario.resumes, SCENARIOS[scenario.resumes], saved)
+    check(name, scenario, resumed, momentum)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_does_not_miss_the_callback(directory: Path, name: str) -> None:
+    for run in records(directory, name, SCENARIOS[name].processes):
+        said = [message for message in run["warnings"] if "ZNormCallback" in message]
+        assert [message for message in said if "has not been tested" not in message] == []
+
+
+@pytest.mark.parametrize("name", WITHOUT_CALLBACK)
+def test_would_miss_the_callback(directory: Path, name: str) -> None:
+    run = records(directory, f"{name}-without_callback", 1)[0]
+    missing = [message for message in run["warnings"] if "ZNormCallback" in message]
+    assert len(missing) == 1
+    assert "callbacks" in missing[0]
+
+
+@pytest.mark.parametrize("name", WITHOUT_CALLBACK)
+def test_without_the_callback_the_reference_differs(directory: Path, name: str) -> None:
+    scenario = SCENARIOS[name]
+    momentum = check(scenario.resumes, SCENARIOS[scenario.resumes], records(directory, scenario.resumes, 1)[0])
+    with pytest.raises(AssertionError, match="more than allowed"):
+        check(name, scenario, records(directory, f"{name}-without_callback", 1)[0], momentum)
