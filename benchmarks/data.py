@@ -3,6 +3,8 @@
 Each row is a shuffled epoch of CIFAR-10 in batches of 256, on one CPU thread (and the workers): the median over rounds
 in which all rows take their turn. "normalized" ends at the float batch that a network is given, which on a GPU is made
 by the GPU; "uint8" is what reaches the device.
+
+``--pcam`` and ``--lgg`` name the roots of PatchCamelyon and of the LGG slices, for rows of their training sets.
 """
 
 import argparse
@@ -15,8 +17,9 @@ from torchvision.datasets import CIFAR10, VisionDataset
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from benchmarks.timing import alternating_medians
-from lightning_znorm.data import CIFAR10DataModule
-from lightning_znorm.data.in_memory import Images, InMemoryImages, Labels
+from lightning_znorm.data import CIFAR10DataModule, LGGDataModule, PCamDataModule
+from lightning_znorm.data.images import ImageDataModule, Labels
+from lightning_znorm.data.in_memory import Images, InMemoryImages
 
 BATCH_SIZE = 256
 
@@ -43,6 +46,10 @@ class GivenCIFAR10(CIFAR10):
 def ours(images: Images, labels: Labels, normalized: bool) -> Callable[[], None]:
     module = CIFAR10DataModule(batch_size=BATCH_SIZE)
     module.train_set = InMemoryImages(images, labels)
+    return epoch_of(module, normalized)
+
+
+def epoch_of(module: ImageDataModule, normalized: bool) -> Callable[[], None]:
     loader = module.train_dataloader()
 
     def epoch() -> None:
@@ -63,11 +70,21 @@ def torchvisions(images: Images, labels: Labels, workers: int) -> Callable[[], N
     return epoch
 
 
+def medical_rows(name: str, module: ImageDataModule, rounds: int) -> None:
+    module.setup("fit")
+    count = len(module.train_set)  # type: ignore[arg-type]
+    rows = {f"{name}, {kind}": epoch_of(module, kind == "normalized") for kind in ("uint8", "normalized")}
+    for row, value in alternating_medians(rows, rounds=rounds, warmup=1).items():
+        print(f"| {row:<34} | {count / value:>8.0f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Images per second of our data path and of torchvision's.")
     parser.add_argument("--root", help="folder that holds cifar-10-batches-py (default: random images of that size)")
     parser.add_argument("--images", type=int, default=50_000, help="images in an epoch (default: all 50,000)")
     parser.add_argument("--rounds", type=int, default=5, help="epochs of each row (default: 5)")
+    parser.add_argument("--pcam", help="folder that holds pcam, or Kaggle's layout (default: no rows)")
+    parser.add_argument("--lgg", help="folder that holds kaggle_3m (default: no rows)")
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # a second thread gains little, and makes the result hang on what else the machine does
@@ -87,6 +104,9 @@ def main() -> None:
     for name, value in seconds.items():
         print(f"| {name:<34} | {args.images / value:>8.0f} |")
     _, mine, *theirs = seconds.values()
+    for name, kind, root in (("PCam", PCamDataModule, args.pcam), ("LGG", LGGDataModule, args.lgg)):
+        if root is not None:
+            medical_rows(name, kind(root, batch_size=BATCH_SIZE), args.rounds)
     print(f"\nnormalized: {min(theirs) / mine:.1f} times torchvision's faster row")
 
 

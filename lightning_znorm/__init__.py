@@ -4,14 +4,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_znorm.callbacks import GradientCentralizationCallback, GradientTransform, ZNormCallback
+    from lightning_znorm.callbacks import (
+        GradientCentralizationCallback,
+        GradientTransform,
+        MaskOverlay,
+        MaskWriter,
+        ZNormCallback,
+    )
 
 __version__ = "0.1.0"
 
-__all__ = ["GradientCentralizationCallback", "GradientTransform", "ZNormCallback"]
+__all__ = ["GradientCentralizationCallback", "GradientTransform", "MaskOverlay", "MaskWriter", "ZNormCallback"]
 
 
-_MODULES = ["callbacks", "data", "functional", "gradients", "models", "tasks"]
+_MODULES = ["callbacks", "compare", "data", "functional", "gradients", "metrics", "models", "tasks"]
 
 
 # Resolved on first use, so that `lightning_znorm.functional` works in a program that never loads Lightning.

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.cifar10 import fake_cifar10, real_cifar10  # noqa: F401
+from tests.medical import fake_lgg, fake_pcam, real_lgg, real_pcam  # noqa: F401
 
 THIRD_PARTY = (
     # Lightning 2.6 with torch 2.15.

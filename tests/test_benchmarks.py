@@ -35,11 +35,37 @@ def test_data() -> None:
 
 def test_kernels() -> None:
     table = rows(output_of("benchmarks.kernels", "--models", "ResNet-56", "--rounds", "3", "--threads", "1"))
-    assert [row[1] for row in table[:4]] == ["clip_grad_norm_", "zscore_grads_", "centralize_grads_", "obvious loop"]
+    assert [row[1] for row in table[:5]] == [
+        "clip_grad_norm_",
+        "zscore_grads_",
+        "centralize_grads_",
+        "obvious loop",
+        "timm adaptive_clip_grad",
+    ]
     clip = float(table[0][2])
     for model, _, milliseconds, ratio in table:
         assert model == "ResNet-56"
         assert float(ratio) == pytest.approx(float(milliseconds) / clip, rel=0.05, abs=0.02)
+
+
+def test_training_step() -> None:
+    arguments = ("--device", "cpu", "--eager", "--batch-size", "1", "--rounds", "1")
+    table = rows(output_of("benchmarks.training_step", *arguments))
+    assert [row[:2] for row in table] == [["32-true", "eager"], ["bf16-mixed", "eager"]]
+    for without, with_znorm, added, alone, share in ([float(cell) for cell in row[2:]] for row in table):
+        assert added == pytest.approx(100 * (with_znorm / without - 1), abs=0.02)
+        assert share == pytest.approx(100 * alone / without, abs=0.02)
+
+
+@pytest.mark.gpu
+def test_kernels_on_a_gpu() -> None:
+    table = rows(output_of("benchmarks.kernels", "--device", "cuda", "--models", "ResNet-56", "--rounds", "3"))
+    names = [row[2] for row in table]
+    assert names[:2] == ["clip_grad_norm_", "zscore_grads_"]
+    assert names[-1] == "centralize_grads_, in a graph"
+    for _, _, _, milliseconds, _, of_floor, _, memory in table:
+        assert float(of_floor) / float(table[0][5]) == pytest.approx(float(milliseconds) / float(table[0][3]), rel=0.1)
+        assert float(memory) >= 0
 
 
 def test_learning_rates() -> None:
@@ -48,3 +74,36 @@ def test_learning_rates() -> None:
     )
     assert [row[:2] for row in table] == [["Adam", "1e-03"], ["SGD, momentum 0.9", "1e-03"]]
     assert all(0 <= float(accuracy) <= 1 for row in table for accuracy in row[2:])
+
+
+def test_metrics() -> None:
+    table = rows(output_of("benchmarks.metrics", "--images", "2", "--size", "32", "--rounds", "1", "--threads", "1"))
+    values = {(masks, score): float(value) for masks, score, _, value in table}
+    assert len(values) == len(table) == 19
+    for masks in ("blobs", "noise"):
+        ours = values[masks, "Hausdorff, lightning_znorm"]
+        assert ours == values[masks, "Hausdorff, SciPy directed_hausdorff"] > 0
+        assert values[masks, "HD95, lightning_znorm"] == pytest.approx(values[masks, "HD95, MONAI"], abs=2e-4)
+        for others in ("MONAI", "torchmetrics"):
+            assert values[masks, "Dice, lightning_znorm"] == pytest.approx(values[masks, f"Dice, {others}"], abs=2e-4)
+    assert all(float(milliseconds) > 0 for _, _, milliseconds, _ in table)
+
+
+def test_collectives() -> None:
+    table = rows(output_of("benchmarks.collectives", "--parameters", "3", "30", "--rounds", "2", "--processes", "2"))
+    assert [row[:2] for row in table] == [
+        [count, name]
+        for count in ("3", "30")
+        for name in ("zscore_grads_", "centralize_grads_", "DTensor by DTensor", "gathered one by one")
+    ]
+    # Ours do not grow with the number of parameters. All are cut along rows, which centralization works on.
+    collectives = {(count, name): int(calls) for count, name, calls, _, _ in table}
+    for count in (3, 30):
+        assert collectives[str(count), "zscore_grads_"] == 2
+        assert collectives[str(count), "centralize_grads_"] == 0
+        assert collectives[str(count), "DTensor by DTensor"] >= count
+        assert collectives[str(count), "gathered one by one"] == count
+    for count in (3, 30):
+        own = [row for row in table if row[0] == str(count)]
+        for row in own:
+            assert float(row[4]) == pytest.approx(float(row[3]) / float(own[0][3]), rel=0.05, abs=0.06)

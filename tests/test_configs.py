@@ -8,11 +8,14 @@ import yaml
 
 from lightning_znorm.cli import main
 from lightning_znorm.cli.config_files import read_config
+from tests.data.jpegs import write_image_folder
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
 EXPERIMENTS = sorted(set(CONFIGS.rglob("*.yaml")) - set(METHODS))
 CIFAR10 = [path for path in EXPERIMENTS if path.parent.name == "cifar10"]
+LGG = [path for path in EXPERIMENTS if path.parent.name == "lgg"]
+PCAM = [path for path in EXPERIMENTS if path.parent.name == "pcam"]
 DIGITS = CONFIGS / "digits/resnet20.yaml"
 CPU = ["--trainer.accelerator", "cpu"]
 
@@ -34,19 +37,33 @@ def class_paths(config: dict) -> list[str]:
 
 
 @pytest.fixture
-def data_flags(request, fake_cifar10, monkeypatch, tmp_path):
+def data_flags(request, fake_cifar10, fake_lgg, fake_pcam, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     return {
         "digits": [],
         "cifar10": ["--data.init_args.root", str(fake_cifar10), "--data.init_args.batch_size", "2"],
+        "lgg": [
+            *("--data.init_args.root", str(fake_lgg), "--data.init_args.batch_size", "2"),
+            *("--data.init_args.val_fraction", "0.3", "--data.init_args.test_fraction", "0.3"),
+        ],
+        "pcam": ["--data.init_args.root", str(fake_pcam), "--data.init_args.batch_size", "2"],
+        "imagenet": [
+            *("--data.init_args.root", str(write_image_folder(tmp_path / "my images", classes=3, train=10, val=2))),
+            *("--data.init_args.val_fraction", "0.3", "--model.init_args.num_classes", "3"),
+            *("--data.init_args.batch_size", "2", "--data.init_args.num_workers", "1"),
+            *("--data.init_args.image_size", "32", "--data.init_args.resize_size", "36"),
+        ],
     }
 
 
+@pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
+# Of Python 3.12 and later, when the loader starts its worker beside torch's threads.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=name)
 def test_experiment(experiment, data_flags, capsys):
     flags = data_flags[experiment.parent.name]
     main(["fit", "--config", str(experiment), *flags, "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"])
-    assert "val/accuracy" in capsys.readouterr().out
+    assert ("val/dice" if experiment in LGG else "val/accuracy") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", METHODS, ids=name)
@@ -66,7 +83,8 @@ def test_experiment_names_no_method(experiment):
     assert file.is_experiment
     assert not file.is_method
     assert "trainer.callbacks" not in file.settings
-    assert sorted(file.callbacks) == ["ModelCheckpoint", "RichProgressBar"]
+    pictures = ["MaskOverlay", "MaskWriter"] if experiment in LGG else []
+    assert sorted(file.callbacks) == [*pictures, "ModelCheckpoint", "RichProgressBar"]
     assert not any("clip" in key or "weight_decay" in key for key in file.settings)
 
 
@@ -77,16 +95,19 @@ def test_what_every_experiment_keeps(experiment, capsys):
     assert config["trainer"]["logger"]["class_path"].endswith(".CSVLogger")
     assert config["trainer"]["logger"]["init_args"]["name"] == f"{experiment.parent.name}-{experiment.stem}"
     checkpoint = config["trainer"]["callbacks"][0]["init_args"]
-    assert (checkpoint["monitor"], checkpoint["mode"], checkpoint["save_last"]) == ("val/accuracy", "max", True)
+    metric = "val/dice" if experiment in LGG else "val/accuracy"
+    assert (checkpoint["monitor"], checkpoint["mode"], checkpoint["save_last"]) == (metric, "max", True)
     assert (checkpoint["filename"], checkpoint["auto_insert_metric_name"]) == ("best", False)
 
 
 def test_all_models_of_the_paper():
     names = "densenet121 densenet169 mobilenetv2 resnet101 resnet152 resnet56 vgg16 xception"
     assert [path.stem for path in CIFAR10] == names.split()
+    assert [path.stem for path in PCAM] == ["resnet101", "resnet152", "resnet56"]
+    assert [path.stem for path in LGG] == ["attention-unet", "resnet50-unet", "unetpp"]
 
 
-@pytest.mark.parametrize("experiment", CIFAR10, ids=name)
+@pytest.mark.parametrize("experiment", [*CIFAR10, *PCAM], ids=name)
 def test_settings_of_the_paper(experiment, capsys):
     config = resolved(capsys, "--config", experiment)
     model, data = config["model"]["init_args"], config["data"]["init_args"]
@@ -94,9 +115,38 @@ def test_settings_of_the_paper(experiment, capsys):
     assert model["optimizer"]["init_args"]["lr"] == 1e-3
     assert model["optimizer"]["init_args"]["weight_decay"] == 0
     assert model["lr_scheduler"] is None
-    assert (model["num_classes"], model["model_kwargs"]) == (10, None)
-    assert (data["batch_size"], data["augment"]) == (256, False)
-    assert config["trainer"]["max_epochs"] == 100
+    assert model["model"] == experiment.stem or experiment in CIFAR10
+    assert model["model_kwargs"] is None
+    assert data["batch_size"] == 256
+    assert not data.get("augment")
+    assert (model["num_classes"], config["trainer"]["max_epochs"]) == ((10, 100) if experiment in CIFAR10 else (2, 50))
+
+
+@pytest.mark.parametrize("experiment", LGG, ids=name)
+def test_settings_of_the_paper_for_segmentation(experiment, capsys):
+    config = resolved(capsys, "--config", experiment)
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    assert model["model"] == experiment.stem.replace("-", "_")
+    assert model["optimizer"]["class_path"] == "torch.optim.Adam"
+    assert (model["optimizer"]["init_args"]["lr"], model["optimizer"]["init_args"]["weight_decay"]) == (1e-2, 0)
+    assert model["lr_scheduler"]["class_path"] == "torch.optim.lr_scheduler.MultiStepLR"
+    assert model["lr_scheduler"]["init_args"]["milestones"] == [30, 35, 40, 45]
+    assert model["lr_scheduler"]["init_args"]["gamma"] == 0.1
+    assert (data["batch_size"], config["trainer"]["max_epochs"], data["augment"]) == (128, 50, False)
+
+
+def test_imagenet(capsys):
+    config = resolved(capsys, "--config", CONFIGS / "imagenet/resnet50.yaml")
+    model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
+    assert (model["model"], model["num_classes"]) == ("resnet50", 1000)
+    assert (data["image_size"], data["resize_size"]) == (224, 256)
+    assert (trainer["devices"], trainer["num_nodes"], trainer["precision"]) == ("auto", 1, "bf16-mixed")
+    assert model["lr_scheduler"]["init_args"]["T_max"] == trainer["max_epochs"]
+    paths = (CONFIGS / "imagenet/resnet50.yaml", CONFIGS / "methods/wd-1e-4.yaml")
+    decayed = resolved(capsys, "--config", paths[0], "--config", paths[1])["model"]["init_args"]
+    assert decayed["optimizer"]["class_path"] == "torch.optim.AdamW"
+    assert decayed["optimizer"]["init_args"]["lr"] == 1e-3
+    assert decayed["lr_scheduler"] == model["lr_scheduler"]
 
 
 class TestWhatMethodsChange:

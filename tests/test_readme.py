@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +49,47 @@ def test_python() -> None:
 COMMANDS = [command.strip() for code in blocks("bash") for command in code.replace("&&", "\n").strip().split("\n")]
 
 
+@pytest.fixture
+def marking(fake_lgg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
+    """Makes a folder of images, and a checkpoint of a network that marks them, for a command that predicts."""
+
+    def make(args: list[str]) -> None:
+        shutil.copytree(
+            next(fake_lgg.glob("kaggle_3m/TCGA*")), tmp_path / "slices", ignore=lambda _, names: masks(names)
+        )
+        short = "--trainer.max_epochs 1 --trainer.limit_train_batches 1 --trainer.accelerator cpu --data.init_args."
+        flags = shlex.split(f"{short}val_fraction 0.3 --data.init_args.test_fraction 0.3 --trainer.log_every_n_steps 1")
+        main(["fit", *args[1:5], *flags, "--data.init_args.root", str(fake_lgg)])
+        next(tmp_path.rglob("last.ckpt")).rename(tmp_path / "best.ckpt")
+
+    def masks(names: list[str]) -> set[str]:
+        return {name for name in names if "mask" in name}
+
+    return make
+
+
+# Lightning's, of a checkpoint that is used in another run than the one that wrote it.
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "lightning_znorm" in command])
-def test_command(command: str, fake_cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command(
+    command: str,
+    fake_cifar10: Path,
+    marking: Callable[[list[str]], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     python, flag, package, *args = shlex.split(command)
     assert (python, flag, package) == ("python", "-m", "lightning_znorm")
     monkeypatch.chdir(tmp_path)
     if "cifar10" in command:  # where the download would put it
         fake_cifar10.rename(tmp_path / "data")
-    main([*args, "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"])
+    if "predict" in args:
+        marking(args)
+    if "compare" in args:
+        args.append("--dry-run")
+    else:
+        args += ["--trainer.fast_dev_run", "true"]
+    main([*args, "--trainer.accelerator", "cpu"])
 
 
 def test_the_other_commands_install_and_test() -> None:

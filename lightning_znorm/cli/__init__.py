@@ -18,12 +18,13 @@ from lightning_znorm.cli.errors import sentence
 __all__ = ["main"]
 
 _HELP = """\
-usage: python -m lightning_znorm {fit,validate,test,predict} [--config FILE ...] [--KEY VALUE ...]
+usage: python -m lightning_znorm {fit,validate,test,predict,compare} [--config FILE ...] [--KEY VALUE ...]
 
   fit       train
   validate  evaluate on the validation set
   test      evaluate on the test set
   predict   save the predictions for the test set
+  compare   run several methods with several seeds, and report whether they differ (`compare --help`)
 
 Name an experiment, then a method to lay over it; a flag overrides any setting of theirs:
 
@@ -57,7 +58,13 @@ def main(args: list[str] | None = None) -> None:
         print(f"lightning-znorm {__version__}")
     else:
         try:
-            _run(args)
+            if args[0] == "compare":
+                from lightning_znorm.compare.command import main as compare
+
+                if code := compare(args[1:]):
+                    sys.exit(code)
+            else:
+                _run(args)
         except Exception as error:
             message = sentence(error)
             if message is None:

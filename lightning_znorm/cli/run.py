@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
@@ -100,8 +101,12 @@ class RunCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Predict, and save what ``predict_step`` returned beside the logs: one tensor where batches can be joined."""
+        trainer: Any = self.trainer  # of which Lightning declares no callbacks
+        writes = any(isinstance(callback, BasePredictionWriter) for callback in trainer.callbacks)
+        if writes and kwargs.get("return_predictions") is None:
+            kwargs["return_predictions"] = False  # they are on disk
         predictions: Any = self.trainer.predict(**kwargs)
-        if not predictions:  # as with --return_predictions false, for a BasePredictionWriter among the callbacks
+        if not predictions:
             return
         what = f"{len(predictions)} batches"
         if all(

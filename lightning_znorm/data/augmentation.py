@@ -37,3 +37,34 @@ def random_crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
     sample = torch.arange(n, device=device).view(n, 1, 1, 1)
     channel = torch.arange(channels, device=device).view(1, channels, 1, 1)
     return padded[sample, channel, rows.view(n, 1, height, 1), columns.view(n, 1, 1, width)]
+
+
+def random_flip_and_rotate(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Mirror each image and turn it by a multiple of 90 degrees, at random, and its mask with it.
+
+    Each of the eight ways to lay a square is as likely as the others, and each image gets its own draw; images that are
+    not square are turned by 0 or 180 degrees alone. The draws come from torch's generator of the batch's device, so
+    that the seed repeats them.
+
+    Args:
+        *tensors: Tensors of shape ``(N, C, H, W)``, of any number of channels and any dtype, that are changed alike:
+            images, masks.
+
+    Returns:
+        New tensors of the same shapes and dtypes.
+
+    Example:
+        >>> image = torch.arange(4).view(1, 1, 2, 2)
+        >>> view, mask = random_flip_and_rotate(image, image > 1)
+        >>> torch.equal(view > 1, mask)
+        True
+    """
+    n, _, height, width = tensors[0].shape
+    transposed, mirrored, upended = torch.rand(3, n, 1, 1, 1, device=tensors[0].device) < 0.5
+    changed = []
+    for tensor in tensors:
+        if height == width:
+            tensor = torch.where(transposed, tensor.mT, tensor)
+        tensor = torch.where(mirrored, tensor.flip(-1), tensor)
+        changed.append(torch.where(upended, tensor.flip(-2), tensor))
+    return tuple(changed)

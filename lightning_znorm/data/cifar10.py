@@ -7,7 +7,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_znorm.data.augmentation import random_crop_and_flip
-from lightning_znorm.data.in_memory import Images, InMemoryDataModule, Labels
+from lightning_znorm.data.images import Labels
+from lightning_znorm.data.in_memory import Images, InMemoryDataModule
 
 _DOWNLOAD = "download=True (on the command line: --data.init_args.download=true)"
 

@@ -3,7 +3,8 @@
 import numpy as np
 from typing_extensions import override
 
-from lightning_znorm.data.in_memory import Images, InMemoryDataModule, Labels, stratified_split
+from lightning_znorm.data.images import Labels
+from lightning_znorm.data.in_memory import Images, InMemoryDataModule, stratified_split
 
 
 class DigitsDataModule(InMemoryDataModule):

@@ -1,5 +1,6 @@
 """What is trained: LightningModules."""
 
 from lightning_znorm.tasks.classification import ClassificationTask
+from lightning_znorm.tasks.segmentation import SegmentationTask
 
-__all__ = ["ClassificationTask"]
+__all__ = ["ClassificationTask", "SegmentationTask"]

@@ -1,21 +1,20 @@
 """Image classification."""
 
-import json
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 from typing_extensions import override
 
+from lightning_znorm.tasks.base import Task
 from lightning_znorm.tasks.networks import create_classifier
 
 
-class ClassificationTask(LightningModule):
+class ClassificationTask(Task):
     """Train a network to classify images, by cross entropy.
 
     Batches are pairs of images, ``(N, C, H, W)``, and integer labels, ``(N,)``, from 0 to ``num_classes`` - 1. Logged,
@@ -65,31 +64,15 @@ class ClassificationTask(LightningModule):
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
         compile: bool = False,
     ) -> None:
-        super().__init__()
-        objects = {"model": model, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
-        self.save_hyperparameters(ignore=[name for name, value in objects.items() if callable(value)])
-        if "_instantiator" in self.hparams:  # LightningCLI built the task, and has these three as plain values as well
-            self.save_hyperparameters()
+        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval)
+        self.save_arguments(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}.")
         self.num_classes = num_classes
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.lr_scheduler_interval = lr_scheduler_interval
-        self.configure_models(model, in_chans, model_kwargs or {}, compile)
+        create = partial(create_classifier, num_classes=num_classes, in_chans=in_chans)
+        self.configure_network(model, create, model_kwargs or {}, compile)
         self.configure_losses()
         self.configure_metrics()
-
-    def configure_models(self, model: str | nn.Module, in_chans: int, kwargs: dict[str, Any], compile: bool) -> None:
-        """Set the network."""
-        if isinstance(model, str):
-            _require_plain(kwargs)
-            model = create_classifier(model, self.num_classes, in_chans, **kwargs)
-        elif kwargs:
-            raise ValueError(f"model_kwargs are for a model by name, and {type(model).__name__} is a module already.")
-        if compile:
-            model.compile()
-        self.model = model
 
     def configure_losses(self) -> None:
         """Set the loss."""
@@ -104,22 +87,6 @@ class ClassificationTask(LightningModule):
             accuracy = MulticlassAccuracy(self.num_classes, average="micro", validate_args=False)
         self.val_metrics = MetricCollection({"accuracy": accuracy}, prefix="val/")
         self.test_metrics = self.val_metrics.clone(prefix="test/")
-
-    @override
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make the optimizer, and the scheduler if there is one."""
-        optimizer = self.optimizer(self.parameters())
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {
-                "scheduler": scheduler,
-                "interval": self.lr_scheduler_interval,
-                "monitor": getattr(scheduler, "monitor", "val/loss"),
-            },
-        }
 
     @override
     def setup(self, stage: str) -> None:
@@ -148,7 +115,7 @@ class ClassificationTask(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
         loss, _ = self._loss_and_logits(batch, batch_idx)
-        self._log_loss("train/loss", loss, batch)
+        self.log_loss("train/loss", loss, len(batch[1]))
         return loss
 
     @override
@@ -179,7 +146,7 @@ class ClassificationTask(LightningModule):
     ) -> None:
         loss, logits = self._loss_and_logits(batch, batch_idx)
         metrics.update(self._probabilities(logits), batch[1])
-        self._log_loss(loss_name, loss, batch)
+        self.log_loss(loss_name, loss, len(batch[1]))
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch[1]))
 
     def _loss_and_logits(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
@@ -195,9 +162,6 @@ class ClassificationTask(LightningModule):
     def _probabilities(self, logits: Tensor) -> Tensor:
         return logits.squeeze(1).sigmoid() if self.num_classes == 1 else logits.softmax(dim=1)
 
-    def _log_loss(self, name: str, loss: Tensor, batch: tuple[Tensor, Tensor]) -> None:
-        self.log(name, loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch[1]), sync_dist=True)
-
     def _check_labels(self, labels: Tensor) -> None:
         # Cross entropy kills a CUDA process over such a label, and binary cross entropy takes it without a word.
         smallest, largest = (int(bound) for bound in labels.aminmax())
@@ -207,13 +171,3 @@ class ClassificationTask(LightningModule):
                 f"Labels run from {smallest} to {largest} in a batch, and num_classes={self.num_classes} allows 0 to "
                 f"{last}: change num_classes or the labels."
             )
-
-
-def _require_plain(kwargs: dict[str, Any]) -> None:
-    try:
-        json.dumps(kwargs)
-    except TypeError as error:
-        raise ValueError(
-            f"model_kwargs must hold plain values, which a checkpoint can hold ({error}): build the network yourself "
-            "and pass it as the model."
-        ) from error

@@ -40,3 +40,48 @@ def create_classifier(name: str, num_classes: int, in_chans: int = 3, **kwargs: 
         advice = f"did you mean {' or '.join(nearest)}?" if nearest else "timm.list_models() lists the names."
         raise ValueError(f"No network is called {name!r}, in lightning_znorm.models or in timm: {advice}")
     return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **kwargs)
+
+
+_SEGMENTERS = ("resnet50_unet", "unetpp", "attention_unet")
+
+
+def create_segmenter(
+    name: str, num_classes: int = 1, in_chans: int = 3, spatial_dims: int = 2, **kwargs: Any
+) -> nn.Module:
+    """Create a network for segmentation, one of the ZNorm paper's three, from MONAI.
+
+    All have batch normalization; where its Attention U-Net merges an upsampled layer with a skip connection, MONAI has
+    instance normalization.
+
+    Args:
+        name: ``"resnet50_unet"`` (a U-Net with a ResNet-50 as its encoder), ``"unetpp"`` (U-Net++, with an output at
+            each depth: without this deep supervision some of its parameters would never be used) or
+            ``"attention_unet"``. The last two need sizes that are multiples of 16.
+        num_classes: Width of the output.
+        in_chans: Channels of the input.
+        spatial_dims: 2 for images, 3 for volumes.
+        **kwargs: Further arguments of MONAI's ``FlexibleUNet``, ``BasicUNetPlusPlus`` or ``AttentionUnet``, such as
+            ``channels`` or ``dropout``.
+
+    Returns:
+        A module that maps ``(N, in_chans, ...)`` to ``(N, num_classes, ...)``; U-Net++ to a list of four such.
+
+    Raises:
+        ValueError: If the name is none of these.
+
+    Example:
+        >>> import torch
+        >>> len(create_segmenter("unetpp")(torch.zeros(1, 3, 32, 32)))
+        4
+    """
+    if name not in _SEGMENTERS:
+        raise ValueError(f"No segmentation network is called {name!r}: choose one of {', '.join(_SEGMENTERS)}.")
+
+    from monai.networks.nets import AttentionUnet, BasicUNetPlusPlus, FlexibleUNet  # seconds
+
+    shape: dict[str, Any] = {"spatial_dims": spatial_dims, "in_channels": in_chans, "out_channels": num_classes}
+    if name == "resnet50_unet":
+        return FlexibleUNet(backbone="resnet50", **shape, **kwargs)
+    if name == "unetpp":
+        return BasicUNetPlusPlus(**{"deep_supervision": True, "norm": "batch", **shape, **kwargs})
+    return AttentionUnet(**{"channels": (64, 128, 256, 512, 1024), "strides": (2, 2, 2, 2), **shape, **kwargs})

@@ -1,8 +1,10 @@
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_znorm.data.augmentation import random_crop_and_flip
+from lightning_znorm.data.augmentation import random_crop_and_flip, random_flip_and_rotate
 
 
 def views(image: torch.Tensor, padding: int) -> set[bytes]:
@@ -59,3 +61,50 @@ def test_input_is_left_alone(images):
     assert out.shape == images.shape
     assert out.dtype == images.dtype
     assert torch.equal(images, before)
+
+
+def dihedral(image: torch.Tensor) -> list[bytes]:
+    """The eight ways to lay a square image, made the plain way."""
+    turns = [torch.rot90(image, k, (-2, -1)) for k in range(4)]
+    return [view.contiguous().numpy().tobytes() for turn in turns for view in (turn, turn.flip(-1))]
+
+
+class TestFlipAndRotate:
+    def test_each_of_the_eight_views_as_often_and_nothing_else(self):
+        image = distinct_images(1, height=6, width=6)
+        (out,) = random_flip_and_rotate(image.expand(8000, -1, -1, -1))
+        assert out.dtype == torch.uint8
+        counts = Counter(view.numpy().tobytes() for view in out)
+        assert set(counts) == set(dihedral(image[0]))
+        assert len(counts) == 8
+        assert min(counts.values()) > 850
+        assert max(counts.values()) < 1150
+
+    def test_image_and_mask_alike_and_each_by_its_own_draw(self):
+        images = distinct_images(200, height=8, width=8)
+        masks = torch.rand(200, 1, 8, 8) < 0.5
+        views, views_of_masks = random_flip_and_rotate(images, masks)
+        assert views_of_masks.dtype == torch.bool
+        drawn = set()
+        for image, mask, view, view_of_mask in zip(images, masks, views, views_of_masks, strict=True):
+            way = dihedral(image).index(view.contiguous().numpy().tobytes())
+            assert dihedral(mask)[way] == view_of_mask.contiguous().numpy().tobytes()
+            drawn.add(way)
+        assert drawn == set(range(8))
+
+    def test_oblong_images_keep_their_shape(self):
+        image = distinct_images(1, height=4, width=6)
+        (out,) = random_flip_and_rotate(image.expand(500, -1, -1, -1))
+        flips = [image[0], image[0].flip(-1), image[0].flip(-2), image[0].flip(-2, -1)]
+        assert {view.numpy().tobytes() for view in out} == {view.contiguous().numpy().tobytes() for view in flips}
+
+    def test_the_seed_repeats_it_and_input_is_left_alone(self):
+        images = distinct_images(20, height=5, width=5)
+        before = images.clone()
+        torch.manual_seed(1)
+        (first,) = random_flip_and_rotate(images)
+        (second,) = random_flip_and_rotate(images)
+        torch.manual_seed(1)
+        assert torch.equal(random_flip_and_rotate(images)[0], first)
+        assert not torch.equal(first, second)
+        assert torch.equal(images, before)

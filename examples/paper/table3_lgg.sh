@@ -1,0 +1,14 @@
+#!/bin/sh
+# Table 3: LGG MRI segmentation, six methods, three seeds, 50 epochs; MODELS are the files of configs/lgg, one study each.
+#   sh examples/paper/table3_lgg.sh --jobs 6                             on a GPU that holds six runs
+#   MODELS="resnet50-unet unetpp" sh examples/paper/table3_lgg.sh --dry-run    prints commands, such as for a SLURM array
+# The images are expected in ./data; further options are handed on.
+set -u
+failed=0
+methods=configs/methods
+for model in ${MODELS:-resnet50-unet unetpp attention-unet}; do
+  python -m lightning_znorm compare --config "configs/lgg/$model.yaml" \
+    --methods $methods/baseline.yaml $methods/gc.yaml $methods/clip.yaml $methods/wd-1e-3.yaml $methods/wd-1e-4.yaml \
+    $methods/znorm.yaml --seeds 0 1 2 --output "studies/table3_lgg/$model" "$@" || failed=1
+done
+exit $failed

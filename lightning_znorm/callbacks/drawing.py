@@ -1,0 +1,94 @@
+"""Pictures of masks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart too, without its black. One colour for each class.
+_COLOURS = torch.tensor(
+    [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167), (0, 114, 178)],
+    dtype=torch.uint8,
+)
+_LEAST_SIZE = 256  # pixels; smaller images are drawn larger, so that outlines are thin and captions fit
+_GAP = 6
+_FONT_SIZE = 13
+_LINE = 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image, its true and its predicted masks, on the CPU.
+
+    Attributes:
+        image: Shape ``(C, H, W)``, any range.
+        truth: Shape ``(K, H, W)``, bool, a mask for each class.
+        preds: The same for the prediction.
+        caption: What to write below it.
+    """
+
+    image: Tensor
+    truth: Tensor
+    preds: Tensor
+    caption: str
+
+
+def grid(cases: Sequence[Case], columns: int = 2) -> "Image":
+    """Draws each case as image, image with the true outlines, image with the predicted outlines, and its caption."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(_FONT_SIZE)
+    tiles = [torch.cat([_panel(case, masks) for masks in (None, case.truth, case.preds)], dim=1) for case in cases]
+    width = max(tile.shape[1] for tile in tiles) + _GAP
+    height = max(tile.shape[0] for tile in tiles) + _LINE + _GAP
+    columns = min(columns, len(tiles))
+    rows = -(-len(tiles) // columns)
+    picture = Image.new("RGB", (columns * width + _GAP, rows * height + _LINE + _GAP), "white")
+    draw = ImageDraw.Draw(picture)
+    for number, (case, tile) in enumerate(zip(cases, tiles, strict=True)):
+        left, top = _GAP + number % columns * width, _LINE + number // columns * height
+        picture.paste(Image.fromarray(tile.numpy()), (left, top))
+        draw.text((left, top + tile.shape[0] + 2), case.caption, fill="black", font=font)
+        if number < columns:
+            for position, title in enumerate(("image", "truth", "prediction")):
+                draw.text((left + position * (tile.shape[1] + _GAP) // 3, 3), title, fill="black", font=font)
+    return picture
+
+
+def _panel(case: Case, masks: Tensor | None) -> Tensor:
+    """An image with the outlines of masks, shape ``(H, W, 3)``, uint8; white to the right of it."""
+    factor = -(-_LEAST_SIZE // max(case.image.shape[-2:]))
+    pixels = _enlarged(_visible(case.image), factor)
+    for mask, colour in zip([] if masks is None else masks, _COLOURS.repeat(-(-len(case.truth) // 7), 1), strict=False):
+        mask = _enlarged(mask, factor)
+        edge = outline(mask)
+        pixels[:, edge | outline(mask & ~edge)] = colour.unsqueeze(1)  # two pixels wide
+    panel = pixels.movedim(0, -1).contiguous()
+    return torch.cat([panel, panel.new_full((len(panel), _GAP, 3), 255)], dim=1)
+
+
+def outline(mask: Tensor) -> Tensor:
+    """Returns the pixels of a mask that touch the rest of the image: bool, shape ``(H, W)`` like the mask."""
+    padded = torch.nn.functional.pad(mask, (1, 1, 1, 1))  # a mask that reaches the border has its outline there
+    inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~inside
+
+
+def _visible(image: Tensor) -> Tensor:
+    """An image of any range and number of channels as three channels of uint8, its outermost percents cut off."""
+    image = image.float()
+    image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    # Of a sample: torch.quantile takes no more than 16 million elements.
+    flat = image.flatten()[:: max(1, image.numel() // 2**20)]
+    low, high = torch.quantile(flat, torch.tensor([0.01, 0.99]))
+    pixels: Tensor = ((image - low) / (high - low).clamp_min(1e-12)).clamp(0, 1) * 255
+    return pixels.round().to(torch.uint8)
+
+
+def _enlarged(tensor: Tensor, factor: int) -> Tensor:
+    return tensor.repeat_interleave(factor, -1).repeat_interleave(factor, -2)

@@ -1,0 +1,168 @@
+"""Pictures of what a segmentation network marks."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_znorm.callbacks.drawing import Case, grid
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class MaskOverlay(Callback):
+    """Draws chosen cases after each validation and test: image, true outline, predicted outline, Dice and Hausdorff.
+
+    The picture goes to each TensorBoard or Weights & Biases logger there is, and otherwise to a PNG file in ``masks``
+    beside the logs. Of several processes, the first draws cases of its own. Of a volume, the slice with most of the
+    true structure is drawn.
+
+    Works with :class:`~lightning_znorm.tasks.SegmentationTask`, and with any module whose ``validation_step`` and
+    ``test_step`` return a mapping with ``"preds"`` and ``"target"``: masks of shape ``(N, K, H, W)`` or
+    ``(N, K, D, H, W)``, bool, of each class, and whose batches begin with the images.
+
+    Source: the kind of picture is Figure 2 of Yun, "ZNorm: Z-Score Gradient Normalization", arXiv 2408.01215.
+
+    Args:
+        num_cases: Number of cases to draw: the first whose true mask is not empty.
+        cases: Numbers of the cases to draw instead, in the order of the loader, from 0.
+        every_n_epochs: Draws after the validation of every n-th epoch; always after a test.
+
+    Raises:
+        ValueError: If ``num_cases`` or ``every_n_epochs`` is less than 1, or a case is negative.
+        TypeError: During validation, if the module returns no masks.
+
+    Example:
+        >>> from lightning_znorm import MaskOverlay
+        >>> overlay = MaskOverlay(num_cases=4, every_n_epochs=10)
+    """
+
+    def __init__(self, num_cases: int = 6, cases: Sequence[int] | None = None, every_n_epochs: int = 1) -> None:
+        if num_cases < 1 or every_n_epochs < 1:
+            raise ValueError(
+                f"num_cases and every_n_epochs must be at least 1, got {num_cases} and {every_n_epochs}: to draw "
+                "nothing, leave the callback out"
+            )
+        if cases is not None and (not cases or min(cases) < 0):
+            raise ValueError(f"cases must be numbers from 0 on, got {list(cases)}")
+        self.num_cases = num_cases
+        self.cases = None if cases is None else set(cases)
+        self.every_n_epochs = every_n_epochs
+        self._drawn: list[Case] = []
+        self._seen = 0
+
+    @override
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin()
+
+    @override
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin()
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not trainer.sanity_checking and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._collect(trainer, outputs, batch)
+
+    @override
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._collect(trainer, outputs, batch)
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._draw(trainer, "val")
+
+    @override
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._draw(trainer, "test")
+
+    def _begin(self) -> None:
+        self._drawn, self._seen = [], 0
+
+    def _collect(self, trainer: pl.Trainer, outputs: Any, batch: Any) -> None:
+        """Keeps the chosen cases of a batch."""
+        if not trainer.is_global_zero or (self.cases is None and len(self._drawn) == self.num_cases):
+            return
+        if not isinstance(outputs, Mapping) or not {"preds", "target"} <= outputs.keys():
+            raise TypeError(
+                "MaskOverlay draws what validation_step and test_step return, a mapping with 'preds' and 'target' "
+                f"(masks of shape (N, K, H, W)), and was given {type(outputs).__name__}"
+            )
+        preds, target = outputs["preds"], outputs["target"]
+        first, self._seen = self._seen, self._seen + len(target)
+        if self.cases is not None:
+            chosen = [number - first for number in sorted(self.cases) if first <= number < self._seen]
+        else:
+            marked = target.flatten(1).any(dim=1).nonzero().squeeze(1)
+            chosen = marked[: self.num_cases - len(self._drawn)].tolist()
+        for index in chosen:
+            self._drawn.append(_case(batch[0][index], target[index], preds[index], first + index))
+
+    def _draw(self, trainer: pl.Trainer, stage: str) -> None:
+        if not self._drawn:
+            return
+        name = f"{stage}/masks"
+        picture = grid(self._drawn)
+        self._begin()
+        written = False
+        logger: Any
+        for logger in trainer.loggers:
+            # By name, because neither package need be installed, and pytorch_lightning has classes of its own.
+            kind = type(logger).__name__
+            if kind == "TensorBoardLogger":
+                logger.experiment.add_image(name, _pixels(picture), trainer.global_step)
+                written = True
+            elif kind == "WandbLogger":
+                logger.log_image(key=name, images=[picture], step=trainer.global_step)
+                written = True
+        if not written:
+            folder = Path(trainer.log_dir or trainer.default_root_dir) / "masks"
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.save(folder / f"{stage}-epoch={trainer.current_epoch}.png")
+
+
+def _case(image: Tensor, truth: Tensor, preds: Tensor, number: int) -> Case:
+    # Here, because they load torchmetrics, which the gradient callbacks do without.
+    from lightning_znorm.metrics import DiceScore, HausdorffDistance
+
+    if not truth.any() and not preds.any():
+        scores = "both empty"
+    else:
+        dice, hausdorff = (
+            metric.to(truth.device)(preds.unsqueeze(0), truth.unsqueeze(0)).item()
+            for metric in (DiceScore(), HausdorffDistance())
+        )
+        scores = f"Dice {dice:.3f}   Hausdorff {hausdorff:.1f} px"
+    image, truth, preds = image.cpu(), truth.bool().cpu(), preds.bool().cpu()
+    if truth.ndim == 4:
+        depth = int(truth.sum(dim=(0, 2, 3)).argmax())
+        image, truth, preds = image[:, depth], truth[:, depth], preds[:, depth]
+    return Case(image, truth, preds, f"case {number}   {scores}")
+
+
+def _pixels(picture: "Image") -> Tensor:
+    """Shape ``(3, H, W)``, uint8."""
+    flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return flat.view(picture.height, picture.width, 3).permute(2, 0, 1)

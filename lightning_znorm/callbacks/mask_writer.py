@@ -1,0 +1,143 @@
+"""Predicted masks as image files."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+_COLUMNS = ["image", "mask", "class", "pixels", "fraction", "max_probability", "mean_probability"]
+
+
+class MaskWriter(BasePredictionWriter):
+    """Writes what a :class:`~lightning_znorm.tasks.SegmentationTask` predicts: a mask for each image, and their scores.
+
+    Each mask is an image file of 0 and 255, named like its image with ``_mask`` at the end (``_mask_1`` and so on, if
+    there are several classes). ``scores.csv`` has a row for each mask: image, mask, class, number and share of marked
+    pixels, the largest probability in the image and the mean probability over the marked pixels (empty if there are
+    none). Every process writes its own images, and ``scores-RANK.csv`` if there are several.
+
+    Batches are pairs of images and their paths or names, as ``LGGDataModule(predict_root=...)`` makes them; images
+    without names are numbered.
+
+    Args:
+        dirpath: Folder for the files; ``masks`` beside the logs by default. It must be new or empty: no file is
+            overwritten.
+        format: Of the files, ``"png"`` or ``"tif"``.
+
+    Raises:
+        ValueError: If the format is neither.
+        MisconfigurationException: Before the first prediction, if the folder holds anything, or if the module does not
+            turn probabilities into masks; at the first volume, if the format is ``"png"``.
+
+    Example:
+        >>> from lightning_znorm import MaskWriter
+        >>> writer = MaskWriter(format="tif")
+    """
+
+    def __init__(self, dirpath: str | Path | None = None, format: Literal["png", "tif"] = "png") -> None:
+        super().__init__(write_interval="batch")
+        if format not in ("png", "tif"):
+            raise ValueError(f"format must be 'png' or 'tif', got {format!r}")
+        self.dirpath = None if dirpath is None else Path(dirpath).expanduser()
+        self.format = format
+        self._folder = Path()
+        self._taken: set[Path] = set()
+        self._numbered = 0
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not hasattr(pl_module, "marked"):
+            raise MisconfigurationException(
+                f"MaskWriter writes the masks of a SegmentationTask, and {type(pl_module).__name__} has no method "
+                "`marked` that turns probabilities into masks"
+            )
+        folder = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "masks"
+        self._folder = trainer.strategy.broadcast(folder)
+        if self._folder.is_dir() and any(self._folder.iterdir()):
+            raise MisconfigurationException(
+                f"MaskWriter overwrites nothing, and {self._folder} is not empty: give another dirpath, or empty it"
+            )
+        trainer.strategy.barrier()  # before any process fills it
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._taken, self._numbered = set(), trainer.global_rank
+        with self._scores(trainer).open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(_COLUMNS)
+
+    @override
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        names = (
+            batch[1] if isinstance(batch, Sequence) and len(batch) > 1 and not isinstance(batch[1], Tensor) else None
+        )
+        module: Any = pl_module
+        masks = module.marked(prediction).cpu()
+        if masks.ndim == 5 and self.format == "png":
+            raise MisconfigurationException(
+                "MaskWriter writes volumes as TIFF files of several pages: set format='tif'"
+            )
+        probabilities = prediction.cpu()
+        rows = []
+        for index in range(len(masks)):
+            image, base = self._named(trainer, None if names is None else names[index])
+            for number, (mask, probability) in enumerate(zip(masks[index], probabilities[index], strict=True)):
+                suffix = f"_{number}" if len(masks[index]) > 1 else ""
+                file = base.with_name(f"{base.name}_mask{suffix}.{self.format}")
+                _write(mask, self._folder / file)
+                marked = int(mask.sum())
+                rows.append(
+                    [
+                        image,
+                        file.as_posix(),
+                        number,
+                        marked,
+                        f"{marked / mask.numel():.6f}",
+                        f"{probability.max():.6f}",
+                        f"{probability[mask].mean():.6f}" if marked else "",
+                    ]
+                )
+        with self._scores(trainer).open("a", newline="", encoding="utf-8") as file_of_scores:
+            csv.writer(file_of_scores).writerows(rows)
+
+    def _scores(self, trainer: pl.Trainer) -> Path:
+        return self._folder / ("scores.csv" if trainer.world_size == 1 else f"scores-{trainer.global_rank}.csv")
+
+    def _named(self, trainer: pl.Trainer, name: Any) -> tuple[str, Path]:
+        """An image's name, and what the paths of its masks begin with, in the folder: no two alike."""
+        if name is None:
+            name = f"{self._numbered:06d}"
+            self._numbered += trainer.world_size
+        path = Path(name)
+        # Relative paths keep their folders, so that images of one name in several folders stay apart.
+        path = Path(path.name) if path.is_absolute() or ".." in path.parts else path
+        base, count = path.with_suffix(""), 1
+        while base in self._taken:  # a.tif beside a.png
+            count += 1
+            base = path.with_name(f"{path.stem}-{count}")
+        self._taken.add(base)
+        return str(name), base
+
+
+def _write(mask: Tensor, path: Path) -> None:
+    """Writes a mask as an image of 0 and 255; a volume as a TIFF file of several pages."""
+    from PIL import Image
+
+    pages = [Image.fromarray(page.numpy().astype("uint8") * 255) for page in (mask if mask.ndim == 3 else [mask])]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if len(pages) > 1:
+        pages[0].save(path, save_all=True, append_images=pages[1:])
+    else:
+        pages[0].save(path)

@@ -1,0 +1,71 @@
+"""A study: the same experiment under several methods and seeds, and what that tells.
+
+``python -m lightning_znorm compare``, or `run` from Python.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_znorm.compare.differences import Row
+from lightning_znorm.compare.study import StudyError
+from lightning_znorm.compare.tables import Table
+
+__all__ = ["Row", "StudyError", "Table", "run"]
+
+
+def run(
+    config: str | Path | Sequence[str | Path],
+    methods: Sequence[str | Path],
+    seeds: Sequence[int] = (0, 1, 2),
+    *,
+    output: str | Path,
+    metric: str | None = None,
+    mode: str | None = None,
+    jobs: int = 1,
+    ray: str | None = None,
+    cpus: float = 1,
+    gpus: float = 0,
+    args: Sequence[str] = (),
+) -> Table:
+    """Run what is missing of a study, write its report, and return its table.
+
+    Args:
+        config: File of the experiment, or several in order.
+        methods: Method files; the others are compared with the first.
+        seeds: Seeds, each for every method.
+        output: Folder of the study; the same call again goes on there.
+        metric: Metric that decides; by default the test metric that belongs to what the experiment's `ModelCheckpoint`
+            monitors.
+        mode: Whether more (``"max"``) or less (``"min"``) of it is better; by default the `ModelCheckpoint`'s.
+        jobs: Runs side by side, a GPU each where there are several.
+        ray: Address of a Ray cluster to run on, such as ``"auto"``.
+        cpus: CPU cores of each run on Ray.
+        gpus: GPUs of each run on Ray.
+        args: Further options of ``fit``, such as ``["--trainer.max_epochs", "10"]``.
+
+    Raises:
+        StudyError: Before the first run, if something is wrong with the study. A run that fails raises nothing: it is
+            among the table's ``failures``.
+
+    Example:
+        >>> from lightning_znorm import compare
+        >>> methods = ["configs/methods/baseline.yaml", "configs/methods/znorm.yaml"]
+        >>> table = compare.run("configs/digits/resnet20.yaml", methods, output="studies/digits")  # doctest: +SKIP
+        >>> table.row("znorm").difference, table.row("znorm").verdict  # doctest: +SKIP
+    """
+    from rich.console import Console
+
+    from lightning_znorm.compare.conduct import Means, conduct
+    from lightning_znorm.compare.study import Study
+
+    configs = [config] if isinstance(config, str | Path) else config
+    study = Study(
+        tuple(map(str, configs)),
+        tuple(map(str, methods)),
+        tuple(seeds),
+        Path(output).absolute(),
+        metric,
+        mode,
+        tuple(args),
+    )
+    return conduct(study, Means(jobs, ray, cpus, gpus), Console())

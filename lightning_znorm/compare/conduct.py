@@ -1,0 +1,127 @@
+"""A study from beginning to end."""
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from lightning_znorm.compare.files import read_json, write_json
+from lightning_znorm.compare.live import Progress, watch
+from lightning_znorm.compare.locks import InUseError, locked
+from lightning_znorm.compare.one_run import Outcome, shell_line
+from lightning_znorm.compare.pool import cores, pool
+from lightning_znorm.compare.prepare import Plan, prepare
+from lightning_znorm.compare.process import Processes
+from lightning_znorm.compare.ray import ray_cluster
+from lightning_znorm.compare.report import Report, near
+from lightning_znorm.compare.results import read_run, write_results
+from lightning_znorm.compare.study import Study, StudyError
+from lightning_znorm.compare.tables import Table, make_rows
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a study runs on.
+
+    Args:
+        jobs: Runs side by side on this machine.
+        ray: Address of a Ray cluster to run on instead.
+        cpus: CPU cores of each run on Ray.
+        gpus: GPUs of each run on Ray.
+    """
+
+    jobs: int = 1
+    ray: str | None = None
+    cpus: float = 1
+    gpus: float = 0
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise StudyError(f"--jobs is how many runs go on side by side, at least 1: {self.jobs}.")
+
+
+def conduct(study: Study, means: Means, console: Console) -> Table:
+    """Run what is missing of a study, and report on all of it.
+
+    Raises:
+        StudyError: Before the first run, if something is wrong with the study.
+    """
+    with _claimed(study):
+        processes = Processes()
+        plan = _prepared(study, means, processes, console)
+        outcomes = _run(plan, means, processes, console)
+        return _report(plan, means, [outcome for outcome in outcomes if outcome.error])
+
+
+def commands(study: Study, means: Means, console: Console) -> list[str]:
+    """Prepare a study, and return what is left to run: a line for a shell for each run.
+
+    Raises:
+        StudyError: If something is wrong with the study.
+    """
+    with _claimed(study):
+        plan = _prepared(study, means, Processes(), console)
+        return [shell_line(run, plan.monitor is not None) for run in study.runs if not run.is_done]
+
+
+@contextmanager
+def _claimed(study: Study) -> Iterator[None]:
+    if study.output.exists() and not study.output.is_dir():
+        raise StudyError(f"{study.output} is a file: choose another --output.")
+    try:
+        with locked(study.output / ".lock"):
+            yield
+    except InUseError as error:
+        raise StudyError(
+            f"{study.output} is in use by another study ({error}): wait for its end, or choose another --output."
+        ) from error
+
+
+def _prepared(study: Study, means: Means, processes: Processes, console: Console) -> Plan:
+    console.print("Reading settings, and trying new methods on one batch ...", highlight=False)
+    return prepare(study, processes, min(cores(), max(means.jobs, 2)))
+
+
+def _run(plan: Plan, means: Means, processes: Processes, console: Console) -> list[Outcome]:
+    left = [run for run in plan.study.runs if not run.is_done]
+    if not left:
+        return []
+    record = read_json(plan.study.output / "study.json")
+    record["jobs"] = max(means.jobs, record.get("jobs", 1))
+    write_json(plan.study.output / "study.json", record)
+    progress = Progress(plan.study.runs, means.jobs, plan.metric)
+    devices = max(_devices(settings) for settings in plan.settings.values())
+    engine = (
+        pool(means.jobs, devices, processes) if means.ray is None else ray_cluster(means.ray, means.cpus, means.gpus)
+    )
+    with engine as opened:
+        watch({opened.submit(run): run for run in left}, progress, console)
+    return list(progress.outcomes.values())
+
+
+def _devices(settings: dict[str, dict[str, object]]) -> int:
+    devices = settings["trainer"].get("devices")
+    return devices if isinstance(devices, int) and devices > 0 else 1
+
+
+def _report(plan: Plan, means: Means, failures: list[Outcome]) -> Table:
+    study = plan.study
+    measurements = [m for run in study.runs if run.is_done for m in read_run(run, plan.monitor)]
+    rows = list(make_rows(plan, measurements))
+    write_results(study.output / "results.csv", measurements)
+    jobs = read_json(study.output / "study.json").get("jobs", 1)
+    Report(plan, rows, measurements, failures, _typed(study, means), jobs).write(study.output)
+    return Table(plan.metric, tuple(rows), tuple(failures), study.output)
+
+
+def _typed(study: Study, means: Means) -> str:
+    words = ["python", "-m", "lightning_znorm", "compare"]
+    for config in study.configs:
+        words += ["--config", config]
+    words += ["--methods", *study.methods, "--seeds", *map(str, study.seeds), "--output", near(study.output)]
+    for option, value in (("--metric", study.metric), ("--mode", study.mode), ("--ray", means.ray)):
+        words += [option, value] if value else []
+    words += ["--jobs", str(means.jobs)] if means.jobs > 1 else []
+    return shlex.join([*words, *study.args])

@@ -1,0 +1,75 @@
+"""Locks that end with the processes that hold them: a crash never blocks what comes after it."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class InUseError(RuntimeError):
+    """Another process holds the lock."""
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[int]:
+    """Hold a lock.
+
+    Args:
+        path: File that the lock is on; made where there is none, and never removed.
+        wait: Wait for whoever holds it.
+
+    Yields:
+        The descriptor: a process that is handed it goes on holding the lock (not on Windows).
+
+    Raises:
+        InUseError: If somebody else holds it; the message is what they wrote into it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        while not _acquire(descriptor):
+            if not wait:
+                raise InUseError(_read(descriptor))
+            time.sleep(0.2)
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 1, os.SEEK_SET)  # Windows locks the first byte against readers too
+        os.write(descriptor, f"process {os.getpid()} on {_host()}".encode())
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _read(descriptor: int) -> str:
+    os.lseek(descriptor, 1, os.SEEK_SET)
+    return os.read(descriptor, 200).decode(errors="replace")
+
+
+def _host() -> str:
+    import platform
+
+    return platform.node() or "this machine"
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _acquire(descriptor: int) -> bool:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _acquire(descriptor: int) -> bool:
+        # Belongs to the open file, not to the process: a child that has inherited the descriptor keeps it held.
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

@@ -1,0 +1,194 @@
+"""What a study needs of each of its runs, beside the experiment's own logs."""
+
+import platform
+import random
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_znorm.compare.files import read_json, write_json
+from lightning_znorm.gradients.amp import is_unscaled
+
+GRADIENT_NORM = "compare/gradient_norm"
+STEP_SECONDS = "compare/step_seconds"
+TRAIN_SECONDS = "compare/train_seconds"
+
+
+class Recorder(Callback):
+    """Records how far a run has come, how fast it is and how large its gradients are.
+
+    Logged, beside what the experiment logs:
+
+    - ``compare/gradient_norm``: norm of all gradients that an optimizer is about to use, before the callbacks that come
+      after this one (a gradient method) and before clipping; every ``log_every_n_steps`` steps, and only with
+      strategies that keep whole gradients on each device.
+    - ``compare/step_seconds``: mean time of the epoch's training batches, with loading and without validation.
+    - ``compare/train_seconds``: time of all training batches up to now, over all attempts at the run.
+
+    Every epoch begins with random numbers that follow from the seed and the epoch alone. So the order of batches stays
+    the same under a method that draws random numbers, and after an interruption.
+
+    Args:
+        folder: The run's folder.
+        seed: The run's seed.
+    """
+
+    def __init__(self, folder: str, seed: int) -> None:
+        self.folder = Path(folder)
+        self.seed = seed
+        self._epoch = 0  # that comes next
+        self._seconds = 0.0
+        self._epoch_seconds = 0.0
+        self._epoch_batches = 0
+        self._clock: float | None = None
+        self._first_epoch_of_process = True
+        self._measures_norms = False
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "seconds": self._seconds}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._epoch, self._seconds = state_dict["epoch"], state_dict["seconds"]
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # The first iterator over the training data is made between here and the start of the epoch, later ones after
+        # the start of theirs.
+        self._reseed()
+        self._measures_norms = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if trainer.is_global_zero and isinstance(logger, CSVLogger):
+                write_json(Path(logger.log_dir) / "attempt.json", {"step": _batches(trainer)})
+        self._write_progress(trainer)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._first_epoch_of_process:
+            self._reseed()
+        self._first_epoch_of_process = False
+        self._epoch_seconds, self._epoch_batches = 0.0, 0
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._clock is None:
+            self._clock = time.perf_counter()
+        self._epoch_batches += 1
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if not self._measures_norms or not trainer._logger_connector.should_update_logs:
+            return
+        norm = _gradient_norm(trainer, optimizer)
+        if norm is not None:
+            several = len(trainer.optimizers) > 1
+            name = f"{GRADIENT_NORM}-{trainer.optimizers.index(optimizer)}" if several else GRADIENT_NORM
+            _log(trainer, {name: norm}, _batches(trainer))
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_clock(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_clock(trainer)
+        self._seconds += self._epoch_seconds
+        self._epoch = trainer.current_epoch + 1
+        if self._epoch_batches:
+            times = {STEP_SECONDS: self._epoch_seconds / self._epoch_batches, TRAIN_SECONDS: self._seconds}
+            _log(trainer, times, _batches(trainer) - 1)
+        self._write_progress(trainer)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero or trainer.interrupted:
+            return
+        parameters = sum(parameter.numel() for parameter in pl_module.parameters())
+        content = {"epochs": self._epoch, "seconds": self._seconds, "parameters": parameters}
+        write_json(self.folder / "fit.json", {**content, **_surroundings(trainer)})
+
+    @override
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            write_json(self.folder / "test.json", metrics)
+
+    def _reseed(self) -> None:
+        seed = int(np.random.SeedSequence([self.seed, self._epoch]).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    def _stop_clock(self, trainer: pl.Trainer) -> None:
+        if self._clock is not None:
+            if trainer.strategy.root_device.type == "cuda":
+                torch.cuda.synchronize(trainer.strategy.root_device)
+            self._epoch_seconds += time.perf_counter() - self._clock
+            self._clock = None
+
+    def _write_progress(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero:
+            path = self.folder / "progress.json"
+            started = (read_json(path) or {}).get("started") if self._epoch else None
+            epochs, steps = trainer.max_epochs or -1, trainer.max_steps
+            share = max(self._epoch / epochs if epochs > 0 else 0, trainer.global_step / steps if steps > 0 else 0)
+            content = {"started": started or time.time(), "epoch": self._epoch, "share": min(share, 1.0)}
+            write_json(path, content)
+
+
+def _batches(trainer: pl.Trainer) -> int:
+    """The step under which Lightning logs."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _log(trainer: pl.Trainer, metrics: dict[str, Any], step: int) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=step)
+        logger.save()
+
+
+def _gradient_norm(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients or any(gradient.is_sparse for gradient in gradients):
+        return None
+    norm = torch.nn.utils.get_total_norm([gradient.detach() for gradient in gradients])
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None and scaler.is_enabled() and not is_unscaled(scaler, optimizer):
+        norm = norm / scaler._get_scale_async()
+    return norm
+
+
+def _surroundings(trainer: pl.Trainer) -> dict[str, Any]:
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    packages = {}
+    for package in ("lightning-znorm", "torch", "lightning", "torchmetrics"):
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            packages[package] = "not installed"
+    return {
+        "device": f"{trainer.num_devices} x {device.type}: {name}",
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **packages},
+    }

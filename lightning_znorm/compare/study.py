@@ -1,0 +1,150 @@
+"""What a study is: methods and seeds, and a folder for each run."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePath
+
+
+class StudyError(ValueError):
+    """A study that cannot be run as it was asked for; the message names what is wrong and the way out."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one seed.
+
+    Args:
+        method: Name of the method.
+        seed: Seeds weights, data order and everything else.
+        folder: Where all that belongs to the run is kept.
+    """
+
+    method: str
+    seed: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Such as ``znorm-0``."""
+        return f"{self.method}-{self.seed}"
+
+    @property
+    def config(self) -> Path:
+        """All settings of the run, in one file."""
+        return self.folder / "run.yaml"
+
+    @property
+    def logs(self) -> Path:
+        """Holds a folder ``version_0``, ``version_1``, ... of each attempt."""
+        return self.folder / "logs"
+
+    @property
+    def log(self) -> Path:
+        """What the run's processes printed."""
+        return self.folder / "log.txt"
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint to go on from."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint with the best validation metric, if there is such a metric."""
+        return self.folder / "checkpoints" / "best.ckpt"
+
+    @property
+    def fit_file(self) -> Path:
+        """Is there once training has ended."""
+        return self.folder / "fit.json"
+
+    @property
+    def test_file(self) -> Path:
+        """Is there once the test has ended."""
+        return self.folder / "test.json"
+
+    @property
+    def progress_file(self) -> Path:
+        """How far training has come."""
+        return self.folder / "progress.json"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.fit_file.is_file() and self.test_file.is_file()
+
+
+@dataclass(frozen=True)
+class Study:
+    """The same experiment under several methods and seeds.
+
+    Args:
+        configs: Files of the experiment, in order.
+        methods: Method files; the others are compared with the first.
+        seeds: Seeds, each for every method.
+        output: Folder of the study.
+        metric: Metric that decides; by default the test metric that belongs to the one which chooses checkpoints.
+        mode: Whether more of it (``"max"``) or less of it (``"min"``) is better.
+        args: Further options of ``fit``.
+
+    Raises:
+        StudyError: If two methods have the same name, a seed is named twice, or an option belongs to the study.
+    """
+
+    configs: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    output: Path
+    metric: str | None = None
+    mode: str | None = None
+    args: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if not self.methods or not self.seeds:
+            raise StudyError("A study needs at least one method file and one seed.")
+        names: dict[str, str] = {}
+        for file in self.methods:
+            name = PurePath(file).stem
+            if name in names:
+                raise StudyError(
+                    f"Two methods are named {name}, {names[name]} and {file}: rename a file, for a method is named "
+                    "after its file."
+                )
+            names[name] = file
+        for i, seed in enumerate(self.seeds):
+            if not 0 <= seed < 2**32:
+                raise StudyError(f"A seed is a number from 0 to 2^32 - 1, got {seed}.")
+            if seed in self.seeds[:i]:
+                raise StudyError(f"Seed {seed} is named twice: name it once.")
+        if self.mode not in (None, "min", "max"):
+            raise StudyError(f"mode is min or max, got {self.mode}.")
+        for arg in self.args:
+            option = arg.partition("=")[0]
+            if option in _TAKEN:
+                raise StudyError(f"{option} cannot be an option of a study: {_TAKEN[option]}.")
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """The file of each method, by its name."""
+        return {PurePath(file).stem: file for file in self.methods}
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """All runs, seed by seed: what is finished first can be compared first."""
+        return [
+            Run(method, seed, self.output / "runs" / f"{method}-{seed}") for seed in self.seeds for method in self.files
+        ]
+
+    def fit_args(self, method: str) -> list[str]:
+        """What to type for one run of a method by hand, but for its seed."""
+        files = [*self.configs, self.files[method]]
+        return ["fit", *(arg for file in files for arg in ("--config", file)), *self.args]
+
+
+_TAKEN = {
+    "--seed_everything": "name --seeds instead",
+    "--ckpt_path": "runs begin with fresh weights, and go on from their own last checkpoint",
+    "--print_config": "the resulting settings of each run are in its run.yaml",
+    "--trainer.fast_dev_run": "it keeps no logs (--dry-run tries the study out)",
+    "--help": "`compare --help` and `fit --help` list the options",
+}

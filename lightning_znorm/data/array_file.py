@@ -1,0 +1,109 @@
+"""Arrays of bytes in files: mapped into memory, and made once where they have to be decoded first."""
+
+import hashlib
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class ArrayFile:
+    """Where a uint8 array lies in a file, uncompressed and in one piece.
+
+    Args:
+        path: The file.
+        offset: Where the array begins, in bytes.
+        shape: Its shape.
+    """
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+
+    def map(self) -> tuple[NDArray[np.uint8], mmap.mmap]:
+        """Return the array, read from the file when it is looked at and kept by the system alone, and its mapping."""
+        with self.path.open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(mapping, np.uint8, prod(self.shape), self.offset).reshape(self.shape), mapping
+
+
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """Return the folder for decoded images: the one that is named, or the user's own."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_znorm"
+
+
+def cached_array(
+    name: str,
+    sources: Iterable[Path],
+    shape: tuple[int, ...],
+    fill: Callable[[NDArray[np.uint8]], None],
+    folder: Path,
+) -> ArrayFile:
+    """Make an array in a file, unless an earlier run made it from the same files.
+
+    Other processes may do the same at the same time: a file appears when it is complete.
+
+    Args:
+        name: What the file's name begins with.
+        sources: Files that the array is made from. If the path, size or time of one of them is another than it was,
+            the array is made anew.
+        shape: Of the array.
+        fill: Sets all values of the array.
+        folder: For the file; made if need be.
+
+    Returns:
+        Where the array is.
+
+    Raises:
+        OSError: If there is no room for it.
+    """
+    key = hashlib.sha256(repr(shape).encode())
+    for source in sources:
+        state = source.stat()
+        key.update(f"{source}\0{state.st_size}\0{state.st_mtime_ns}\0".encode(errors="surrogateescape"))
+    array_file = ArrayFile(folder / f"{name}-{key.hexdigest()[:16]}.u8", 0, shape)
+    if not array_file.path.is_file():
+        rank_zero_info(f"Decoding into {array_file.path} ({prod(shape) / 2**30:.1f} GiB), once for all runs.")
+        _make(array_file, fill)
+    return array_file
+
+
+def _make(array_file: ArrayFile, fill: Callable[[NDArray[np.uint8]], None]) -> None:
+    folder = array_file.path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, part = tempfile.mkstemp(".part", array_file.path.name, folder)
+    try:
+        with os.fdopen(descriptor, "r+b") as file:
+            _reserve(file.fileno(), prod(array_file.shape), folder)
+        array = np.memmap(part, np.uint8, "r+", shape=array_file.shape)
+        fill(array)
+        array.flush()
+        del array  # Windows renames no file that is mapped
+        os.replace(part, array_file.path)
+    except BaseException:
+        os.unlink(part)
+        raise
+
+
+def _reserve(descriptor: int, size: int, folder: Path) -> None:
+    """Claim the room: where it gives out under a mapping, the system kills the process without a word."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        else:
+            os.truncate(descriptor, size)
+    except OSError as error:
+        raise OSError(
+            f"{folder} has no room for {size / 2**30:.1f} GiB of decoded images ({error}): let cache_dir name a folder "
+            "that has."
+        ) from error

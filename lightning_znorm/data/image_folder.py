@@ -1,0 +1,238 @@
+"""Images in one folder per class, as ImageNet has them."""
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
+
+from lightning_znorm.data.images import Batch, ImageDataModule, Labels, stratified_indices
+
+Paths: TypeAlias = NDArray[np.bytes_]
+"""Shape ``(N,)``, as the file system spells them."""
+Transform: TypeAlias = Callable[[Any], Tensor]
+"""Makes a uint8 tensor of shape ``(C, H, W)`` from a PIL image in RGB."""
+
+
+class ImageFiles(Dataset[tuple[Tensor, int]]):
+    """Image files, read when they are asked for.
+
+    Paths are kept in one NumPy array, because worker processes share its memory: they would copy a list of a million
+    strings, page by page, as they count references to each.
+
+    Args:
+        paths: Where the images are.
+        labels: Class of each.
+        transform: Turns each image into a tensor.
+    """
+
+    def __init__(self, paths: Paths, labels: Labels, transform: Transform) -> None:
+        self.paths = paths
+        self.labels = labels
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return one image, transformed, and its label."""
+        from torchvision.datasets.folder import default_loader
+
+        path = os.fsdecode(self.paths[index])
+        try:
+            image = default_loader(path)
+        except Exception as error:  # those of Pillow's many decoders have no common base
+            raise RuntimeError(
+                f"{path} cannot be read as an image ({type(error).__name__}: {error}): replace or remove it."
+            ) from error
+        return self.transform(image), int(self.labels[index])
+
+
+class ImageFolderDataModule(ImageDataModule):
+    """Images in one folder per class, such as ImageNet's.
+
+    Found by `torchvision.datasets.ImageFolder`::
+
+        root/
+          train/
+            n01440764/
+              n01440764_10026.JPEG
+              ...
+            ...
+          val/
+            n01440764/
+              ILSVRC2012_val_00000293.JPEG
+              ...
+            ...
+
+    The images in ``val`` are the test set, for ImageNet's own test labels are not public; validation images are split
+    off from those in ``train``, stratified by class. Classes are numbered in the order of their folders' names.
+
+    Worker processes decode, crop and mirror as torchvision's reference recipe does: in training a random crop of 8 to
+    100 % of the area, resized, and mirrored with probability 1/2; in evaluation the centre of the image after its
+    shorter side is resized. Images travel as uint8 and are normalized on the device, with ImageNet's mean and standard
+    deviation.
+
+    Source:
+        Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", 2015, https://www.image-net.org (for
+        non-commercial research and education).
+
+    Args:
+        root: Folder that holds ``train`` and ``val``.
+        batch_size: Images per batch and process.
+        num_workers: Worker processes per loader and process; they live as long as the training.
+        image_size: Width and height of the images that the network is given.
+        resize_size: Length of the shorter side before the centre is cut out, in evaluation.
+        val_fraction: Share of the images in ``train`` that become validation images, between 0 and 1.
+        seed: Draws the validation images, and nothing else.
+
+    Raises:
+        ValueError: If ``val_fraction`` is not between 0 and 1 or too small for the classes, if ``image_size`` exceeds
+            ``resize_size``, or if ``train`` and ``val`` have different classes.
+        FileNotFoundError: If ``train``, ``val``, or the images of a class are missing.
+        RuntimeError: When a batch is read, if an image cannot be read.
+
+    Example:
+        >>> data = ImageFolderDataModule(root="imagenet", batch_size=64, num_workers=12)
+        >>> data.hparams.image_size
+        224
+    """
+
+    max_value = 255
+    # Of ImageNet's training images.
+    mean = (0.485, 0.456, 0.406)
+    std = (0.229, 0.224, 0.225)
+
+    def __init__(
+        self,
+        root: str | Path = "data",
+        batch_size: int = 256,
+        num_workers: int = 8,
+        image_size: int = 224,
+        resize_size: int = 256,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, val_fraction, seed)
+        root = str(root)  # a checkpoint holds plain values only
+        self.save_hyperparameters()
+        if not 0 < image_size <= resize_size:
+            raise ValueError(
+                f"image_size={image_size} must be at least 1 and at most resize_size={resize_size}, from whose centre "
+                "the images for evaluation are cut."
+            )
+        self.root = Path(root).expanduser().absolute()
+        self.num_workers = num_workers
+        self.image_size = image_size
+        self.resize_size = resize_size
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the class folders, in the order of their labels."""
+        train, val = (_class_folders(self.root / part) for part in ("train", "val"))
+        if train != val:
+            differences = [
+                f"{_some(names)} in {self.root / part} alone"
+                for part, names in (("train", set(train) - set(val)), ("val", set(val) - set(train)))
+                if names
+            ]
+            raise ValueError(
+                f"train and val have different classes ({', '.join(differences)}): both must hold the same folders."
+            )
+        return train
+
+    @property
+    def num_classes(self) -> int:
+        """Number of class folders."""
+        return len(self.classes)
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Find the images that the stage needs."""
+        training, evaluation = self._transforms()
+        classes = self.classes
+        if stage in ("fit", "validate"):
+            paths, labels = _images(self.root / "train", classes)
+            train, val = self._split(labels, classes)
+            self.train_set = ImageFiles(paths[train], labels[train], training)
+            self.val_set = ImageFiles(paths[val], labels[val], evaluation)
+        else:
+            self.test_set = ImageFiles(*_images(self.root / "val", classes), evaluation)
+
+    @override
+    def loader(self, dataset: Dataset[Any], shuffle: bool) -> DataLoader[Batch]:
+        """Make the loader of one of the sets."""
+        # By keyword, else Lightning cannot replace the sampler (for several processes, and to predict).
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.pin_memory,
+        )
+
+    def _transforms(self) -> tuple[Transform, Transform]:
+        from torchvision.transforms import v2
+
+        names: Any = v2  # for mypy, which takes a module without __all__ to export nothing
+        crop = [names.RandomResizedCrop(self.image_size), names.RandomHorizontalFlip()]
+        centre = [names.Resize(self.resize_size), names.CenterCrop(self.image_size)]
+        return names.Compose([*crop, names.PILToTensor()]), names.Compose([*centre, names.PILToTensor()])
+
+    def _split(self, labels: Labels, classes: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        single = np.flatnonzero(np.bincount(labels) == 1)
+        if len(single):
+            raise ValueError(
+                f"{_some(str(self.root / 'train' / classes[label]) for label in single)} holds one image alone, which "
+                "cannot be both for training and for validation: add another."
+            )
+        try:
+            return stratified_indices(labels, self.val_fraction, self.seed)
+        except ValueError as error:
+            raise ValueError(
+                f"val_fraction={self.val_fraction} of the {len(labels)} images in {self.root / 'train'} leaves less "
+                f"than one image for each of the {len(classes)} classes, in training or validation: change it."
+            ) from error
+
+
+def _class_folders(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"No folder {folder}: let root name the folder that holds train and val, with one folder of images per "
+            "class in each."
+        )
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not names:
+        raise FileNotFoundError(
+            f"No class folders in {folder}: sort its images into one folder per class (ImageNet's validation images "
+            "are published without)."
+        )
+    return names
+
+
+def _images(folder: Path, classes: list[str]) -> tuple[Paths, Labels]:
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    dataset = ImageFolder(folder, allow_empty=True)
+    labels = np.array(dataset.targets, dtype=np.int64)
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
+    if len(empty):
+        raise FileNotFoundError(
+            f"No images in {_some(str(folder / classes[label]) for label in empty)}: every class folder must hold "
+            f"files that end in {', '.join(IMG_EXTENSIONS)}."
+        )
+    return np.array([os.fsencode(path) for path, _ in dataset.samples]), labels
+
+
+def _some(names: Iterable[str]) -> str:
+    """Join a few names, and count the others."""
+    names = sorted(names)
+    others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{others}"

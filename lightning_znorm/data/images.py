@@ -1,0 +1,122 @@
+"""What the data modules of images share: a validation split, four loaders, and normalization on the device."""
+
+from abc import ABC, abstractmethod
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
+
+Labels: TypeAlias = NDArray[np.int64]
+"""Shape ``(N,)``."""
+Batch: TypeAlias = tuple[Tensor, Tensor]
+"""Images of shape ``(N, C, H, W)`` and labels of shape ``(N,)``."""
+
+
+class ImageDataModule(LightningDataModule, ABC):
+    """Base of the data modules of images.
+
+    A subclass sets ``train_set`` and ``val_set``, or ``test_set``, in `setup`, makes their loaders (`loader`), and says
+    what its images are (the class attributes). Images travel as uint8 and are normalized on the device to zero mean and
+    unit standard deviation per channel.
+
+    Args:
+        batch_size: Images per batch and process.
+        val_fraction: Share of the training images that become validation images, between 0 and 1.
+        seed: Draws the validation images, and nothing else.
+    """
+
+    train_set: Dataset[Any]
+    val_set: Dataset[Any]
+    test_set: Dataset[Any]
+    max_value: int
+    """Largest value that a pixel may have."""
+    mean: tuple[float, ...]
+    """Mean of each channel, in units of `max_value`."""
+    std: tuple[float, ...]
+    """Standard deviation of each channel, in units of `max_value`."""
+
+    def __init__(self, batch_size: int, val_fraction: float, seed: int) -> None:
+        super().__init__()
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction is the share of training images to validate on, in (0, 1): {val_fraction}.")
+        self.batch_size = batch_size
+        self.val_fraction = val_fraction
+        self.seed = seed
+
+    @abstractmethod
+    def loader(self, dataset: Dataset[Any], shuffle: bool) -> DataLoader[Batch]:
+        """Make the loader of one of the sets."""
+
+    def augment_batch(self, images: Tensor) -> Tensor:
+        """Change a batch of training images, uint8 on the device; by default not at all."""
+        return images
+
+    @property
+    def pin_memory(self) -> bool:
+        """Whether batches go to a CUDA device: only copies from pinned memory leave the CPU free to run ahead of it."""
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+    @override
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Training batches, in a new order each epoch."""
+        return self.loader(self.train_set, shuffle=True)
+
+    @override
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Validation batches."""
+        return self.loader(self.val_set, shuffle=False)
+
+    @override
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Test batches."""
+        return self.loader(self.test_set, shuffle=False)
+
+    @override
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Test batches."""
+        return self.loader(self.test_set, shuffle=False)
+
+    @override
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Augment (in training alone) and normalize, on the device."""
+        images, labels = batch
+        if self.trainer is not None and self.trainer.training:
+            images = self.augment_batch(images)
+        return self.normalized(images), labels
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Normalize uint8 images, in the precision that the network is given."""
+        mean, std = _mean_and_std(self.mean, self.std, self.max_value, images.device)
+        images = images.float().sub_(mean).div_(std)  # in place: on a CPU, fresh memory costs more than sums
+        return self.in_precision(images)
+
+    def in_precision(self, values: Tensor) -> Tensor:
+        """Convert floats to the precision of the trainer, if there is one."""
+        if self.trainer is None:
+            return values
+        # Lightning converts to the precision of "16-true" and its like before the hook above, when there are no floats.
+        converted: Tensor = self.trainer.precision_plugin.convert_input(values)
+        return converted
+
+
+def stratified_indices(labels: Labels, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draw ``fraction`` of the indices, the same share of every class; return those that are left, and the drawn."""
+    from sklearn.model_selection import train_test_split
+
+    rest, taken = train_test_split(np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=seed)
+    return rest, taken
+
+
+# Kept on the device: to send them with every batch would make the CPU wait for it.
+@lru_cache
+def _mean_and_std(
+    mean: tuple[float, ...], std: tuple[float, ...], max_value: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    pixels = torch.tensor([mean, std], dtype=torch.float32, device=device) * max_value
+    return pixels[0].view(-1, 1, 1), pixels[1].view(-1, 1, 1)

@@ -1,0 +1,75 @@
+"""PatchCamelyon as Kaggle's competition `histopathologic-cancer-detection` has it."""
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_znorm.data.array_file import ArrayFile, cached_array
+from lightning_znorm.data.decoding import BadFileError, read_all, read_pixels, refuse
+from lightning_znorm.data.images import Labels
+
+LABELS = "train_labels.csv"
+PATCH = (96, 96, 3)
+
+
+def read_kaggle(folder: Path, cache: Path) -> tuple[ArrayFile, Labels]:
+    """Decode the labelled images, or find them decoded by an earlier run.
+
+    Args:
+        folder: Holds ``train`` and ``train_labels.csv``.
+        cache: Folder for the decoded images.
+
+    Returns:
+        Where the images are, shape ``(N, 96, 96, 3)``, in the order of their names, and their labels.
+
+    Raises:
+        ValueError: If images and labels do not belong together, or an image is damaged: all such are named.
+    """
+    labels, faults = _labels(folder / LABELS)
+    paths = {entry.name[:-4]: Path(entry) for entry in os.scandir(folder / "train") if entry.name.endswith(".tif")}
+    paths = {name: path for name, path in paths.items() if not name.startswith(".")}
+    faults += [f"{path}: has no label in {LABELS}" for name, path in sorted(paths.items()) if name not in labels]
+    faults += [f"{folder / 'train' / name}.tif: is missing" for name in sorted(labels) if name not in paths]
+    refuse(faults, folder)
+    names = sorted(labels)
+
+    def fill(array: NDArray[np.uint8]) -> None:
+        def read(index: int) -> list[str]:
+            path = paths[names[index]]
+            try:
+                pixels = read_pixels(path, modes=["RGB"])
+                if pixels.shape != PATCH:
+                    raise BadFileError(f"is {pixels.shape[0]}x{pixels.shape[1]} pixels, and 96x96 are expected")
+                array[index] = pixels
+            except BadFileError as fault:
+                return [f"{path}: {fault}"]
+            return []
+
+        refuse(read_all(read, len(names), "patches"), folder)
+
+    sources = [folder / LABELS, *(paths[name] for name in names)]
+    images = cached_array("pcam-kaggle", sources, (len(names), *PATCH), fill, cache)
+    return images, np.array([labels[name] for name in names], dtype=np.int64)
+
+
+def _labels(path: Path) -> tuple[dict[str, int], list[str]]:
+    labels: dict[str, int] = {}
+    faults = []
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        if not {"id", "label"} <= set(rows.fieldnames or ()):
+            raise ValueError(f"{path} begins with {rows.fieldnames}, and its columns must be id and label.")
+        for row in rows:
+            name, label = row["id"], row["label"]
+            if label not in ("0", "1"):
+                faults.append(f"{path}: line {rows.line_num} labels {name} {label!r}, which is neither 0 nor 1")
+            elif name in labels:
+                faults.append(f"{path}: line {rows.line_num} names {name} again")
+            else:
+                labels[name] = int(label)
+    if not labels and not faults:
+        faults.append(f"{path}: holds no labels")
+    return labels, faults

@@ -1,0 +1,220 @@
+"""What all scores of masks share: their input, their mean, and what an empty mask counts."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities import rank_zero_warn
+from typing_extensions import override
+
+
+class MaskMetric(Metric):
+    """Base of the scores of masks: the mean over images and channels, each of which has a score of its own.
+
+    The one policy for empty masks:
+
+    - both empty: there is nothing to find and nothing was found. The mask is left out of the mean, and counted in
+      ``skipped``.
+    - one empty: the worst score there is (:meth:`worst`), so that predicting nothing never pays.
+    - all left out: the mean is NaN, with one warning.
+
+    A subclass has :meth:`scores` and :meth:`worst`, and passes its other arguments on as ``settings``.
+
+    Args:
+        threshold: Probability from which on a pixel belongs to the predicted mask.
+        settings: All other arguments that scores depend on.
+        **kwargs: Arguments of `torchmetrics.Metric`.
+
+    Attributes:
+        total: Sum of the scores that count.
+
+    Raises:
+        ValueError: If ``threshold`` is not in (0, 1).
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    plot_lower_bound = 0.0
+
+    total: Tensor
+
+    def __init__(self, threshold: float, settings: Sequence[object] = (), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold is a probability, in (0, 1), got {threshold}.")
+        self.threshold = threshold
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float32), dist_reduce_fx="sum")
+        # MetricCollection takes metrics whose states agree after the first batch for one and updates only the first
+        # from then on, and over empty or perfect masks all of ours agree. The name of this state keeps them apart.
+        self._counts = f"counts of {type(self).__name__}{(threshold, *settings)}"
+        # Of masks in the mean, of masks left out; of batches with values that preds cannot have, that target cannot.
+        self.add_state(self._counts, torch.tensor([0, 0, 0, 0]), dist_reduce_fx="sum")
+        self._within_forward = False
+        self._warned = False
+
+    @property
+    def counted(self) -> Tensor:
+        """Number of masks in the mean; of this process, and of all of them while synchronised."""
+        return self._numbers[0]
+
+    @property
+    def skipped(self) -> Tensor:
+        """Number of masks left out, because they are empty in prediction and truth; of this process, likewise."""
+        return self._numbers[1]
+
+    @property
+    def _numbers(self) -> Tensor:
+        numbers: Tensor = getattr(self, self._counts)
+        return numbers
+
+    @abstractmethod
+    def scores(self, preds: Tensor, target: Tensor) -> Tensor:
+        """Score pairs of masks.
+
+        Args:
+            preds: Predicted masks, shape ``(M, H, W)`` or ``(M, D, H, W)``, bool.
+            target: True masks, likewise.
+
+        Returns:
+            Shape ``(M,)``, float32. Where a mask is empty, any number.
+        """
+
+    @abstractmethod
+    def worst(self, size: Sequence[int]) -> float:
+        """Return the score of a pair of masks of which one is empty, ``size`` pixels large along each axis."""
+
+    @override
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch to the mean.
+
+        Values are looked at as well: at once on the CPU, and on other devices, where a look makes the program wait,
+        when the mean is computed.
+
+        Args:
+            preds: Probabilities or bool, shape ``(N, C, H, W)`` or ``(N, C, D, H, W)``.
+            target: Bool, or integers 0 and 1, of the same shape.
+
+        Raises:
+            TypeError: If ``preds`` are neither floating point nor bool, or ``target`` is neither bool nor integer.
+            ValueError: If the shapes are none of these or differ, or on the CPU if probabilities are NaN or outside
+                [0, 1], or a value of ``target`` is neither 0 nor 1.
+        """
+        self._require_masks(preds, target)
+        misfits = torch.stack([_leaves_unit_interval(preds), _leaves_unit_interval(target)])
+        if preds.device.type == "cpu":
+            self._require_fitting_values(misfits)
+        preds, target = self._marked(preds).flatten(0, 1), target.bool().flatten(0, 1)
+
+        predicted, true = preds.flatten(1).any(dim=1), target.flatten(1).any(dim=1)
+        scores = torch.where(predicted & true, self.scores(preds, target), self.worst(preds.shape[1:]))
+        counted = predicted | true
+        numbers = torch.cat([torch.stack([counted.sum(), (~counted).sum()]), misfits])
+        # Not in place: a state that was reset in inference mode cannot be changed in place outside of it.
+        self.total = self.total + torch.where(counted, scores, 0.0).sum()
+        setattr(self, self._counts, self._numbers + numbers)
+
+    @override
+    def compute(self) -> Tensor:
+        """Return the mean over all masks that count; NaN if there is none.
+
+        Raises:
+            ValueError: If ``preds`` or ``target`` had values that they cannot have.
+        """
+        if not self._within_forward:
+            self._require_fitting_values(self._numbers[2:])
+            self._warn_of_nothing()
+        return self.total / self.counted
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Add a batch to the mean, and return the mean of the batch alone."""
+        # A batch of empty masks is nothing to warn of; and to look at the states would wait for the device.
+        self._within_forward = True
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._within_forward = False
+
+    @override
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """Plot one value or several; needs matplotlib.
+
+        Args:
+            val: What ``compute`` or ``forward`` returned, or a list of such values; by default ``compute()``.
+            ax: The matplotlib axes to draw into; new ones by default.
+
+        Returns:
+            Figure and axes; no figure if ``ax`` is given.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        return self._plot(val, ax)
+
+    @override
+    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> nn.Module:
+        # A sum in half precision stops growing at a few hundred: Module.to(dtype), by which Lightning makes a module
+        # "bf16-true", moves it to another device but leaves its type alone.
+        super()._apply(fn, [*exclude_state, "total"])
+        self.total = self.total.to(self.device)
+        self._defaults["total"] = torch.zeros_like(self.total)
+        return self
+
+    def _marked(self, preds: Tensor) -> Tensor:
+        if preds.dtype == torch.bool:
+            return preds
+        # In half precision the threshold would be rounded as well.
+        return preds.to(torch.promote_types(preds.dtype, torch.float32)) >= self.threshold
+
+    def _require_masks(self, preds: Tensor, target: Tensor) -> None:
+        name = type(self).__name__
+        if not (preds.dtype == torch.bool or preds.is_floating_point()):
+            raise TypeError(
+                f"{name} takes preds that are probabilities or bool, got {preds.dtype}: of masks of 0 and 1 pass "
+                "preds.bool(), of class labels a mask for each class."
+            )
+        if target.is_floating_point() or target.is_complex():
+            raise TypeError(
+                f"{name} takes a target that is bool or integer, got {target.dtype}: pass target.bool(), or "
+                "target > 0.5 if it holds anything between 0 and 1."
+            )
+        if preds.shape != target.shape or preds.ndim not in (4, 5):
+            raise ValueError(
+                f"{name} takes preds and target of one shape, (N, C, H, W) or (N, C, D, H, W), got "
+                f"{tuple(preds.shape)} and {tuple(target.shape)}."
+            )
+
+    def _require_fitting_values(self, misfits: Tensor) -> None:
+        preds, target = misfits.tolist()
+        name = type(self).__name__
+        if preds:
+            raise ValueError(
+                f"{name} takes preds that are probabilities, and some were NaN or outside [0, 1]: turn logits into "
+                "probabilities by sigmoid or softmax."
+            )
+        if target:
+            raise ValueError(
+                f"{name} takes a target of 0 and 1, and some values were neither: of masks of 0 and 255 pass "
+                "target > 0, of class labels a mask for each class."
+            )
+
+    def _warn_of_nothing(self) -> None:
+        # torchmetrics warns itself where there was no update.
+        if self._warned or not self.update_called or self.counted:
+            return
+        self._warned = True
+        rank_zero_warn(
+            f"{type(self).__name__} is NaN: all {int(self.skipped)} masks are empty in prediction and truth, which "
+            "leaves nothing to score.",
+            UserWarning,
+        )
+
+
+def _leaves_unit_interval(values: Tensor) -> Tensor:
+    if values.dtype == torch.bool or values.numel() == 0:
+        return torch.zeros((), dtype=torch.bool, device=values.device)
+    low, high = values.detach().aminmax()  # NaN if there is one, which no comparison holds for
+    return ~((low >= 0) & (high <= 1))

@@ -1,0 +1,100 @@
+"""What all tasks share: a network by name or as a module, its optimizer, and losses in the log."""
+
+import inspect
+import json
+from collections.abc import Callable
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from typing_extensions import override
+
+
+class Task(LightningModule):
+    """Base of the tasks.
+
+    Args:
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes the learning rate scheduler from the optimizer; none by default. A
+            `lightning.pytorch.cli.ReduceLROnPlateau` follows the metric that it names as its ``monitor``, torch's own
+            follows ``val/loss``.
+        lr_scheduler_interval: Whether the scheduler steps after every epoch, or after every optimizer step.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        lr_scheduler_interval: Literal["epoch", "step"],
+    ) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_scheduler_interval = lr_scheduler_interval
+
+    def save_arguments(self, **objects: object) -> None:
+        """Save the arguments of the calling constructor as hyperparameters, but for objects.
+
+        Args:
+            **objects: Arguments that may be objects; a checkpoint holds plain values only.
+        """
+        caller = inspect.currentframe()
+        frame = None if caller is None else caller.f_back
+        self.save_hyperparameters(ignore=[name for name, value in objects.items() if callable(value)], frame=frame)
+        if "_instantiator" in self.hparams:  # LightningCLI built the task, and has these as plain values as well
+            self.save_hyperparameters(frame=frame)
+
+    def configure_network(
+        self, model: str | nn.Module, create: Callable[..., nn.Module], kwargs: dict[str, Any], compile: bool
+    ) -> None:
+        """Set the network, as ``self.model``.
+
+        Args:
+            model: Its name, or the network.
+            create: Makes it from its name and ``kwargs``.
+            kwargs: Arguments of a network by name.
+            compile: Compile it in place.
+
+        Raises:
+            ValueError: If ``kwargs`` come with a module, or hold anything but plain values.
+        """
+        if isinstance(model, str):
+            _require_plain(kwargs)
+            model = create(model, **kwargs)
+        elif kwargs:
+            raise ValueError(f"model_kwargs are for a model by name, and {type(model).__name__} is a module already.")
+        if compile:
+            model.compile()
+        self.model = model
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make the optimizer, and the scheduler if there is one."""
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {
+                "scheduler": scheduler,
+                "interval": self.lr_scheduler_interval,
+                "monitor": getattr(scheduler, "monitor", "val/loss"),
+            },
+        }
+
+    def log_loss(self, name: str, loss: Tensor, batch_size: int) -> None:
+        """Log the mean of a loss over an epoch and all processes."""
+        self.log(name, loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=batch_size, sync_dist=True)
+
+
+def _require_plain(kwargs: dict[str, Any]) -> None:
+    try:
+        json.dumps(kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"model_kwargs must hold plain values, which a checkpoint can hold ({error}): build the network yourself "
+            "and pass it as the model."
+        ) from error

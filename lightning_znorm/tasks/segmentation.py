@@ -1,0 +1,225 @@
+"""Image and volume segmentation."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from typing_extensions import override
+
+from lightning_znorm.metrics import DiceScore, HausdorffDistance, TverskyIndex
+from lightning_znorm.tasks.base import Task
+from lightning_znorm.tasks.networks import create_segmenter
+
+Batch = tuple[Tensor, Tensor]
+"""Images of shape ``(N, C, H, W)`` or ``(N, C, D, H, W)``, and masks of the same size."""
+
+
+class SegmentationTask(Task):
+    """Train a network to mark regions in images or volumes.
+
+    Batches are pairs of images, ``(N, C, H, W)`` or ``(N, C, D, H, W)``, and masks of the same size:
+
+    - with ``activation="sigmoid"``, one mask of zeros and ones for each class, ``(N, num_classes, ...)``; classes may
+      overlap;
+    - with ``activation="softmax"``, the class of each pixel, ``(N, 1, ...)``, from 0 (background) to
+      ``num_classes`` - 1.
+
+    Logged, once per epoch: ``train/loss``, ``val/loss``, ``val/dice``, ``val/tversky``, ``val/hausdorff`` and the same
+    for ``test``; see `lightning_znorm.metrics` for what they do with empty masks. With softmax, the background is not
+    scored.
+
+    The default loss adds Dice loss and cross entropy, and takes Dice over the pixels of the whole batch. Where most
+    masks are empty and a structure covers a hundredth of the pixels, the Dice loss of a single empty image is close to
+    one whatever is predicted: it has no slope to follow. Over a batch the loss sees the few masks that are not empty,
+    and cross entropy holds the rest of the pixels at zero.
+
+    Note:
+        - A network may return several outputs (deep supervision): all are trained, and the last is scored.
+        - The networks by name have biases in front of normalization layers, whose true gradient is zero; what is found
+          there becomes unit size under ZNorm. It changes nothing in the output. ``min_ndim=2`` of the callback leaves
+          them alone.
+        - A checkpoint holds plain values only: a ``model``, ``loss``, ``optimizer`` or ``lr_scheduler`` that was given
+          as an object has to be passed to ``load_from_checkpoint`` again.
+
+    Args:
+        model: Name of a network (``"resnet50_unet"``, ``"unetpp"``, ``"attention_unet"``, from MONAI), or a module that
+            maps images to logits of shape ``(N, num_classes, ...)``, or to a list of such.
+        num_classes: Width of the output.
+        in_chans: Channels of the images, for a network by name.
+        spatial_dims: 2 for images, 3 for volumes, for a network by name.
+        model_kwargs: Further arguments of a network by name, plain values as YAML has them.
+        loss: Takes logits and masks; in YAML any loss of MONAI. ``None`` is
+            ``DiceCELoss(sigmoid=True, batch=True)``, or ``DiceCELoss(softmax=True, to_onehot_y=True, batch=True)``.
+        activation: Turns logits into probabilities.
+        threshold: Probability from which on a pixel belongs to a class, with sigmoid. With softmax it belongs to the
+            most probable class.
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes the learning rate scheduler from the optimizer; none by default. A
+            `lightning.pytorch.cli.ReduceLROnPlateau` follows the metric that it names as its ``monitor``, torch's own
+            follows ``val/loss``.
+        lr_scheduler_interval: Whether the scheduler steps after every epoch, or after every optimizer step.
+        compile: Compile the network with `torch.compile`, in place: names in checkpoints stay as they are.
+
+    Raises:
+        ValueError: If no network has the name, if ``model_kwargs`` come with a module or hold anything but plain
+            values, if ``num_classes``, ``activation`` or ``threshold`` cannot be, or if the network's output or a mask
+            has another shape or other values than these say.
+
+    Example:
+        >>> task = SegmentationTask(torch.nn.Conv2d(3, 1, kernel_size=1))
+        >>> task.predict_step(torch.zeros(2, 3, 16, 16)).shape
+        torch.Size([2, 1, 16, 16])
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        num_classes: int = 1,
+        in_chans: int = 3,
+        spatial_dims: int = 2,
+        model_kwargs: dict[str, Any] | None = None,
+        loss: nn.Module | None = None,
+        activation: Literal["sigmoid", "softmax"] = "sigmoid",
+        threshold: float = 0.5,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
+        compile: bool = False,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval)
+        self.save_arguments(model=model, loss=loss, optimizer=optimizer, lr_scheduler=lr_scheduler)
+        if activation not in ("sigmoid", "softmax"):
+            raise ValueError(f"activation must be 'sigmoid' or 'softmax', got {activation!r}.")
+        least = 1 if activation == "sigmoid" else 2
+        if num_classes < least:
+            raise ValueError(f"num_classes must be at least {least} with {activation}, got {num_classes}.")
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold is a probability, in (0, 1), got {threshold}.")
+        self.num_classes = num_classes
+        self.activation = activation
+        self.threshold = threshold
+        create = partial(create_segmenter, num_classes=num_classes, in_chans=in_chans, spatial_dims=spatial_dims)
+        self.configure_network(model, create, model_kwargs or {}, compile)
+        self.configure_losses(loss)
+        self.configure_metrics()
+
+    def configure_losses(self, loss: nn.Module | None) -> None:
+        """Set the loss."""
+        if loss is None:
+            from monai.losses import DiceCELoss
+
+            if self.activation == "sigmoid":
+                loss = DiceCELoss(sigmoid=True, batch=True)
+            else:
+                loss = DiceCELoss(softmax=True, to_onehot_y=True, batch=True)
+        self.criterion = loss
+
+    def configure_metrics(self) -> None:
+        """Set the metrics."""
+        metrics = {"dice": DiceScore(), "tversky": TverskyIndex(), "hausdorff": HausdorffDistance()}
+        self.val_metrics = MetricCollection(dict(metrics), prefix="val/")
+        self.test_metrics = self.val_metrics.clone(prefix="test/")
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits, shape ``(N, num_classes, ...)``, of images of shape ``(N, C, ...)``."""
+        return self._outputs(images)[-1]
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of a batch: the mean over the network's outputs."""
+        images, masks = batch
+        if batch_idx == 0:
+            self._check_masks(images, masks)
+        outputs = self._outputs(images)
+        loss = torch.stack([self.criterion(logits, masks) for logits in outputs]).mean()
+        self.log_loss("train/loss", loss, len(images))
+        return loss
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Log loss and scores of validation images; return their masks (``preds``) and the true ones (``target``)."""
+        return self._evaluation_step("val/loss", self.val_metrics, batch, batch_idx)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Log loss and scores of test images; return their masks (``preds``) and the true ones (``target``)."""
+        return self._evaluation_step("test/loss", self.test_metrics, batch, batch_idx)
+
+    @override
+    def predict_step(self, batch: Tensor | Sequence[Any]) -> Tensor:
+        """Return probabilities, shape ``(N, num_classes, ...)``.
+
+        Args:
+            batch: Images of shape ``(N, C, ...)``, or a sequence that begins with them.
+        """
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self.probabilities(self(images))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probability of each class at each pixel, same shape as the logits, at least in float32."""
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        return logits.sigmoid() if self.activation == "sigmoid" else logits.softmax(dim=1)
+
+    def marked(self, probabilities: Tensor) -> Tensor:
+        """Return which pixels belong to which class: bool, same shape as the probabilities."""
+        if self.activation == "sigmoid":
+            return probabilities >= self.threshold
+        return self._one_hot(probabilities.argmax(dim=1, keepdim=True))
+
+    def truth(self, masks: Tensor) -> Tensor:
+        """Return masks in the form of :meth:`marked`: bool, ``(N, num_classes, ...)``."""
+        return masks > 0 if self.activation == "sigmoid" else self._one_hot(masks.long())
+
+    def _one_hot(self, classes: Tensor) -> Tensor:
+        numbers = torch.arange(self.num_classes, device=classes.device)
+        return classes == numbers.view(-1, *[1] * (classes.ndim - 2))
+
+    def _outputs(self, images: Tensor) -> list[Tensor]:
+        """The logits of all of the network's outputs, of which the last is the prediction."""
+        outputs = self.model(images)
+        outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+        expected = (len(images), self.num_classes, *images.shape[2:])
+        for output in outputs:
+            if not isinstance(output, Tensor) or output.shape != expected:
+                made = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+                raise ValueError(
+                    f"{type(self.model).__name__} turned images of shape {tuple(images.shape)} into {made}, and "
+                    f"num_classes={self.num_classes} asks for logits of shape {expected}."
+                )
+        return outputs
+
+    def _evaluation_step(
+        self, loss_name: str, metrics: MetricCollection, batch: Batch, batch_idx: int
+    ) -> dict[str, Tensor]:
+        images, masks = batch
+        if batch_idx == 0:
+            self._check_masks(images, masks)
+        logits = self(images)
+        self.log_loss(loss_name, self.criterion(logits, masks), len(images))
+        preds, target = self.marked(self.probabilities(logits)), self.truth(masks)
+        if self.activation == "softmax":  # without the background
+            preds, target = preds[:, 1:], target[:, 1:]
+        metrics.update(preds, target)
+        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
+        return {"preds": preds, "target": target}
+
+    def _check_masks(self, images: Tensor, masks: Tensor) -> None:
+        # Of the first batch of an epoch alone: each look at values waits for a GPU.
+        channels, last = (self.num_classes, 1) if self.activation == "sigmoid" else (1, self.num_classes - 1)
+        expected = (len(images), channels, *images.shape[2:])
+        if masks.shape != expected:
+            raise ValueError(
+                f"Masks have shape {tuple(masks.shape)}, and images of shape {tuple(images.shape)} with "
+                f"activation={self.activation!r} and num_classes={self.num_classes} ask for {expected}."
+            )
+        smallest, largest = (float(bound) for bound in masks.aminmax())
+        if smallest < 0 or largest > last:
+            raise ValueError(
+                f"Masks run from {smallest:g} to {largest:g} in a batch, and activation={self.activation!r} with "
+                f"num_classes={self.num_classes} allows 0 to {last}: change one of them or the masks."
+            )

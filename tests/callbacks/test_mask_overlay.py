@@ -1,0 +1,242 @@
+"""Pictures of masks: what is drawn, where it goes, and of which cases."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_znorm import MaskOverlay
+from lightning_znorm.callbacks import mask_overlay
+from lightning_znorm.callbacks.drawing import Case, grid, outline
+from lightning_znorm.tasks import SegmentationTask
+from tests.trainers import trainer
+
+ORANGE, BLUE = (230, 159, 0), (86, 180, 233)
+
+
+def square(size: int, top: int, left: int, side: int) -> Tensor:
+    mask = torch.zeros(1, size, size, dtype=torch.bool)
+    mask[:, top : top + side, left : left + side] = True
+    return mask
+
+
+class Outlines:
+    """What is drawn, read back from the pixels."""
+
+    def __init__(self, picture: Image.Image) -> None:
+        self.pixels = np.asarray(picture)
+
+    def of(self, colour: tuple[int, int, int]) -> np.ndarray:
+        return np.argwhere((self.pixels == colour).all(axis=-1))
+
+
+class TestDrawing:
+    def test_outline(self):
+        mask = square(6, 1, 2, 4)[0]
+        expected = mask.clone()
+        expected[2:4, 3:5] = False
+        assert torch.equal(outline(mask), expected)
+
+    def test_outline_at_the_border(self):
+        assert outline(torch.ones(3, 3, dtype=torch.bool)).sum() == 8
+
+    @pytest.mark.parametrize("size", [256, 100])
+    def test_truth_and_prediction_stand_in_their_panels(self, size: int):
+        factor = -(-256 // size)
+        case = Case(torch.randn(3, size, size), square(size, 10, 20, 30), square(size, 40, 50, 20), "case 0")
+        places = Outlines(grid([case])).of(ORANGE)
+        panel = size * factor + 6
+        truth = places[places[:, 1] < 6 + 2 * panel]
+        preds = places[places[:, 1] >= 6 + 2 * panel]
+        for drawn, number, (top, left, side) in ((truth, 1, (10, 20, 30)), (preds, 2, (40, 50, 20))):
+            origin = np.array([20, 6 + number * panel])
+            assert (drawn.min(axis=0) - origin == factor * np.array([top, left])).all()
+            assert (drawn.max(axis=0) - origin == factor * (np.array([top, left]) + side) - 1).all()
+
+    def test_a_colour_for_each_class(self):
+        truth = torch.cat([square(256, 10, 10, 20), square(256, 100, 100, 20)])
+        drawn = Outlines(grid([Case(torch.zeros(1, 256, 256), truth, truth, "")]))
+        assert len(drawn.of(ORANGE)) == len(drawn.of(BLUE)) > 0
+
+    @pytest.mark.parametrize("channels", [1, 2, 3, 5])
+    def test_any_range_and_number_of_channels(self, channels: int):
+        image = torch.linspace(-50, 700, 256).expand(channels, 256, 256)
+        empty = torch.zeros(1, 256, 256, dtype=torch.bool)
+        pixels = np.asarray(grid([Case(image, empty, empty, "")]))[20:276, 6:262]
+        assert pixels.min() == 0
+        assert pixels.max() == 255
+        assert (np.diff(pixels[0, :, 0].astype(int)) >= 0).all()
+
+    def test_constant_image(self):
+        empty = torch.zeros(1, 256, 256, dtype=torch.bool)
+        assert grid([Case(torch.full((3, 256, 256), 7.0), empty, empty, "")]).size[0] > 3 * 256
+
+    def test_captions_differ(self):
+        empty = torch.zeros(1, 256, 256, dtype=torch.bool)
+        first, second = (np.asarray(grid([Case(torch.zeros(1, 256, 256), empty, empty, text)])) for text in "ab")
+        assert (first[:276] == second[:276]).all()
+        assert (first[276:] != second[276:]).any()
+
+
+class Copies(nn.Module):
+    """Finds what is bright."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.gain * (images - 0.5)
+
+
+def data(count: int = 7, empty: tuple[int, ...] = (0, 2)) -> DataLoader:
+    masks = torch.stack([square(32, 4 + index, 6, 8) for index in range(count)]).float()
+    masks[list(empty)] = 0
+    return DataLoader(TensorDataset(masks.clone(), masks), batch_size=3)
+
+
+@pytest.fixture
+def captions(monkeypatch) -> list[list[str]]:
+    """Those of the cases of each picture."""
+    pictures: list[list[str]] = []
+
+    def recording(cases, **kwargs):
+        pictures.append([case.caption for case in cases])
+        return grid(cases, **kwargs)
+
+    monkeypatch.setattr(mask_overlay, "grid", recording)
+    return pictures
+
+
+class TestCases:
+    def test_first_whose_mask_is_not_empty(self, tmp_path: Path, captions):
+        trainer(callbacks=[MaskOverlay(num_cases=3)], default_root_dir=tmp_path).test(
+            SegmentationTask(Copies()), data(), verbose=False
+        )
+        assert captions == [[f"case {number}   Dice 1.000   Hausdorff 0.0 px" for number in (1, 3, 4)]]
+
+    def test_chosen(self, tmp_path: Path, captions):
+        trainer(callbacks=[MaskOverlay(cases=[6, 0])], default_root_dir=tmp_path).test(
+            SegmentationTask(Copies()), data(), verbose=False
+        )
+        assert captions == [["case 0   both empty", "case 6   Dice 1.000   Hausdorff 0.0 px"]]
+
+    def test_scores_are_those_of_the_case(self, tmp_path: Path, captions):
+        class Shifted(Copies):
+            def forward(self, images):
+                return super().forward(images.roll(3, dims=-1))
+
+        trainer(callbacks=[MaskOverlay(num_cases=1)], default_root_dir=tmp_path).test(
+            SegmentationTask(Shifted()), data(), verbose=False
+        )
+        assert captions == [[f"case 1   Dice {2 * 40 / 128:.3f}   Hausdorff 3.0 px"]]
+
+    def test_nothing_is_drawn_without_cases(self, tmp_path: Path, captions):
+        run = trainer(callbacks=[MaskOverlay()], default_root_dir=tmp_path)
+        with pytest.warns(UserWarning, match="leaves nothing to score"):
+            run.test(SegmentationTask(Copies()), data(3, empty=(0, 1, 2)), verbose=False)
+        assert captions == []
+        assert list(tmp_path.iterdir()) == []
+
+    def test_every_nth_epoch_and_no_sanity_check(self, tmp_path: Path, captions):
+        run = trainer(
+            callbacks=[MaskOverlay(every_n_epochs=2)], max_epochs=5, num_sanity_val_steps=2, default_root_dir=tmp_path
+        )
+        run.fit(SegmentationTask(Copies()), data(), data())
+        assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["val-epoch=1.png", "val-epoch=3.png"]
+
+    def test_slice_of_a_volume(self, tmp_path: Path, monkeypatch):
+        drawn: list[Case] = []
+        monkeypatch.setattr(mask_overlay, "grid", lambda cases: drawn.extend(cases) or grid(cases))
+        volume = torch.zeros(1, 1, 5, 32, 32)
+        volume[0, 0, 1, 4:6, 4:6] = 1
+        volume[0, 0, 3, 4:9, 4:9] = 1
+        trainer(callbacks=[MaskOverlay()], default_root_dir=tmp_path).test(
+            SegmentationTask(Copies()), DataLoader(TensorDataset(volume, volume)), verbose=False
+        )
+        assert torch.equal(drawn[0].truth, volume[0, :, 3].bool())
+        assert torch.equal(drawn[0].image, volume[0, :, 3])
+
+
+class TestDestinations:
+    def fit(self, logger: Logger | bool, folder: Path) -> None:
+        trainer(callbacks=[MaskOverlay()], logger=logger, default_root_dir=folder).fit(
+            SegmentationTask(Copies()), data(), data()
+        )
+
+    def test_beside_the_logs(self, tmp_path: Path):
+        logger = CSVLogger(tmp_path)
+        self.fit(logger, tmp_path)
+        with Image.open(Path(logger.log_dir) / "masks" / "val-epoch=0.png") as picture:
+            assert len(Outlines(picture.convert("RGB")).of(ORANGE)) > 0
+
+    def test_without_a_logger(self, tmp_path: Path):
+        self.fit(False, tmp_path)
+        assert (tmp_path / "masks" / "val-epoch=0.png").is_file()
+
+    def test_tensorboard(self, tmp_path: Path, monkeypatch):
+        logger = TensorBoardLogger(tmp_path)
+        images: list[tuple[Any, ...]] = []
+        monkeypatch.setattr(logger.experiment, "add_image", lambda *args: images.append(args))
+        self.fit(logger, tmp_path)
+        ((name, pixels, step),) = images
+        assert (name, step) == ("val/masks", 3)
+        assert pixels.dtype == torch.uint8
+        assert len(Outlines(pixels.permute(1, 2, 0).numpy()).of(ORANGE)) > 0
+        assert not list(tmp_path.rglob("*.png"))
+
+    def test_weights_and_biases(self, tmp_path: Path):
+        class WandbLogger(CSVLogger):
+            def log_image(self, key: str, images: list[Image.Image], step: int) -> None:
+                self.logged = (key, len(images), step)
+
+        logger = WandbLogger(tmp_path)
+        self.fit(logger, tmp_path)
+        assert logger.logged == ("val/masks", 1, 3)
+        assert not list(tmp_path.rglob("*.png"))
+
+
+class TestOwnModule:
+    class Module(LightningModule):
+        def __init__(self, outputs: Any) -> None:
+            super().__init__()
+            self.outputs = outputs
+
+        def test_step(self, batch: Any) -> Any:
+            return self.outputs
+
+    def test_that_returns_masks(self, tmp_path: Path, captions):
+        masks = torch.stack([square(32, 4, 4, 8)] * 2)
+        module = self.Module({"preds": masks, "target": masks})
+        trainer(callbacks=[MaskOverlay()], default_root_dir=tmp_path).test(
+            module, DataLoader(TensorDataset(torch.randn(2, 3, 32, 32)), batch_size=2), verbose=False
+        )
+        assert [caption[:8] for caption in captions[0]] == ["case 0  ", "case 1  "]
+
+    @pytest.mark.parametrize("outputs", [None, {"preds": torch.zeros(1)}], ids=["nothing", "no target"])
+    def test_that_returns_none(self, tmp_path: Path, outputs: Any):
+        with pytest.raises(TypeError, match="a mapping with 'preds' and 'target'"):
+            trainer(callbacks=[MaskOverlay()], default_root_dir=tmp_path).test(
+                self.Module(outputs), data(), verbose=False
+            )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_cases": 0}, "at least 1, got 0 and 1"),
+        ({"every_n_epochs": 0}, "at least 1, got 6 and 0"),
+        ({"cases": []}, "numbers from 0 on"),
+        ({"cases": [3, -1]}, "numbers from 0 on"),
+    ],
+)
+def test_arguments(arguments: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        MaskOverlay(**arguments)

@@ -1,0 +1,96 @@
+"""An experiment of a user's own for a study: a small network that writes down what it starts from and is fed with."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_znorm import GradientTransform
+
+
+class StudyData(LightningDataModule):
+    def __init__(self, batch_size: int = 8) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
+    def setup(self, stage: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(96, 6, generator=generator)
+        labels = (inputs.sum(1) + torch.randn(96, generator=generator) > 0).long()
+        self.parts = [TensorDataset(inputs[part], labels[part]) for part in (slice(48), slice(48, 72), slice(72, 96))]
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.parts[0], batch_size=self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.parts[1], batch_size=24)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.parts[2], batch_size=24)
+
+
+class StudyModule(LightningModule):
+    """Writes, beside its logs, the weights that it starts with, and all batches."""
+
+    def __init__(self, lr: float = 0.05, seconds_per_batch: float = 0.0) -> None:
+        super().__init__()
+        self.lr = lr
+        self.seconds_per_batch = seconds_per_batch
+        self.network = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 2))
+
+    def on_train_start(self) -> None:
+        self.write("weights", [parameter.tolist() for parameter in self.parameters()])
+
+    def on_train_epoch_start(self) -> None:
+        self.batches: list[Any] = []
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        time.sleep(self.seconds_per_batch)
+        self.batches.append(batch[0].tolist())
+        loss = nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+        self.log("train/loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.write(f"batches-{self.current_epoch}", self.batches)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.evaluate("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.evaluate("test", batch)
+
+    def evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
+        logits = self.network(batch[0])
+        self.log(f"{stage}/loss", nn.functional.cross_entropy(logits, batch[1]))
+        self.log(f"{stage}/accuracy", (logits.argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)]
+
+    def write(self, name: str, content: Any) -> None:
+        folder = Path(self.trainer.log_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+class NoisyGradients(GradientTransform):
+    """A method that draws random numbers at every step."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda gradient: gradient + 0.1 * torch.randn_like(gradient))
+
+
+class Crash(Callback):
+    """A method that fails once the first epoch is over."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.num_training_batches > 1:  # not when the study tries it out
+            raise RuntimeError("the method broke")

@@ -1,0 +1,65 @@
+"""Locks end with the processes that hold them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lightning_znorm.compare.locks import InUseError, locked
+
+HOLD = """
+import pathlib, subprocess, sys, time
+from lightning_znorm.compare.locks import locked
+with locked(pathlib.Path({path!r})) as lock:
+    if {child}:
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep({child})"], pass_fds=[lock])
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(path, child: float = 0) -> subprocess.Popen:
+    program = HOLD.format(path=str(path), child=child)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_held_by_another_process(tmp_path):
+    process = hold(tmp_path / "lock")
+    try:
+        with pytest.raises(InUseError, match=f"process {process.pid} on "), locked(tmp_path / "lock"):
+            pass
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_crash_does_not_block(tmp_path):
+    process = hold(tmp_path / "lock")
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    with locked(tmp_path / "lock"):
+        pass
+
+
+def test_a_child_goes_on_holding(tmp_path):
+    process = hold(tmp_path / "lock", child=2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with pytest.raises(InUseError), locked(tmp_path / "lock"):
+        pass
+    start = time.monotonic()
+    with locked(tmp_path / "lock", wait=True):  # until the child ends
+        assert 0.2 < time.monotonic() - start < 20
+    process.communicate()
+
+
+def test_again_and_again(tmp_path):
+    path = tmp_path / "folder" / "lock"
+    for _ in range(2):
+        with locked(path), pytest.raises(InUseError), locked(path):
+            pass

@@ -1,0 +1,72 @@
+"""A study on a Ray cluster of two nodes, both on this machine."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_znorm import compare
+from lightning_znorm.compare.ray import ray_cluster
+from lightning_znorm.compare.study import StudyError
+
+ray = pytest.importorskip("ray")
+cluster_utils = pytest.importorskip("ray.cluster_utils")
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    before = dict(os.environ)
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    yield cluster.address
+    ray.shutdown()
+    cluster.shutdown()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_study_on_two_nodes(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    experiment = {
+        "model": {"class_path": "study_module.StudyModule"},
+        "data": {"class_path": "study_module.StudyData"},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "log_every_n_steps": 2,
+            "callbacks+": [{"class_path": "ModelCheckpoint", "init_args": {"monitor": "val/accuracy", "mode": "max"}}],
+        },
+    }
+    Path("exp.yaml").write_text(yaml.safe_dump(experiment))
+    crash = {"trainer": {"callbacks+": [{"class_path": "study_module.Crash"}]}}
+    Path("crash.yaml").write_text(yaml.safe_dump(crash))
+    methods = ["configs/methods/baseline.yaml", "crash.yaml"]
+    table = compare.run("exp.yaml", methods, seeds=[0, 1], output="out", ray=address)
+    assert table.row("baseline").seeds == (0, 1)
+    assert [outcome.run.name for outcome in table.failures] == ["crash-0", "crash-1"]
+    assert all("the method broke" in outcome.error for outcome in table.failures)
+    places = {re.search(r"Ray node (\w+)", log.read_text())[1] for log in Path("out").rglob("log.txt")}
+    assert len(places) == 2
+
+
+def test_resources_that_no_machine_has(address):
+    message = "No machine of the Ray cluster has 4 CPU cores and 0 GPUs"
+    with pytest.raises(StudyError, match=message), ray_cluster(address, cpus=4, gpus=0):
+        pass
+
+
+def test_no_cluster(address, monkeypatch):
+    def nobody_there(**kwargs):
+        raise ConnectionError("Could not find any running Ray instance.")  # what `ray.init("auto")` raises then
+
+    monkeypatch.setattr(ray, "init", nobody_there)
+    with pytest.raises(StudyError, match="No Ray cluster at auto"), ray_cluster("auto", cpus=1, gpus=0):
+        pass

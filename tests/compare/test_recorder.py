@@ -1,0 +1,226 @@
+"""What a run records, in a Trainer of this process."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.loggers import CSVLogger
+from study_module import NoisyGradients, StudyData, StudyModule
+
+from lightning_znorm import ZNormCallback
+from lightning_znorm.compare.checkpoints import BestCheckpoint, LastCheckpoint
+from lightning_znorm.compare.recorder import Recorder
+from lightning_znorm.compare.results import read_run
+from lightning_znorm.compare.study import Run
+
+MONITOR = ("val/accuracy", "max")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:The `?srun`? command|.*does not have many workers"),
+]
+
+
+class Died(BaseException):
+    """As a process dies: no hook is told."""
+
+
+class Spy(Callback):
+    """Computes, in float64 and on its own, the norm of the gradients that backward passes leave."""
+
+    def __init__(self, dies_at: int = -1) -> None:
+        self.norms: list[float] = []
+        self.dies_at = dies_at
+
+    def on_after_backward(self, trainer, pl_module) -> None:
+        squares = [parameter.grad.double().square().sum() for parameter in pl_module.parameters()]
+        self.norms.append(math.sqrt(sum(squares).item()))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self.dies_at:
+            raise Died
+
+
+def train(
+    folder: Path,
+    *callbacks: Callback,
+    seed: int = 3,
+    resume: bool = False,
+    module: StudyModule | None = None,
+    data: StudyData | None = None,
+    **options,
+) -> Run:
+    run = Run("method", seed, folder)
+    torch.manual_seed(seed)
+    first = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+    after = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
+    checkpoints = [BestCheckpoint(str(run.best.parent), *MONITOR), LastCheckpoint(str(run.last.parent))]
+    trainer = Trainer(
+        logger=CSVLogger(run.logs, name=""),
+        callbacks=[Recorder(str(folder), seed), *first, *checkpoints, *after],
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"max_epochs": 4, "log_every_n_steps": 2, **options},
+    )
+    trainer.fit(
+        module or StudyModule(), data or StudyData(), ckpt_path=run.last if resume else None, weights_only=False
+    )
+    return run
+
+
+def logged(run: Run, metric: str) -> list[float]:
+    return [measurement.value for measurement in read_run(run, MONITOR) if measurement.metric == metric]
+
+
+def weights(run: Run) -> dict:
+    return torch.load(run.last, weights_only=False)["state_dict"]
+
+
+def batches(run: Run, epoch: int) -> list:
+    (path,) = run.logs.rglob(f"batches-{epoch}.json")
+    return json.loads(path.read_text())
+
+
+class DiesAfterSaving(Checkpoint):
+    """Dies as soon as an epoch's last checkpoint is there. (Checkpoint: so that it comes after those that save.)"""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.look()
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        self.look()
+
+    def look(self) -> None:
+        if self.run.last.exists():
+            raise Died
+
+
+@pytest.mark.parametrize("method", [(), (ZNormCallback(),)], ids=["plain", "znorm"])
+def test_gradient_norm_is_that_before_the_method(method, tmp_path):
+    spy = Spy()
+    run = train(tmp_path, spy, *method, gradient_clip_val=0.01)
+    # Six steps in an epoch, of which every second is logged.
+    expected = [sum(spy.norms[first + 1 : first + 6 : 2]) / 3 for first in range(0, 24, 6)]
+    assert logged(run, "compare/gradient_norm") == pytest.approx(expected, rel=1e-5)
+
+
+def test_times(tmp_path, monkeypatch):
+    """By a clock that a training batch moves by a second, loading a batch by 10 and validation by 1000."""
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0], time=lambda: now[0])
+    monkeypatch.setattr("lightning_znorm.compare.recorder.time", clock)
+
+    class TimedData(StudyData):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            now[0] += 10 if self.trainer.training else 0
+            return batch
+
+    class Timed(StudyModule):
+        def training_step(self, batch, batch_idx):
+            now[0] += 1
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            now[0] += 1000
+            super().validation_step(batch, batch_idx)
+
+    run = train(tmp_path, module=Timed(), data=TimedData(), max_epochs=3, val_check_interval=0.5)
+    # Six batches, and the loading of all but the first of each half: the clock rests from validation to the next batch.
+    epoch = 6 * 1 + 4 * 10
+    assert logged(run, "compare/step_seconds") == pytest.approx([epoch / 6] * 3)
+    assert logged(run, "compare/train_seconds") == [epoch, 2 * epoch, 3 * epoch]
+    assert json.loads(run.fit_file.read_text())["seconds"] == 3 * epoch
+    assert json.loads(run.progress_file.read_text())["share"] == 1
+
+
+def test_death_and_resumption_change_nothing(tmp_path):
+    whole = train(tmp_path / "whole")
+    with pytest.raises(Died):
+        train(tmp_path / "died", Spy(dies_at=15))  # in the middle of the third epoch
+    died = Run("method", 3, tmp_path / "died")
+    assert not died.fit_file.exists()
+    train(tmp_path / "died", resume=True)
+    for metric in ("train/loss", "val/loss", "val/accuracy", "compare/gradient_norm"):
+        assert logged(died, metric) == logged(whole, metric)
+        assert len(logged(died, metric)) == 4
+    assert all(torch.equal(weights(whole)[name], weights(died)[name]) for name in weights(whole))
+    best = [torch.load(run.best, weights_only=False) for run in (whole, died)]
+    assert best[0]["epoch"] == best[1]["epoch"]
+    assert len(logged(died, "compare/train_seconds")) == 4
+    assert logged(died, "compare/train_seconds") == sorted(logged(died, "compare/train_seconds"))
+    for epoch in (0, 1, 2, 3):
+        assert batches(died, epoch) == batches(whole, epoch)
+
+
+def test_no_metric_is_missing_after_a_resumption(tmp_path):
+    """Lightning logs an epoch's training metrics after `ModelCheckpoint` has saved: whoever dies between loses them."""
+    run = Run("method", 3, tmp_path)
+    with pytest.raises(Died):
+        train(tmp_path, DiesAfterSaving(run))
+    train(tmp_path, resume=True)
+    for metric in ("train/loss", "val/loss", "compare/train_seconds"):
+        assert len(logged(run, metric)) == 4
+
+
+def test_resuming_a_run_that_was_only_not_said_to_have_ended(tmp_path):
+    run = train(tmp_path)
+    before, weights_before = logged(run, "train/loss"), weights(run)
+    run.fit_file.unlink()
+    train(tmp_path, resume=True)
+    assert run.fit_file.exists()
+    assert logged(run, "train/loss") == before
+    assert all(torch.equal(weights_before[name], weights(run)[name]) for name in weights_before)
+
+
+def test_best_checkpoint_survives_an_interruption(tmp_path):
+    """A worse epoch after an interruption must not become the best one, as it does when `ModelCheckpoint` forgets."""
+    run = Run("method", 3, tmp_path)
+    with pytest.raises(Died):
+        train(tmp_path, Spy(dies_at=15))
+    first = torch.load(run.best, weights_only=False)["callbacks"]
+    score = next(state["best_model_score"] for key, state in first.items() if key.startswith("BestCheckpoint"))
+    train(tmp_path, resume=True)
+    accuracies = logged(run, "val/accuracy")
+    best = torch.load(run.best, weights_only=False)
+    assert best["epoch"] == accuracies.index(max(accuracies))
+    assert max(accuracies) >= float(score)
+
+
+def test_last_checkpoint_is_of_the_last_epoch(tmp_path):
+    """Lightning's own `save_last` keeps an older one where the monitored metric does not improve."""
+    with pytest.raises(Died):
+        train(tmp_path, Spy(dies_at=33), max_epochs=6)  # in the sixth epoch
+    run = Run("method", 3, tmp_path)
+    accuracies = logged(run, "val/accuracy")
+    assert accuracies.index(max(accuracies)) < 4
+    last = torch.load(run.last, weights_only=False)
+    assert (last["epoch"], last["global_step"]) == (4, 30)
+    assert sorted(path.name for path in run.last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_method_that_draws_random_numbers(tmp_path):
+    plain, noisy = train(tmp_path / "plain"), train(tmp_path / "noisy", NoisyGradients())
+    assert any(not torch.equal(weights(plain)[name], weights(noisy)[name]) for name in weights(plain))
+    orders = [batches(plain, epoch) for epoch in range(4)]
+    assert orders == [batches(noisy, epoch) for epoch in range(4)]
+    assert len({json.dumps(order) for order in orders}) == 4  # each epoch has an order of its own
+    assert batches(train(tmp_path / "other", seed=4), 0) != orders[0]
+
+
+def test_a_finished_run_is_known_by_its_file(tmp_path):
+    run = train(tmp_path)
+    fit = json.loads(run.fit_file.read_text())
+    assert fit["epochs"] == 4
+    assert fit["parameters"] == 146
+    assert fit["device"].startswith("1 x cpu")
+    assert set(fit["versions"]) == {"python", "lightning-znorm", "torch", "lightning", "torchmetrics"}
+    assert not run.test_file.exists()

@@ -1,0 +1,204 @@
+"""Speed, tables, plots and the report, of measurements made up for it."""
+
+import io
+import json
+import math
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from lightning_znorm.compare.document import Code, Grid, Heading, Points, Text
+from lightning_znorm.compare.html import to_html
+from lightning_znorm.compare.markdown import to_markdown
+from lightning_znorm.compare.one_run import Outcome
+from lightning_znorm.compare.plots import plot, spaced
+from lightning_znorm.compare.prepare import Plan
+from lightning_znorm.compare.report import Report
+from lightning_znorm.compare.results import Measurement
+from lightning_znorm.compare.speed import overheads, reaches, step_seconds
+from lightning_znorm.compare.study import Study
+from lightning_znorm.compare.tables import make_rows
+
+FIT = {
+    "epochs": 4,
+    "seconds": 8.0,
+    "parameters": 10,
+    "device": "1 x cpu: x86_64",
+    "threads": 1,
+    "versions": {"python": "3.11", "torch": "2.6"},
+}
+
+
+def plan(output: Path, methods: tuple[str, ...] = ("baseline", "znorm"), seeds: tuple[int, ...] = (0, 1, 2)) -> Plan:
+    study = Study(("exp.yaml",), tuple(f"m/{name}.yaml" for name in methods), seeds, output)
+    settings = {name: {"trainer": {"lr": i}} for i, name in enumerate(methods)}
+    return Plan(study, settings, ("val/accuracy", "max"), "test/accuracy", "max", [])
+
+
+def done(plan: Plan) -> list[Measurement]:
+    """Runs that are done: znorm is as fast in two epochs as the baseline in four, at twice the time per step."""
+    found = []
+    for run in plan.study.runs:
+        run.folder.mkdir(parents=True)
+        run.fit_file.write_text(json.dumps(FIT))
+        run.test_file.write_text("{}")
+        factor = 1 + list(plan.study.files).index(run.method)
+        for epoch in range(4):
+            accuracy = 0.5 + 0.1 * min(4, factor * (epoch + 1)) + 0.01 * run.seed
+            for metric, value in (
+                ("val/accuracy", accuracy),
+                ("train/loss", 1 - accuracy),
+                ("compare/train_seconds", (epoch + 1) * factor),
+                ("compare/step_seconds", (9.0, 0.05, 0.1, 0.15)[epoch] * factor),
+                ("compare/gradient_norm", 10.0 / (epoch + 1)),
+            ):
+                found.append(Measurement(run.name, run.seed, run.method, epoch, metric, value))
+        found.append(
+            Measurement(run.name, run.seed, run.method, 3, "test/accuracy", 0.8 + 0.01 * factor * (1 + run.seed))
+        )
+    return found
+
+
+def report(plan: Plan, measurements: list[Measurement], failures: tuple[Outcome, ...] = ()) -> str:
+    rows = list(make_rows(plan, measurements))
+    plan.study.output.mkdir(parents=True, exist_ok=True)
+    Report(plan, rows, measurements, failures, "the command", jobs=1).write(plan.study.output)
+    return (plan.study.output / "report.md").read_text()
+
+
+class TestSpeed:
+    def test_reaching_the_first_methods_end(self, tmp_path):
+        first, other = reaches(done(plan(tmp_path)), "val/accuracy", "max", ["baseline", "znorm"])
+        assert (first.epochs, first.seconds, first.seeds) == ((4, 4, 4), (4, 4, 4), 3)
+        assert (other.epochs, other.seconds, other.seeds) == ((2, 2, 2), (4, 4, 4), 3)
+
+    def test_not_reached(self):
+        numbers = [("baseline", 0, 0.5), ("baseline", 1, 0.4), ("znorm", 0, 0.6), ("znorm", 1, 0.41)]
+        found = [Measurement("", 0, method, epoch, "loss", value) for method, epoch, value in numbers]
+        assert [reach.epochs for reach in reaches(found, "loss", "min", ["baseline", "znorm"])] == [(2,), ()]
+
+    def test_time_per_step_leaves_the_first_epoch_out(self, tmp_path):
+        steps = step_seconds(done(plan(tmp_path)))
+        assert steps["baseline"] == pytest.approx({0: 0.1, 1: 0.1, 2: 0.1})
+        assert overheads(steps["znorm"], steps["baseline"]) == pytest.approx([1.0] * 3)
+        assert step_seconds([Measurement("", 0, "a", 0, "compare/step_seconds", 3.0)]) == {"a": {0: 3.0}}
+
+    def test_overhead_is_paired(self):
+        assert overheads({0: 2.0, 1: 10.0, 2: 5.0}, {0: 1.0, 1: 10.0}) == [1.0, 0.0]
+        assert overheads({0: 1.0}, {}) == []
+
+
+class TestReport:
+    def test_numbers(self, tmp_path):
+        text = report(plan(tmp_path), done(plan(tmp_path)))
+        # Differences 0.01, 0.02, 0.03.
+        assert "| baseline | 3 | 0.820 | 0.010 | - | - |  |" in text
+        assert "| znorm | 3 | 0.840 | 0.020 | +0.020 | -0.005 to +0.045 | 3 seeds cannot tell; if" in text
+        assert "- znorm: +0.020 (-0.005 to +0.045). 3 seeds cannot tell" in text
+        assert "| znorm | 2.0 | 4 | 3 of 3 |" in text
+        assert "| znorm | 200 | +100.0% | +100.0% to +100.0% |" in text
+        assert "| baseline | 10 | 2.5 |" in text
+        assert "| znorm | trainer.lr | 0 | 1 |" in text
+        assert "Training alone took 0:00:48, all runs together." in text
+        assert "methods are compared, and each interval" not in text
+
+    def test_metrics_in_order(self, tmp_path):
+        text = report(plan(tmp_path), done(plan(tmp_path)))
+        assert re.findall(r"### `(.*)`", text) == ["test/accuracy", "val/accuracy", "train/loss"]
+
+    def test_one_seed(self, tmp_path):
+        text = report(plan(tmp_path, seeds=(5,)), done(plan(tmp_path, seeds=(5,))))
+        assert "| znorm | 1 | 0.920 | - | +0.060 | - | One seed, where it is better, cannot tell" in text
+
+    def test_one_method(self, tmp_path):
+        text = report(plan(tmp_path, methods=("baseline",)), done(plan(tmp_path, methods=("baseline",))))
+        assert text.startswith("# baseline: exp.yaml\n")
+
+    def test_several_methods(self, tmp_path):
+        methods = ("a", "b", "c")
+        assert "2 methods are compared, and each" in report(plan(tmp_path, methods), done(plan(tmp_path, methods)))
+
+    def test_some_seeds_do_not_get_there(self, tmp_path):
+        found = [m for m in done(plan(tmp_path)) if (m.method, m.seed, m.metric) != ("znorm", 1, "val/accuracy")]
+        low = [Measurement("znorm-1", 1, "znorm", epoch, "val/accuracy", 0.1) for epoch in range(4)]
+        assert "| znorm | - | - | 2 of 3 |" in report(plan(tmp_path), found + low)
+
+    def test_nothing_done(self, tmp_path):
+        failures = tuple(
+            Outcome(run, "fit ended with exit code 1.\nValueError: x") for run in plan(tmp_path).study.runs
+        )
+        text = report(plan(tmp_path), [], failures)
+        assert "0 of 6 runs are done" in text
+        assert text.count("ValueError: x") == 6
+        assert "None were logged" in text
+
+    def test_diverged(self, tmp_path):
+        found = [m for m in done(plan(tmp_path)) if m.metric != "test/accuracy"]
+        for method, values in (("baseline", (0.5, 0.6)), ("znorm", (math.nan, 0.7))):
+            found += [Measurement("", seed, method, 3, "test/accuracy", value) for seed, value in enumerate(values)]
+        assert "| znorm | 2 | nan | - | nan | - | Not comparable: a value is not finite" in report(
+            plan(tmp_path), found
+        )
+
+    def test_different_versions(self, tmp_path):
+        found = done(plan(tmp_path))
+        other = {**FIT, "versions": {**FIT["versions"], "torch": "2.7"}}
+        plan(tmp_path).study.runs[0].fit_file.write_text(json.dumps(other))
+        assert "not made with the same versions" in report(plan(tmp_path), found)
+
+    def test_html_needs_nothing_else(self, tmp_path):
+        report(plan(tmp_path), done(plan(tmp_path)))
+        html = (tmp_path / "report.html").read_text()
+        assert html.count('<img src="data:image/svg+xml;base64,') == 3
+        assert not re.findall(r"https?:|url\(|<script|<link|@import", html)
+        assert "<code>val/accuracy</code>" in html
+
+
+class TestPlots:
+    def test_methods_differ_without_colour(self):
+        curves = {name: {0: {0: i, 1: i + 1}} for i, name in enumerate("abcdef")}
+        image = plot(curves, list(curves), "loss")
+        assert image["png"].startswith(b"\x89PNG")
+        svg = image["svg"].decode()
+        dashes = set(re.findall(r"stroke-dasharray: ([\d., ]+)[;\"]", svg))
+        assert len(dashes) >= 4
+        assert "2024" not in svg  # no date: the same image for the same numbers
+        assert image == plot(curves, list(curves), "loss")
+
+    def test_a_method_looks_the_same_in_every_plot(self):
+        curve = {0: {0: 1.0, 1: 2.0}}
+        both = plot({"a": curve, "b": curve}, ["a", "b"], "x")["svg"].decode()
+        alone = plot({"b": curve}, ["a", "b"], "x")["svg"].decode()
+        assert "#d55e00" in both
+        assert "#d55e00" in alone
+
+    @pytest.mark.parametrize("curves", [{}, {"a": {0: {0: math.nan, 1: math.inf}}}, {"a": {0: {3: 0.0}}}])
+    def test_hardly_anything_to_draw(self, curves):
+        assert plot(curves, ["a"], "x")["png"]
+
+    def test_labels_keep_apart(self):
+        for wanted in ([0, 0, 0, 0], [1, 2, 3, 30], [0, 10, 20], []):
+            found = spaced(wanted, 5)
+            assert len(found) == len(wanted)
+            assert all(b - a > 5 - 1e-9 for a, b in pairwise(found))
+            assert sum(found) == pytest.approx(sum(wanted))
+
+    def test_size(self):
+        from PIL import Image
+
+        image = Image.open(io.BytesIO(plot({"a": {0: {0: 1.0}}}, ["a"], "x")["png"]))
+        assert image.width > 900
+
+
+def test_markdown():
+    blocks = [Heading("H"), Points(["a", "b"]), Code("x"), Grid(("m", "n"), [("a|b", "1")], frozenset([1]))]
+    assert to_markdown(blocks) == "## H\n\n- a\n- b\n\n```\nx\n```\n\n| m | n |\n| --- | --: |\n| a\\|b | 1 |\n"
+
+
+def test_html_escapes():
+    html = to_html([Text("a < b & `c<d>`"), Code("<script>"), Grid(("<",), [(">",)])], "<title>")
+    for raw in ("<script>", "a < b", "<d>", "<title><"):
+        assert raw not in html
+    assert "a &lt; b &amp; <code>c&lt;d&gt;</code>" in html

@@ -1,0 +1,69 @@
+"""Joining the logs of several attempts at a run."""
+
+import json
+
+from lightning_znorm.compare.results import Measurement, read_run, write_results
+from lightning_znorm.compare.study import Run
+
+
+def run(folder) -> Run:
+    return Run("znorm", 3, folder)
+
+
+def attempt(folder, version: int, start: int | None, text: str) -> None:
+    logs = folder / "logs" / f"version_{version}"
+    logs.mkdir(parents=True)
+    (logs / "metrics.csv").write_bytes(text.replace("\n", "\r\n").encode())
+    if start is not None:
+        (logs / "attempt.json").write_text(json.dumps({"step": start}))
+
+
+def values(found: list[Measurement]) -> dict[tuple[int, str], float]:
+    return {(measurement.epoch, measurement.metric): measurement.value for measurement in found}
+
+
+def test_attempts_are_joined(tmp_path):
+    header = "epoch,step,train/loss,val/accuracy\n"
+    attempt(tmp_path, 0, 0, f"{header}0,4,1.0,\n0,9,,0.5\n1,14,0.9,\n")  # died in epoch 1
+    attempt(tmp_path, 2, 10, f"{header}1,14,0.8,\n1,19,,0.6\n2,24,0.7,\n2,29,,0.55\n")
+    attempt(tmp_path, 10, 30, f"{header}3,39,,0.7\n")  # the tenth comes after the second
+    attempt(tmp_path, 1, None, f"{header}0,0,99,99\n")  # a test
+    assert values(read_run(run(tmp_path), None)) == {
+        (0, "train/loss"): 1.0,
+        (0, "val/accuracy"): 0.5,
+        (1, "train/loss"): 0.8,
+        (1, "val/accuracy"): 0.6,
+        (2, "train/loss"): 0.7,
+        (2, "val/accuracy"): 0.55,
+        (3, "val/accuracy"): 0.7,
+    }
+
+
+def test_attempt_that_began_anew(tmp_path):
+    attempt(tmp_path, 0, 0, "epoch,step,train/loss\n0,4,1.0\n0,9,2.0\n")  # died before the first checkpoint
+    attempt(tmp_path, 1, 0, "epoch,step,train/loss\n0,4,1.5\n")
+    assert values(read_run(run(tmp_path), None)) == {(0, "train/loss"): 1.5}
+
+
+def test_half_a_line(tmp_path):
+    attempt(tmp_path, 0, 0, "epoch,step,train/loss\n0,4,1.0\n1,9,1.2")  # of 1.25
+    assert values(read_run(run(tmp_path), None)) == {(0, "train/loss"): 1.0}
+
+
+def test_several_values_in_an_epoch(tmp_path):
+    attempt(tmp_path, 0, 0, "epoch,step,train/loss,val/loss\n0,4,1.0,3.0\n0,9,2.0,5.0\n")
+    assert values(read_run(run(tmp_path), None)) == {(0, "train/loss"): 1.5, (0, "val/loss"): 5.0}
+
+
+def test_test_has_the_epoch_of_the_best_checkpoint(tmp_path):
+    attempt(tmp_path, 0, 0, "epoch,step,val/loss,val/accuracy\n0,4,1.0,0.7\n1,9,nan,0.8\n2,14,0.5,0.8\n")
+    (tmp_path / "test.json").write_text('{"test/accuracy": 0.75}')
+    for monitor, epoch in ((("val/accuracy", "max"), 1), (("val/loss", "min"), 2), (None, 2)):
+        assert values(read_run(run(tmp_path), monitor))[epoch, "test/accuracy"] == 0.75
+
+
+def test_tidy(tmp_path):
+    write_results(tmp_path / "results.csv", [Measurement("znorm-3", 3, "znorm", 0, "val/loss", 0.1)])
+    assert (
+        tmp_path / "results.csv"
+    ).read_text() == "run,seed,method,epoch,metric,value\nznorm-3,3,znorm,0,val/loss,0.1\n"

@@ -1,0 +1,307 @@
+"""What a study refuses, and how the settings of its runs come about: without a run."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_znorm.cli import main
+from lightning_znorm.compare import prepare
+from lightning_znorm.compare.locks import locked
+from lightning_znorm.compare.metrics import at_stage, choose, stage, train_loss
+from lightning_znorm.compare.pool import environments
+from lightning_znorm.compare.process import Processes
+from lightning_znorm.compare.run_config import probe_config, run_config
+from lightning_znorm.compare.settings import differences, monitored
+from lightning_znorm.compare.study import Run, Study, StudyError
+
+
+def study(**changes) -> Study:
+    arguments = {
+        "configs": ("exp.yaml",),
+        "methods": ("a/one.yaml", "a/two.yaml"),
+        "seeds": (0, 1),
+        "output": Path("out"),
+    }
+    return Study(**{**arguments, **changes})
+
+
+def refusal(*args: str) -> str:
+    """The sentence with which a command is refused."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(["compare", *args])
+    assert isinstance(exit_info.value.code, str)
+    assert exit_info.value.code.startswith("error: ")
+    return exit_info.value.code
+
+
+def callback(class_path: str, /, **arguments) -> dict:
+    return {"class_path": class_path, "init_args": arguments}
+
+
+class TestStudy:
+    def test_runs(self):
+        assert [run.name for run in study().runs] == ["one-0", "two-0", "one-1", "two-1"]
+        assert study().runs[1].folder == Path("out/runs/two-0")
+
+    def test_by_hand(self):
+        args = study(args=("--trainer.max_epochs", "2")).fit_args("two")
+        assert args == ["fit", "--config", "exp.yaml", "--config", "a/two.yaml", "--trainer.max_epochs", "2"]
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"methods": ("a/one.yaml", "b/one.yaml")}, "Two methods are named one, a/one.yaml and b/one.yaml"),
+            ({"methods": ()}, "at least one method"),
+            ({"seeds": ()}, "one seed"),
+            ({"seeds": (1, 1)}, "Seed 1 is named twice"),
+            ({"seeds": (-1,)}, "got -1"),
+            ({"mode": "most"}, "mode is min or max, got most"),
+            ({"args": ("--seed_everything=3",)}, "--seed_everything cannot be .* name --seeds instead"),
+            ({"args": ("--ckpt_path", "x")}, "--ckpt_path cannot be"),
+            ({"args": ("--trainer.fast_dev_run", "1")}, "--trainer.fast_dev_run cannot be"),
+        ],
+    )
+    def test_refused(self, changes, message):
+        with pytest.raises(StudyError, match=message):
+            study(**changes)
+
+
+class TestCommandLine:
+    def test_refused_at_once(self, tmp_path):
+        command = ["--config", "x", "--methods", "a/one.yaml", "--output", str(tmp_path / "out")]
+        assert "Two methods are named one" in refusal(*command, "--methods", "a/one.yaml", "b/one.yaml")
+        assert "at least 1: 0" in refusal(*command, "--jobs", "0")
+        assert not (tmp_path / "out").exists()
+
+    def test_output_in_use(self, tmp_path):
+        command = ["--config", "x", "--methods", "a/one.yaml", "--output", str(tmp_path / "out")]
+        with locked(tmp_path / "out" / ".lock"):
+            assert "is in use by another study (process " in refusal(*command)
+
+    def test_output_of_something_else(self, tmp_path):
+        (tmp_path / "letter.txt").touch()
+        command = ["--config", "x", "--methods", "a/one.yaml", "--output"]
+        assert "is not empty, and holds no study" in refusal(*command, str(tmp_path))
+        assert "letter.txt is a file" in refusal(*command, str(tmp_path / "letter.txt"))
+
+    def test_missing_files(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        znorm = "configs/methods/znorm.yaml"
+        assert "No config file mine.yaml" in refusal("--config", "mine.yaml", "--methods", znorm, "--output", "out")
+        command = ["--config", "configs/digits/resnet20.yaml", "--output", "out"]
+        message = refusal(*command, "--methods", "configs/methods/znrom.yaml")
+        assert "configs/methods/znrom.yaml cannot be laid over the experiment. No config file" in message
+        assert f"did you mean {znorm}" in message
+
+    def test_help(self, capsys):
+        with pytest.raises(SystemExit) as exit_info:
+            main(["compare", "--help"])
+        assert exit_info.value.code == 0
+        out = capsys.readouterr().out
+        for option in ("--methods", "--seeds", "--output", "--metric", "--mode", "--jobs", "--dry-run", "--ray"):
+            assert option in out
+
+
+class TestMetrics:
+    NAMES = ("train/loss", "val/loss", "val/dice", "test/dice", "test/loss", "test/time")
+
+    @pytest.mark.parametrize(
+        ("asked", "mode", "monitor", "chosen"),
+        [
+            (None, None, ("val/dice", "max"), ("test/dice", "max")),
+            (None, None, ("train/loss", "min"), ("test/loss", "min")),
+            ("test/dice", "max", None, ("test/dice", "max")),
+            ("test/dice", None, ("val/dice", "max"), ("test/dice", "max")),
+            ("test/loss", None, None, ("test/loss", "min")),
+            ("test/dice", "min", ("val/dice", "max"), ("test/dice", "min")),
+        ],
+    )
+    def test_chosen(self, asked, mode, monitor, chosen):
+        assert choose(asked, mode, monitor, self.NAMES) == chosen
+
+    def test_monitor_without_a_test(self):
+        assert choose(None, None, ("val/dice", "max"), ["val/dice"]) == ("val/dice", "max")
+
+    def test_refused(self):
+        with pytest.raises(
+            StudyError, match=r"--metric test/f1: nothing logs it\. The experiment logs test/dice, test/loss"
+        ):
+            choose("test/f1", "max", None, self.NAMES)
+        with pytest.raises(StudyError, match="--metric test/time: add --mode max"):
+            choose("test/time", None, ("val/dice", "max"), self.NAMES)
+        with pytest.raises(StudyError, match="add --metric NAME --mode"):
+            choose(None, None, None, self.NAMES)
+
+    def test_names(self):
+        assert [stage(name) for name in ("val_acc", "valid/acc", "test-loss", "train.loss", "loss")] == [
+            "val",
+            "val",
+            "test",
+            "train",
+            None,
+        ]
+        assert at_stage("val_acc", "test", ["test_acc"]) == "test_acc"
+        assert train_loss(["val_loss", "train_loss_step", "train_loss_epoch"]) == "train_loss_epoch"
+        assert train_loss(["val_loss", "loss"]) == "loss"
+        assert train_loss(["val_loss"]) is None
+
+
+class TestSettings:
+    def settings(self, **trainer) -> dict:
+        return {
+            "trainer": {"logger": None, "callbacks": None, **trainer},
+            "model": {"class_path": "M"},
+            "ckpt_path": None,
+        }
+
+    def test_what_a_study_adds(self, tmp_path):
+        run = Run("znorm", 7, tmp_path)
+        given = self.settings(callbacks=[callback("lightning_znorm.ZNormCallback", eps=1)])
+        config = run_config(given, run, ("val/dice", "max"))
+        names = [entry["class_path"].rpartition(".")[2] for entry in config["trainer"]["callbacks"]]
+        # The recorder sees gradients before the method; the state of the best checkpoint is in the last.
+        assert names == ["Recorder", "ZNormCallback", "BestCheckpoint", "LastCheckpoint"]
+        assert config["seed_everything"] == 7
+        assert config["trainer"]["callbacks"][1]["init_args"] == {"eps": 1}
+        assert config["trainer"]["logger"][-1]["init_args"] == {
+            "save_dir": str(tmp_path / "logs"),
+            "name": "",
+            "version": None,
+        }
+        assert given == self.settings(callbacks=[callback("lightning_znorm.ZNormCallback", eps=1)])
+
+    def test_what_makes_way(self, tmp_path):
+        kept = callback("my.PatientCheckpoint", dirpath="x")
+        bars = [callback("lightning.pytorch.callbacks.RichProgressBar"), callback("my.ProgressBar")]
+        checkpoint = callback("lightning.pytorch.callbacks.ModelCheckpoint", monitor="val/loss")
+        given = self.settings(callbacks=[*bars, kept, checkpoint], enable_checkpointing=False)
+        config = run_config(given, Run("a", 0, tmp_path), None)
+        names = [entry["class_path"].rpartition(".")[2] for entry in config["trainer"]["callbacks"]]
+        assert names == ["Recorder", "PatientCheckpoint", "LastCheckpoint"]
+        assert config["trainer"]["enable_checkpointing"]
+
+    @pytest.mark.parametrize("logger", [None, True, False, callback("CSVLogger", save_dir="logs", version=3), []])
+    def test_one_csv_logger(self, logger, tmp_path):
+        config = run_config(self.settings(logger=logger), Run("a", 0, tmp_path), None)
+        assert [entry["class_path"] for entry in config["trainer"]["logger"]] == ["lightning.pytorch.loggers.CSVLogger"]
+
+    def test_other_loggers_come_first(self, tmp_path):
+        tensorboard = callback("TensorBoardLogger", save_dir="logs", name="mine")
+        for logger in (tensorboard, [tensorboard]):
+            loggers = run_config(self.settings(logger=logger), Run("a", 0, tmp_path), None)["trainer"]["logger"]
+            assert loggers[0] == callback("TensorBoardLogger", save_dir=str(tmp_path / "logs"), name="mine")
+            assert loggers[1]["class_path"].endswith("CSVLogger")
+
+    def test_a_try_is_short(self, tmp_path):
+        given = self.settings(max_steps=1000, val_check_interval=500)
+        trainer = probe_config(run_config(given, Run("a", 0, tmp_path), None))["trainer"]
+        assert (trainer["max_epochs"], trainer["max_steps"], trainer["limit_train_batches"]) == (1, -1, 1)
+        assert trainer["val_check_interval"] == 1.0
+
+    def test_monitored(self):
+        assert monitored(self.settings()) is None
+        checkpoint = callback("lightning.pytorch.callbacks.ModelCheckpoint", monitor="val/dice", mode="max")
+        stopping = callback("lightning.pytorch.callbacks.EarlyStopping", monitor="val/loss")
+        assert monitored(self.settings(callbacks=[stopping, checkpoint])) == ("val/dice", "max")
+        assert monitored(self.settings(callbacks=stopping)) is None
+
+    def test_differences(self):
+        one = {"a": {"b": 1, "c": [callback("X")]}, "d": None}
+        other = {"a": {"b": 1, "c": [callback("X"), callback("Y", eps=2)]}, "d": 0}
+        assert differences(one, other) == [
+            ("a.c[1].class_path", "-", "Y"),
+            ("a.c[1].init_args.eps", "-", "2"),
+            ("d", "None", "0"),
+        ]
+        assert differences(one, one) == []
+
+
+class TestSharingAMachine:
+    def test_alone(self):
+        assert environments(1, 1, ["0", "1"]) == [{}]
+
+    def test_a_gpu_each(self, monkeypatch):
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        assert [e["CUDA_VISIBLE_DEVICES"] for e in environments(4, 1, ["0", "1"])] == ["0", "1", "0", "1"]
+        assert [e["CUDA_VISIBLE_DEVICES"] for e in environments(2, 2, ["4", "5", "6", "7"])] == ["4,5", "6,7"]
+        assert environments(2, 1, []) == [{}, {}]
+
+    def test_cores_are_shared(self, monkeypatch):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setattr("lightning_znorm.compare.pool.cores", lambda: 8)
+        assert environments(3, 1, []) == [{"OMP_NUM_THREADS": "2"}] * 3
+        assert environments(16, 1, [])[0] == {"OMP_NUM_THREADS": "1"}
+
+    def test_visible_gpus(self, monkeypatch):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+        assert [e["CUDA_VISIBLE_DEVICES"] for e in environments(2, 1)] == ["3", "5"]
+
+
+class TestPreparation:
+    """What a study writes down before its first run; the processes that it asks are stood in for."""
+
+    @pytest.fixture
+    def prepared(self, tmp_path, monkeypatch):
+        def prepare_with(settings: str, **changes):
+            monkeypatch.setattr(prepare, "capture", lambda args: (0, settings, ""))
+            monkeypatch.setattr(prepare, "_probe", self.probe)
+            (tmp_path / "out").mkdir(exist_ok=True)
+            return prepare.prepare(study(output=tmp_path / "out", **changes), Processes(), 1)
+
+        self.probed: list[str] = []
+        return prepare_with
+
+    def probe(self, study, settings, *rest) -> set[str]:
+        self.probed += settings
+        return {"train/loss", "val/dice", "test/dice", "test/loss"}
+
+    PLAIN = "{trainer: {callbacks: null}, seed_everything: 5}"
+
+    def test_best_checkpoint_without_a_model_checkpoint(self, prepared):
+        plan = prepared(self.PLAIN, metric="test/dice", mode="max")
+        assert (plan.metric, plan.mode, plan.monitor) == ("test/dice", "max", ("val/dice", "max"))
+        best = yaml.safe_load(plan.study.runs[0].config.read_text())["trainer"]["callbacks"][-2]
+        assert best["init_args"]["monitor"] == "val/dice"
+        with pytest.raises(StudyError, match=r"chosen by \['val/dice', 'max'\], and now it would be None"):
+            prepared(self.PLAIN, metric="test/loss")
+
+    def test_no_validation_of_the_same_name(self, prepared):
+        plan = prepared(self.PLAIN, metric="test/loss")
+        assert plan.monitor is None
+        assert "BestCheckpoint" not in plan.study.runs[0].config.read_text()
+
+    def test_methods_and_seeds_may_be_added(self, prepared):
+        prepared(self.PLAIN, metric="test/loss", methods=("a/one.yaml",))
+        prepared(self.PLAIN, metric="test/loss", seeds=(0, 1, 2))
+        assert self.probed == ["one", "two"]
+
+    def test_changed_settings(self, prepared):
+        prepared(self.PLAIN, metric="test/loss")
+        prepared(self.PLAIN.replace("5", "6"), metric="test/loss")  # the study's seeds are its own
+        with pytest.raises(StudyError, match=r"runs of one with other settings \(trainer.max_epochs was - and is 3\)"):
+            prepared("{trainer: {callbacks: null, max_epochs: 3}}", metric="test/loss")
+
+    def test_settings_of_done_runs_stay(self, prepared):
+        plan = prepared(self.PLAIN, metric="test/loss")
+        run = plan.study.runs[0]
+        for path in (run.config, run.fit_file, run.test_file):
+            path.write_text("{}")
+        prepared(self.PLAIN, metric="test/loss")
+        assert run.config.read_text() == "{}"
+
+    def test_nothing_is_written_for_a_metric_that_nothing_logs(self, prepared, tmp_path):
+        with pytest.raises(StudyError, match="--metric test/f1: nothing logs it"):
+            prepared(self.PLAIN, metric="test/f1", mode="max")
+        assert list((tmp_path / "out").iterdir()) == []
+
+    def test_nothing_of_others_is_touched(self, prepared, tmp_path):
+        (tmp_path / "out" / "runs").mkdir(parents=True)
+        (tmp_path / "out" / "runs" / "letter.txt").touch()
+        with pytest.raises(StudyError, match="is not empty, and holds no study"):
+            prepared(self.PLAIN, metric="test/loss")
+        assert (tmp_path / "out" / "runs" / "letter.txt").exists()
+
+    def test_fast_dev_run(self, prepared):
+        with pytest.raises(StudyError, match="fast_dev_run keeps no logs"):
+            prepared("{trainer: {callbacks: null, fast_dev_run: true}}")

@@ -1,0 +1,36 @@
+"""Two hosts on one machine: network namespaces with an address each, joined by a cable."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+ADDRESSES = ("10.213.7.1", "10.213.7.2")
+INTERFACE = "znorm0"
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=20)
+
+
+@contextmanager
+def two_hosts() -> Iterator[list[str]]:
+    """Names of two network namespaces, which cannot reach each other but by `INTERFACE`; skips where there are none."""
+    names = [f"znorm-{os.getpid()}-{i}" for i in range(2)]
+    with ExitStack() as stack:
+        try:
+            for name in names:
+                _ip("netns", "add", name)
+                stack.callback(_ip, "netns", "delete", name)  # the cable goes with them
+            ends = [argument for name in names for argument in ("name", INTERFACE, "netns", name)]
+            _ip("link", "add", *ends[:4], "type", "veth", "peer", *ends[4:])
+            for name, address in zip(names, ADDRESSES, strict=True):
+                _ip("-n", name, "link", "set", "lo", "up")
+                _ip("-n", name, "address", "add", f"{address}/24", "dev", INTERFACE)
+                _ip("-n", name, "link", "set", INTERFACE, "up")
+                _ip("netns", "exec", name, "true")
+        except (OSError, subprocess.SubprocessError) as error:
+            pytest.skip(f"no network namespaces here: {error} {getattr(error, 'stderr', None) or ''}".strip())
+        yield names

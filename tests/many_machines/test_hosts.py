@@ -1,0 +1,95 @@
+"""The documented commands train on two hosts: the same weights on both, and those of one machine."""
+
+import json
+import os
+import re
+import stat
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.data.jpegs import write_image_folder
+from tests.many_machines.documented import SBATCH, free_port, torchrun, witnessed
+from tests.many_machines.namespaces import ADDRESSES, INTERFACE, two_hosts
+from tests.many_machines.programs import Programs
+from tests.many_machines.records import WITNESS, check_same_weights, facts
+
+
+def run(commands: Sequence[Sequence[str]], environment: Mapping[str, str], cwd: Path) -> str:
+    """Run one program on each host, to the end."""
+    with Programs(commands, [environment] * len(commands), cwd) as programs:
+        output = programs.end(timeout=150)
+    assert programs.returncodes == [0] * len(commands), output
+    assert "All distributed processes registered. Starting with 2 processes" in output
+    return output
+
+
+def check_hosts(folder: Path, environment: str, main_address: str) -> None:
+    for rank in range(2):
+        seen = facts(folder, rank)
+        assert (seen["environment"], seen["world_size"], seen["node"]) == (environment, 2, rank)
+        assert seen["main_address"] == main_address
+
+
+def test_two_network_namespaces(tmp_path: Path, reference: Path) -> None:
+    flags = witnessed(tmp_path)
+    with two_hosts() as hosts:
+        commands = [
+            ["ip", "netns", "exec", host, *torchrun(node, ADDRESSES[0], 29500, flags)]
+            for node, host in enumerate(hosts)
+        ]
+        run(commands, {**WITNESS, "GLOO_SOCKET_IFNAME": INTERFACE}, tmp_path)
+    check_hosts(tmp_path, "TorchElasticEnvironment", ADDRESSES[0])
+    check_same_weights(tmp_path, reference)
+
+
+def test_two_torchruns(tmp_path: Path, reference: Path) -> None:
+    port = free_port()
+    run([torchrun(node, "127.0.0.1", port, witnessed(tmp_path)) for node in range(2)], WITNESS, tmp_path)
+    check_hosts(tmp_path, "TorchElasticEnvironment", "127.0.0.1")
+    check_same_weights(tmp_path, reference)
+    assert sorted(path.name for path in (tmp_path / "logs/digits-resnet20/first/checkpoints").iterdir()) == [
+        "best.ckpt",
+        "last.ckpt",
+    ]
+
+
+def test_slurm(tmp_path: Path) -> None:
+    """The file for sbatch, whose srun is a stand-in: two nodes with one task each."""
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", SBATCH, flags=re.MULTILINE))
+    nodes = int(options["nodes"])
+    assert nodes == 2
+    assert options["gres"] == f"gpu:{options['ntasks-per-node']}"  # one task per device
+    script = tmp_path / "imagenet.sbatch"
+    script.write_text(SBATCH)
+    srun = tmp_path / "bin/srun"
+    srun.parent.mkdir()
+    srun.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).with_name("fake_srun.py")}" "$@"\n')
+    srun.chmod(srun.stat().st_mode | stat.S_IXUSR)
+    images = write_image_folder(tmp_path / "images", classes=3, train=12, val=1)
+    flags = [
+        *("--data.init_args.root", str(images), "--data.init_args.image_size", "32"),
+        *("--data.init_args.resize_size", "36", "--data.init_args.val_fraction", "0.25"),
+        *("--data.init_args.batch_size", "4", "--data.init_args.num_workers", "1"),
+        *("--model.init_args.model", "resnet20", "--model.init_args.num_classes", "3"),
+        *("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.accelerator", "cpu"),
+        *("--trainer.enable_model_summary", "false", *witnessed(tmp_path)),
+    ]
+    environment = {
+        **WITNESS,
+        "PATH": f"{srun.parent}:{os.environ['PATH']}",
+        "FLAGS_OF_THE_TEST": json.dumps(flags),
+        "SLURM_JOB_ID": str(free_port(15000, 25000) - 15000),  # of which Lightning makes the port
+        "SLURM_JOB_NAME": options["job-name"],
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_NODELIST": "localhost",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_NNODES": "2",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_CPUS_PER_TASK": options["cpus-per-task"],
+    }
+    run([["bash", str(script)]], environment, tmp_path)
+    check_hosts(tmp_path, "SLURMEnvironment", "localhost")
+    check_same_weights(tmp_path)
+    assert (tmp_path / "logs/imagenet-resnet50/first/checkpoints/last.ckpt").is_file()

@@ -1,0 +1,140 @@
+"""LGG and PatchCamelyon for tests: small data sets in their formats, made by hand, and the real ones where they are."""
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+PCAM = "camelyonpatch_level_2_split_{split}_{what}.h5"
+
+
+def write_lgg(
+    root: Path, patients: int = 5, slices: int = 4, size: int = 32, seed: int = 0, **save: Any
+) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+    """Write slices as Kaggle's ``kaggle_3m`` has them: a grey disc in noise, and in some a bright tumour with its mask.
+
+    Patient i of n has tumour in the share (i + 1) / (n + 1) of its slices.
+
+    Args:
+        root: Folder that will hold ``kaggle_3m``.
+        patients: Number of patients.
+        slices: Slices of each.
+        size: Width and height.
+        seed: Of the noise.
+        **save: For Pillow's ``Image.save``, such as ``compression="tiff_lzw"``.
+
+    Returns:
+        Image, (H, W, 3), and mask, (H, W), by the path of the image from ``kaggle_3m`` on.
+    """
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:size, :size] / size - 0.5
+    written = {}
+    for patient in range(patients):
+        name = f"TCGA_CS_{4900 + patient}_1996{patient + 101:04d}"
+        folder = root / "kaggle_3m" / name
+        folder.mkdir(parents=True)
+        for number in range(1, slices + 1):
+            image = rng.integers(0, 20, (size, size, 3)) + 60 * (rows**2 + columns**2 < 0.2)[..., None]
+            mask = np.zeros((size, size), dtype=bool)
+            if number <= slices * (patient + 1) / (patients + 1):
+                y, x = rng.uniform(-0.2, 0.2, 2)
+                mask = (rows - y) ** 2 + (columns - x) ** 2 < 0.02
+                image[mask] += np.array([60, 120, 90])
+            pixels = image.astype(np.uint8), mask.astype(np.uint8) * 255
+            Image.fromarray(pixels[0]).save(folder / f"{name}_{number}.tif", **save)
+            Image.fromarray(pixels[1]).save(folder / f"{name}_{number}_mask.tif", **save)
+            written[f"{name}/{name}_{number}.tif"] = pixels
+    return written
+
+
+def patches(count: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Patches of 96x96 pixels in shades of pink, of which every second has class 1 and a dark centre."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(-30, 31, (count, 96, 96, 3)) + np.array([180, 140, 178])
+    labels = (np.arange(count) % 2).astype(np.uint8)
+    images[labels == 1, 32:64, 32:64] -= 80
+    return images.astype(np.uint8), labels
+
+
+def write_pcam(
+    root: Path, counts: tuple[int, int, int] = (40, 10, 12), seed: int = 0, **dataset: Any
+) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+    """Write patches as PatchCamelyon's HDF5 files hold them.
+
+    Args:
+        root: Folder that will hold ``pcam``.
+        counts: Images of train, valid and test.
+        seed: Of the noise.
+        **dataset: For h5py's ``create_dataset`` of the images, such as ``compression="gzip"``.
+
+    Returns:
+        Images and labels of ``train``, ``valid`` and ``test``.
+    """
+    import h5py
+
+    folder = root / "pcam"
+    folder.mkdir(parents=True)
+    written = {}
+    for i, (split, count) in enumerate(zip(("train", "valid", "test"), counts, strict=True)):
+        images, labels = written[split] = patches(count, seed + i)
+        with h5py.File(folder / PCAM.format(split=split, what="x"), "w") as file:
+            file.create_dataset("x", data=images, **dataset)
+        with h5py.File(folder / PCAM.format(split=split, what="y"), "w") as file:
+            file["y"] = labels.reshape(-1, 1, 1, 1)
+    return written
+
+
+def write_kaggle_pcam(root: Path, count: int = 60, seed: int = 0) -> dict[str, tuple[NDArray[np.uint8], int]]:
+    """Write patches as Kaggle's ``histopathologic-cancer-detection`` has them, labels in an order of their own.
+
+    Returns:
+        Image and label by name.
+    """
+    folder = root / "histopathologic-cancer-detection"
+    (folder / "train").mkdir(parents=True)
+    (folder / "test").mkdir()
+    rng = np.random.default_rng(seed)
+    written = {}
+    for image, label in zip(*patches(count, seed), strict=True):
+        name = rng.bytes(20).hex()
+        Image.fromarray(image).save(folder / "train" / f"{name}.tif")
+        written[name] = image, int(label)
+    Image.fromarray(image).save(folder / "test" / f"{rng.bytes(20).hex()}.tif")
+    with (folder / "train_labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("id", "label"), *((name, written[name][1]) for name in written)])
+    return written
+
+
+@pytest.fixture
+def fake_lgg(tmp_path) -> Path:
+    """Root of 5 patients with 4 slices of 32x32 pixels each."""
+    write_lgg(tmp_path / "my data")
+    return tmp_path / "my data"
+
+
+@pytest.fixture
+def fake_pcam(tmp_path) -> Path:
+    """Root of 40, 10 and 12 patches in HDF5 files."""
+    write_pcam(tmp_path / "my data")
+    return tmp_path / "my data"
+
+
+def _real(name: str) -> Path:
+    if "ZNORM_DATA" not in os.environ:
+        pytest.skip("ZNORM_DATA names no folder with the real data")
+    return Path(os.environ["ZNORM_DATA"]) / name
+
+
+@pytest.fixture(scope="session")
+def real_lgg() -> Path:
+    return _real("lgg-mri-segmentation")
+
+
+@pytest.fixture(scope="session")
+def real_pcam() -> Path:
+    return _real("pcam")

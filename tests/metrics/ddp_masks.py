@@ -1,0 +1,64 @@
+"""Two processes score different numbers of batches and write down what they agree on. Run by test_mask_metric.py."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.utilities.prints import rank_zero_only
+
+from lightning_znorm.metrics import DiceScore, HausdorffDistance, TverskyIndex
+from lightning_znorm.metrics.mask_metric import MaskMetric
+
+METRICS: dict[str, Any] = {
+    "dice": DiceScore,
+    "tversky": TverskyIndex,
+    "hausdorff": HausdorffDistance,
+    "hd95": lambda: HausdorffDistance(95, spacing=(0.5, 2)),
+}
+# Numbers of batches of the two processes.
+SCENARIOS = {"uneven": (4, 1), "one idle": (3, 0), "nothing": (2, 1)}
+
+
+def batch_of(scenario: str, number: int) -> tuple[Tensor, Tensor]:
+    """Batches of different sizes, with empty masks among them, or nothing else."""
+    generator = torch.Generator().manual_seed(number)
+    preds, target = torch.rand(2, 2 + number, 2, 12, 10, generator=generator)
+    preds[0, 0] = target[0] = 0
+    if scenario == "nothing":
+        preds, target = torch.zeros_like(preds), torch.zeros_like(target)
+    return preds, target > 0.9
+
+
+def process(rank: int, directory: Path) -> None:
+    torch.set_num_threads(1)
+    rank_zero_only.rank = rank  # a launcher's LOCAL_RANK, which torchmetrics reads when it is imported
+    torch.distributed.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=2)
+    for scenario, batches in SCENARIOS.items():
+        record: dict[str, Any] = {}
+        metrics = MetricCollection({name: make() for name, make in METRICS.items()})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            first = batches[0] if rank else 0
+            for number in range(first, first + batches[rank]):
+                metrics.update(*batch_of(scenario, number))
+            for name, value in metrics.compute().items():
+                metric = metrics[name]
+                assert isinstance(metric, MaskMetric)
+                own = [int(metric.counted), int(metric.skipped)]
+                with metric.sync_context():
+                    synchronised = [int(metric.counted), int(metric.skipped)]
+                record[name] = {"value": value.item(), "own": own, "synchronised": synchronised}
+        record["warnings"] = [str(w.message) for w in caught if "before the ``update``" not in str(w.message)]
+        (directory / f"{scenario}-{rank}.json").write_text(json.dumps(record))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    # Forked, so that torch is imported once.
+    torch.multiprocessing.start_processes(process, (Path(sys.argv[1]),), nprocs=2, start_method="fork")

@@ -1,0 +1,216 @@
+"""The Hausdorff distance: its numbers, against SciPy, MONAI and its definition, on the CPU's path and the GPU's."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.metrics import compute_hausdorff_distance
+from scipy.spatial.distance import directed_hausdorff
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_znorm.metrics import HausdorffDistance, distances
+from lightning_znorm.metrics.distances import hausdorff_distances, hausdorff_distances_on_device
+from tests.metrics.masks import PAIRS, batch, box, noise, pairs
+
+# Of MONAI 1.6's own call.
+pytestmark = pytest.mark.filterwarnings("ignore:monai.metrics.utils get_mask_edges:FutureWarning")
+
+Path = Callable[..., Tensor]
+
+ALL_PAIRS = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+BOTH_PATHS = pytest.mark.parametrize("path", [hausdorff_distances, hausdorff_distances_on_device], ids=["cpu", "gpu"])
+SPACINGS = (0.5, 3.0, 1.25)
+
+
+def scipys(preds: Tensor, target: Tensor, spacing: Sequence[float]) -> float:
+    a, b = (mask.nonzero().double().numpy() * np.array(spacing) for mask in (preds, target))
+    return max(directed_hausdorff(a, b)[0], directed_hausdorff(b, a)[0])
+
+
+def by_definition(preds: Tensor, target: Tensor, spacing: Sequence[float]) -> float:
+    a, b = (mask.nonzero() * torch.tensor(spacing, dtype=torch.float64) for mask in (preds, target))
+    table = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    return max(table.amin(0).max(), table.amin(1).max()).item()
+
+
+def monais(preds: Tensor, target: Tensor, percentile: float, spacing: Sequence[float]) -> float:
+    theirs = compute_hausdorff_distance(batch(preds), batch(target), True, percentile=percentile, spacing=list(spacing))
+    return theirs.item()
+
+
+def ours(path: Path, preds: Tensor, target: Tensor, spacing: Sequence[float], percentile: float | None = None):
+    (distance,) = path(preds[None], target[None], spacing, percentile)
+    assert distance.dtype == torch.float32
+    return distance.item()
+
+
+@ALL_PAIRS
+@BOTH_PATHS
+class TestNumbers:
+    def test_is_scipys(self, pair: tuple[Tensor, Tensor], path: Path) -> None:
+        spacing = (1.0, 1.0, 1.0)[: pair[0].ndim]
+        # Squares of whole numbers: nothing is rounded before the root.
+        assert ours(path, *pair, spacing) == pytest.approx(scipys(*pair, spacing), rel=1.2e-7)
+
+    def test_is_scipys_with_spacing(self, pair: tuple[Tensor, Tensor], path: Path) -> None:
+        spacing = SPACINGS[: pair[0].ndim]
+        assert ours(path, *pair, spacing) == pytest.approx(scipys(*pair, spacing), rel=1e-6)
+
+    @pytest.mark.parametrize("percentile", [95, 50, 12.5, 100])
+    def test_percentile_is_monais(self, pair: tuple[Tensor, Tensor], path: Path, percentile: float) -> None:
+        spacing = (1.0, 1.0, 1.0)[: pair[0].ndim]
+        assert ours(path, *pair, spacing, percentile) == pytest.approx(monais(*pair, percentile, spacing), abs=1e-5)
+
+    def test_percentile_with_spacing_is_monais(self, pair: tuple[Tensor, Tensor], path: Path) -> None:
+        spacing = SPACINGS[: pair[0].ndim]
+        assert ours(path, *pair, spacing, 95) == pytest.approx(monais(*pair, 95, spacing), abs=1e-5)
+
+
+@settings(deadline=None)
+@given(pair=pairs(), spacing=st.tuples(*[st.floats(0.01, 100)] * 3))
+def test_both_paths_by_definition(pair: tuple[Tensor, Tensor], spacing: tuple[float, ...]) -> None:
+    preds, target = pair
+    spacing = spacing[: preds.ndim]
+    expected = by_definition(preds, target, spacing) if preds.any() and target.any() else None
+    for path in (hausdorff_distances, hausdorff_distances_on_device):
+        distance = ours(path, preds, target, spacing)
+        assert expected is None or distance == pytest.approx(expected, rel=1e-5)
+
+
+@settings(deadline=None)
+@given(pair=pairs(), spacing=st.tuples(*[st.floats(0.01, 100)] * 3), percentile=st.floats(0.1, 100))
+def test_both_paths_agree_on_percentiles(
+    pair: tuple[Tensor, Tensor], spacing: tuple[float, ...], percentile: float
+) -> None:
+    preds, target = pair
+    spacing = spacing[: preds.ndim]
+    one, other = (
+        ours(path, preds, target, spacing, percentile) for path in (hausdorff_distances, hausdorff_distances_on_device)
+    )
+    if preds.any() and target.any():
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5 * max(spacing))
+
+
+@settings(deadline=None)
+@given(pair=pairs(), spacing=st.floats(0.01, 100))
+def test_never_more_than_the_diagonal(pair: tuple[Tensor, Tensor], spacing: float) -> None:
+    masks = [batch(mask if mask.ndim == 3 else mask[None]) for mask in pair]
+    metric = HausdorffDistance(spacing=spacing)
+    metric.update(*masks)
+    diagonal = spacing * math.hypot(*(n - 1 for n in pair[0].shape))
+    assert 0 <= metric.total.item() <= diagonal * (1 + 1e-6)
+    if pair[0].any() != pair[1].any():
+        assert metric.compute().item() == pytest.approx(diagonal, rel=1e-6)
+
+
+def test_a_hole_counts() -> None:
+    full = box((60, 60), (10, 50), (10, 50))
+    ring = full & ~box((60, 60), (11, 49), (11, 49))
+    assert HausdorffDistance()(batch(full), batch(ring)).item() == 19
+    assert HausdorffDistance(percentile=100)(batch(full), batch(ring)).item() == monais(full, ring, 100, (1, 1)) == 0
+
+
+def test_mean_over_images_and_channels() -> None:
+    preds, target = noise(3, 2, 20, 24, share=0.01), noise(3, 2, 20, 24, share=0.01, seed=1)
+    expected = np.mean([scipys(p, t, (2, 1)) for p, t in zip(preds.flatten(0, 1), target.flatten(0, 1), strict=True)])
+    assert HausdorffDistance(spacing=(2, 1))(preds, target).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_one_spacing_is_that_of_all_axes() -> None:
+    preds, target = map(batch, PAIRS["volumes"])
+    scaled = HausdorffDistance(spacing=2.5)(preds, target)
+    torch.testing.assert_close(scaled, 2.5 * HausdorffDistance()(preds, target))
+    torch.testing.assert_close(scaled, HausdorffDistance(spacing=[2.5, 2.5, 2.5])(preds, target))
+
+
+@pytest.mark.parametrize("percentile", [None, 95])
+def test_on_device_in_pieces(percentile: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    preds, target = noise(5, 24, 31, share=0.02), noise(5, 24, 31, share=0.02, seed=1)
+    whole = hausdorff_distances_on_device(preds, target, (1.0, 0.7), percentile)
+    monkeypatch.setattr(distances, "_CHUNK", 7 * 31**2)
+    assert torch.equal(hausdorff_distances_on_device(preds, target, (1.0, 0.7), percentile), whole)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.untyped_storage().nbytes() // 4 for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
+@pytest.mark.parametrize("percentile", [None, 95])
+def test_memory_on_device_is_that_of_the_masks(percentile: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distances, "_CHUNK", 2**16)
+    preds, target = noise(8, 128, 128), noise(8, 128, 128, seed=1)
+    with Largest() as largest:
+        hausdorff_distances_on_device(preds, target, (1.0, 1.0), percentile)
+    # Of pairs of pixels there are 2048 times as many.
+    assert preds.numel() <= largest.elements <= 2 * preds.numel()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"percentile": 0}, r"percentile must be in \(0, 100\], or None for all pixels, got 0"),
+        ({"percentile": 100.5}, r"got 100\.5"),
+        ({"percentile": math.nan}, "got nan"),
+        ({"spacing": 0}, "spacing must be positive, got 0"),
+        ({"spacing": (1.0, -1.0)}, r"spacing must be positive, got \(1\.0, -1\.0\)"),
+        ({"spacing": (1.0, math.inf)}, "spacing must be positive"),
+        ({"spacing": (1.0, math.nan)}, "spacing must be positive"),
+    ],
+)
+def test_bad_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HausdorffDistance(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "size", "message"),
+    [
+        ((1, 1), (4, 4, 4), "spacing has 2 numbers, and these masks have 3 axes: .* in the order D, H, W"),
+        ((1, 1, 1), (4, 4), "spacing has 3 numbers, and these masks have 2 axes: .* in the order H, W"),
+        ((1,), (4, 4), "spacing has 1 numbers"),
+    ],
+)
+def test_spacing_of_other_masks(spacing: tuple, size: tuple, message: str) -> None:
+    masks = noise(1, 1, *size)
+    with pytest.raises(ValueError, match=message):
+        HausdorffDistance(spacing=spacing).update(masks, masks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("percentile", [None, 95])
+@pytest.mark.parametrize("size", [(256, 256), (20, 64, 48)])
+@pytest.mark.parametrize("share", [0.0001, 0.5])
+def test_on_cuda(size: tuple[int, ...], share: float, percentile: float | None) -> None:
+    preds, target = noise(4, 2, *size, share=share), noise(4, 2, *size, share=share, seed=1)
+    spacing = SPACINGS[: len(size)]
+    metric = HausdorffDistance(percentile, spacing).cuda()
+    on_device = preds.cuda(), target.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        metric.update(*on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = HausdorffDistance(percentile, spacing)(preds, target)
+    torch.testing.assert_close(metric.compute().cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_on_cuda_bad_values_are_found_when_computing() -> None:
+    metric, mask = HausdorffDistance().cuda(), noise(1, 1, 8, 8).cuda()
+    metric.update(3 * mask.float(), mask)
+    with pytest.raises(ValueError, match="turn logits"):
+        metric.compute()

@@ -1,0 +1,390 @@
+"""What all scores of masks share: empty masks, input, states, processes."""
+
+import copy
+import importlib.util
+import json
+import math
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from lightning_znorm.metrics import DiceScore, HausdorffDistance, TverskyIndex
+from lightning_znorm.metrics.mask_metric import MaskMetric
+from tests.metrics.masks import box, noise
+from tests.processes import run_python
+
+METRICS = {
+    "dice": DiceScore,
+    "tversky": TverskyIndex,
+    "recall": lambda **kwargs: TverskyIndex(0, 1, **kwargs),
+    "precision": lambda **kwargs: TverskyIndex(1, 0, **kwargs),
+    "hausdorff": HausdorffDistance,
+    "hd95": lambda **kwargs: HausdorffDistance(95, **kwargs),
+}
+EVERY = pytest.mark.parametrize("make", METRICS.values(), ids=METRICS)
+
+SIZE = (9, 13)
+NOTHING = torch.zeros(1, 1, *SIZE, dtype=torch.bool)
+SOMETHING = noise(1, 1, *SIZE, share=0.2)
+WORST = {
+    "dice": 0,
+    "tversky": 0,
+    "recall": 0,
+    "precision": 0,
+    "hausdorff": math.hypot(8, 12),
+    "hd95": math.hypot(8, 12),
+}
+
+
+def states(metric: MaskMetric) -> list[int]:
+    return [int(metric.counted), int(metric.skipped)]
+
+
+class TestEmptyMasks:
+    @pytest.mark.parametrize("name", METRICS)
+    @pytest.mark.parametrize("pair", [(NOTHING, SOMETHING), (SOMETHING, NOTHING)], ids=["missed", "false"])
+    def test_one_is_the_worst_score(self, name: str, pair: tuple[Tensor, Tensor]) -> None:
+        metric = METRICS[name]()
+        assert metric(*pair).item() == pytest.approx(WORST[name])
+        assert states(metric) == [1, 0]
+
+    @pytest.mark.parametrize("percentile", [None, 95])
+    def test_diagonal_is_in_units_of_spacing(self, percentile: float | None) -> None:
+        metric = HausdorffDistance(percentile, spacing=(0.5, 0.25))
+        assert metric(NOTHING, SOMETHING).item() == pytest.approx(5)  # of 9 rows and 13 columns: 4 and 3
+
+    @EVERY
+    def test_both_are_left_out(self, make) -> None:
+        preds = torch.cat([SOMETHING, NOTHING, noise(1, 1, *SIZE, seed=3), NOTHING])
+        target = torch.cat([noise(1, 1, *SIZE, seed=4), NOTHING, SOMETHING, NOTHING])
+        metric, of_the_others = make(), make()
+        torch.testing.assert_close(metric(preds, target), of_the_others(preds[::2], target[::2]))
+        assert states(metric) == [2, 2]
+        assert states(of_the_others) == [2, 0]
+
+    @EVERY
+    def test_predicting_nothing_never_pays(self, make) -> None:
+        nothing, something, better = make(), make(), max if make().higher_is_better else min
+        nothing.update(NOTHING, SOMETHING)
+        corners = box(SIZE, (0, 1), (0, 1))[None, None]
+        something.update(corners, SOMETHING)
+        assert better(nothing.compute(), something.compute()) == something.compute()
+
+    @EVERY
+    def test_nothing_counted_is_nan_with_one_warning(self, make) -> None:
+        metric = make()
+        metric.update(NOTHING, NOTHING)
+        metric.update(NOTHING, NOTHING)
+        name = type(metric).__name__
+        with pytest.warns(UserWarning, match=f"{name} is NaN: all 2 masks are empty in prediction and truth") as caught:
+            assert metric.compute().isnan()
+        assert len(caught) == 1
+        for _ in range(2):  # pytest would raise another warning
+            metric.reset()
+            metric.update(NOTHING, NOTHING)
+            assert metric.compute().isnan()
+        metric.update(SOMETHING, SOMETHING)
+        assert not metric.compute().isnan()
+
+    @EVERY
+    def test_a_batch_of_nothing_is_nan_without_a_warning(self, make) -> None:
+        metric = make()
+        assert metric(NOTHING, NOTHING).isnan()
+        value = metric(SOMETHING, SOMETHING)
+        assert not value.isnan()
+        torch.testing.assert_close(metric.compute(), value)
+        assert states(metric) == [1, 1]
+
+    @EVERY
+    def test_no_update_is_nan_with_torchmetrics_warning_alone(self, make) -> None:
+        with pytest.warns(UserWarning, match="was called before the ``update`` method") as caught:
+            assert make().compute().isnan()
+        assert len(caught) == 1
+
+    @EVERY
+    @pytest.mark.parametrize(
+        "shape", [(0, 2, 4, 4), (2, 0, 4, 4), (2, 1, 0, 4), (2, 1, 4, 0), (1, 1, 3, 0, 3)], ids=str
+    )
+    def test_no_images_and_no_pixels(self, make, shape: tuple[int, ...]) -> None:
+        metric, mask = make(), torch.zeros(shape, dtype=torch.bool)
+        metric.update(mask.float(), mask.int())
+        assert states(metric) == [0, shape[0] * shape[1]]
+        on_device = make().to("meta")
+        on_device.update(mask.float().to("meta"), mask.int().to("meta"))
+
+
+class TestMean:
+    preds, target = noise(7, 2, 10, 11, share=0.1, seed=1), noise(7, 2, 10, 11, share=0.1, seed=2)
+
+    @EVERY
+    def test_over_batches_is_that_over_all(self, make) -> None:
+        metric, whole = make(), make()
+        for first, last in [(0, 4), (4, 5), (5, 5), (5, 7)]:
+            batch = metric(self.preds[first:last], self.target[first:last])
+            if first < last:
+                torch.testing.assert_close(batch, make()(self.preds[first:last], self.target[first:last]))
+        torch.testing.assert_close(metric.compute(), whole(self.preds, self.target))
+        assert states(metric) == [14, 0]
+
+    @EVERY
+    def test_states_do_not_grow(self, make) -> None:
+        metric = make()
+        sizes = []
+        for _ in range(3):
+            metric.update(self.preds, self.target)
+            assert all(isinstance(state, Tensor) for state in metric.metric_state.values())
+            sizes.append(sum(state.numel() for state in metric.metric_state.values()))
+        assert sizes == [sizes[0]] * 3
+        assert sizes[0] < 10
+
+    @EVERY
+    def test_a_sum_survives_half_precision_modules(self, make) -> None:
+        holder = torch.nn.ModuleDict({"metric": make()}).to(torch.bfloat16)  # as Lightning's "bf16-true" does
+        metric = holder["metric"]
+        for _ in range(300):
+            metric.update(self.preds[:1], self.target[:1])
+        expected = make()(self.preds[:1], self.target[:1])
+        torch.testing.assert_close(metric.compute(), expected, rtol=1e-5, atol=0)
+        metric.reset()
+        assert metric.total.dtype == torch.float32
+
+    def test_inference_mode(self) -> None:
+        metric = DiceScore()
+        with torch.inference_mode():
+            metric.reset()
+            metric.update(self.preds, self.target)
+        metric.update(self.preds, self.target)
+        assert states(metric) == [28, 0]
+
+    @EVERY
+    def test_no_look_at_values_on_a_device(self, make) -> None:
+        # The meta device has no values: whatever would wait for a GPU raises there.
+        metric = make().to("meta")
+        preds, target = torch.rand(3, 2, 8, 9, device="meta"), torch.ones(3, 2, 8, 9, device="meta").int()
+        metric.update(preds, target)
+        assert metric(preds, target).device.type == "meta"
+        with pytest.raises(NotImplementedError, match="no data"):
+            metric.compute()
+
+
+class TestInput:
+    @EVERY
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7])
+    def test_probabilities(self, make, dtype: torch.dtype, threshold: float) -> None:
+        generator = torch.Generator().manual_seed(0)
+        # Next to the threshold too, where half precision would round both to the same.
+        preds = torch.rand(2, 1, *SIZE, generator=generator).to(dtype)
+        preds[0, 0, 0] = torch.tensor(threshold, dtype=dtype)
+        target = noise(2, 1, *SIZE, seed=1)
+        expected = make()(
+            preds.double() >= torch.tensor(threshold, dtype=torch.promote_types(dtype, torch.float32)), target
+        )
+        assert make(threshold=threshold)(preds, target) == expected
+
+    @EVERY
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+    def test_integer_targets(self, make, dtype: torch.dtype) -> None:
+        preds, target = noise(2, 1, *SIZE), noise(2, 1, *SIZE, seed=1)
+        assert make()(preds, target.to(dtype)) == make()(preds, target)
+
+    @EVERY
+    def test_probabilities_with_a_gradient(self, make) -> None:
+        preds = torch.rand(2, 1, *SIZE, requires_grad=True)
+        metric = make()
+        assert not metric(preds, noise(2, 1, *SIZE)).requires_grad
+        assert not metric.compute().requires_grad
+
+    @EVERY
+    def test_volumes(self, make) -> None:
+        # A volume of one slice is an image.
+        preds, target = noise(3, 2, *SIZE, share=0.1), noise(3, 2, *SIZE, share=0.1, seed=1)
+        torch.testing.assert_close(make()(preds.unsqueeze(2), target.unsqueeze(2)), make()(preds, target))
+
+    @EVERY
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.complex64], ids=str)
+    def test_preds_of_another_type(self, make, dtype: torch.dtype) -> None:
+        with pytest.raises(TypeError, match=rf"takes preds that are probabilities or bool, got {dtype}: of masks"):
+            make().update(SOMETHING.to(dtype), SOMETHING)
+
+    @EVERY
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.complex64], ids=str)
+    def test_target_of_another_type(self, make, dtype: torch.dtype) -> None:
+        with pytest.raises(TypeError, match=rf"a target that is bool or integer, got {dtype}: pass target.bool\(\)"):
+            make().update(SOMETHING, SOMETHING.to(dtype))
+
+    @EVERY
+    @pytest.mark.parametrize(
+        ("preds", "target"),
+        [((2, 1, 4, 4), (2, 4, 4)), ((2, 1, 4, 4), (1, 1, 4, 4)), ((4, 4, 4),) * 2, ((1,) * 6,) * 2],
+        ids=str,
+    )
+    def test_other_shapes(self, make, preds: tuple[int, ...], target: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match=r"of one shape, \(N, C, H, W\) or \(N, C, D, H, W\), got \(\d") as error:
+            make().update(noise(*preds), noise(*target))
+        assert f"{preds} and {target}" in str(error.value)
+
+    @EVERY
+    @pytest.mark.parametrize("value", [-0.01, 1.01, math.nan, math.inf, -math.inf])
+    def test_logits_and_nan(self, make, value: float) -> None:
+        preds = SOMETHING.float()
+        preds[0, 0, 2, 3] = value
+        with pytest.raises(ValueError, match=r"some were NaN or outside \[0, 1\]: turn logits"):
+            make().update(preds, SOMETHING)
+
+    @EVERY
+    @pytest.mark.parametrize("value", [255, 2, -1])
+    def test_target_of_other_values(self, make, value: int) -> None:
+        with pytest.raises(ValueError, match="some values were neither: of masks of 0 and 255 pass target > 0"):
+            make().update(SOMETHING, SOMETHING.int() * value)
+
+    @EVERY
+    def test_a_refused_batch_is_not_added(self, make) -> None:
+        metric = make()
+        metric.update(SOMETHING, SOMETHING)
+        with pytest.raises(ValueError, match="turn logits"):
+            metric.update(2 * SOMETHING.float(), SOMETHING)
+        metric.compute()
+        assert states(metric) == [1, 0]
+
+    @EVERY
+    @pytest.mark.parametrize(
+        ("preds", "target", "message"),
+        [(2 * SOMETHING.float(), SOMETHING, "turn logits"), (SOMETHING, 255 * SOMETHING.int(), "target > 0")],
+    )
+    def test_values_of_a_device_are_refused_when_computing(
+        self, make, preds: Tensor, target: Tensor, message: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        metric = make()
+        with monkeypatch.context() as patch:
+            patch.setattr(MaskMetric, "_require_fitting_values", lambda self, misfits: None)  # as on a GPU
+            metric.update(preds, target)
+            metric.update(SOMETHING, SOMETHING)
+        with pytest.raises(ValueError, match=message):
+            metric.compute()
+        metric.reset()
+        metric.update(SOMETHING, SOMETHING)
+        metric.compute()
+
+    @EVERY
+    @pytest.mark.parametrize("threshold", [0, 1, -0.5, 2, math.nan])
+    def test_threshold(self, make, threshold: float) -> None:
+        with pytest.raises(ValueError, match=r"threshold is a probability, in \(0, 1\), got"):
+            make(threshold=threshold)
+
+    @EVERY
+    def test_torchmetrics_arguments(self, make) -> None:
+        assert make(sync_on_compute=False).sync_on_compute is False
+        with pytest.raises(ValueError, match="Unexpected keyword arguments: `size`"):
+            make(size=3)
+
+
+class TestLife:
+    @EVERY
+    def test_copies(self, make) -> None:
+        metric = make()
+        metric.update(NOTHING, NOTHING)
+        metric.update(noise(2, 1, *SIZE, seed=5), noise(2, 1, *SIZE, seed=6))
+        for twin in (metric.clone(), copy.deepcopy(metric), pickle.loads(pickle.dumps(metric)), metric.to("cpu")):
+            assert states(twin) == [2, 1]
+            torch.testing.assert_close(twin.compute(), metric.compute())
+        twin = metric.clone()
+        twin.update(SOMETHING, NOTHING)
+        assert states(metric) == [2, 1]
+        assert states(twin) == [3, 1]
+        twin.reset()
+        assert states(twin) == [0, 0]
+        assert twin(SOMETHING, NOTHING) == make()(SOMETHING, NOTHING)
+
+    @EVERY
+    def test_state_dict(self, make) -> None:
+        assert make().state_dict() == {}
+        metric, restored = make(), make()
+        metric.persistent(True)
+        restored.persistent(True)
+        metric.update(noise(2, 1, *SIZE, seed=5), noise(2, 1, *SIZE, seed=6))
+        restored.load_state_dict(metric.state_dict())
+        restored.update(NOTHING, NOTHING)
+        torch.testing.assert_close(restored.compute(), metric.compute())
+        assert states(restored) == [2, 1]
+
+    @EVERY
+    def test_merge(self, make) -> None:
+        metric, other, both = make(), make(), make()
+        metric.update(SOMETHING, noise(1, 1, *SIZE, seed=5))
+        other.update(NOTHING, SOMETHING)
+        metric.merge_state(other)
+        both.update(SOMETHING, noise(1, 1, *SIZE, seed=5))
+        both.update(NOTHING, SOMETHING)
+        torch.testing.assert_close(metric.compute(), both.compute())
+
+    @pytest.mark.parametrize("first", [(NOTHING, NOTHING), (SOMETHING, SOMETHING)], ids=["empty", "perfect"])
+    def test_collection_keeps_metrics_apart(self, first: tuple[Tensor, Tensor]) -> None:
+        # MetricCollection takes metrics whose states agree after the first batch for one.
+        makes = {
+            **METRICS,
+            "strict": lambda: DiceScore(threshold=0.9),
+            "wide": lambda: HausdorffDistance(spacing=2),
+            "same": lambda: TverskyIndex(0.3, 0.7),
+        }
+        collection = MetricCollection({name: make() for name, make in makes.items()}, prefix="val/")
+        preds, target = torch.rand(2, 1, *SIZE), noise(2, 1, *SIZE, share=0.1)
+        collection.update(*first)
+        collection.update(preds, target)
+        result = collection.clone().compute()
+        for name, make in makes.items():
+            metric = make()
+            metric.update(*first)
+            metric.update(preds, target)
+            torch.testing.assert_close(result[f"val/{name}"], metric.compute())
+        assert len({value.item() for value in result.values()}) == len(makes) - 1
+        assert {"tversky", "same"} in map(set, collection.compute_groups.values())
+
+    @pytest.mark.parametrize("name", METRICS)
+    def test_plot(self, name: str) -> None:
+        metric = METRICS[name]()
+        values = [metric(SOMETHING, noise(1, 1, *SIZE, seed=seed)) for seed in range(3)]
+        if importlib.util.find_spec("matplotlib") is None:
+            with pytest.raises(ModuleNotFoundError, match="matplotlib"):
+                metric.plot()
+            return
+        import matplotlib
+
+        matplotlib.use("Agg")
+        figure, axes = metric.plot()
+        assert axes.get_ylabel() == type(metric).__name__ or axes.get_title() == type(metric).__name__
+        (line,) = [line for line in metric.plot(values)[1].get_lines() if len(line.get_xdata()) == 3]
+        assert list(line.get_ydata()) == pytest.approx([value.item() for value in values])
+        assert metric.plot(ax=axes)[0] is None
+        assert figure is not None
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """Five batches in two processes, or none in one of them, are as they are in one process."""
+    from tests.metrics.ddp_masks import METRICS, SCENARIOS, batch_of
+
+    finished = run_python(Path(__file__).with_name("ddp_masks.py"), tmp_path, timeout=200)
+    assert finished.returncode == 0, finished.stdout
+    for scenario, batches in SCENARIOS.items():
+        ranks = [json.loads((tmp_path / f"{scenario}-{rank}.json").read_text()) for rank in range(2)]
+        for name, make in METRICS.items():
+            whole = make()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for number in range(sum(batches)):
+                    whole.update(*batch_of(scenario, number))
+                expected = whole.compute().item()
+            for record in ranks:
+                assert record[name]["value"] == pytest.approx(expected, rel=1e-6, nan_ok=True)
+                assert record[name]["synchronised"] == states(whole)
+            # Each process goes on with its own.
+            own = [record[name]["own"] for record in ranks]
+            assert [sum(numbers) for numbers in zip(*own, strict=True)] == states(whole)
+            assert own[1] == [0, 0] or scenario != "one idle"
+        warned = [len(record["warnings"]) for record in ranks]
+        assert warned == ([len(METRICS), 0] if scenario == "nothing" else [0, 0]), [r["warnings"] for r in ranks]

@@ -1,0 +1,99 @@
+"""Dice and Tversky: their numbers, against scikit-learn, MONAI and torchmetrics."""
+
+import math
+
+import pytest
+import torch
+import torchmetrics.segmentation
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.losses import TverskyLoss
+from monai.metrics import DiceMetric
+from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
+from torch import Tensor
+
+from lightning_znorm.metrics import DiceScore, TverskyIndex
+from tests.metrics.masks import PAIRS, batch, noise, pairs
+
+ALL_PAIRS = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+
+
+@ALL_PAIRS
+def test_dice_is_f1(pair: tuple[Tensor, Tensor]) -> None:
+    preds, target = pair
+    expected = f1_score(target.flatten(), preds.flatten())
+    assert DiceScore()(batch(preds), batch(target)).item() == pytest.approx(expected, rel=1e-6)
+
+
+@ALL_PAIRS
+@pytest.mark.parametrize(
+    ("alpha", "beta", "score"),
+    [(0.5, 0.5, f1_score), (1, 1, jaccard_score), (0, 1, recall_score), (1, 0, precision_score)],
+)
+def test_what_tversky_generalizes(pair: tuple[Tensor, Tensor], alpha: float, beta: float, score) -> None:
+    preds, target = pair
+    expected = score(target.flatten(), preds.flatten())
+    assert TverskyIndex(alpha, beta)(batch(preds), batch(target)).item() == pytest.approx(expected, rel=1e-6)
+
+
+@ALL_PAIRS
+@pytest.mark.parametrize(("alpha", "beta"), [(0.3, 0.7), (0.9, 0.1), (2.0, 5.0)])
+def test_tversky_is_monais(pair: tuple[Tensor, Tensor], alpha: float, beta: float) -> None:
+    preds, target = map(batch, pair)
+    loss = TverskyLoss(alpha=alpha, beta=beta, smooth_nr=0, smooth_dr=0)(preds.float(), target.float())
+    assert TverskyIndex(alpha, beta)(preds, target).item() == pytest.approx(1 - loss.item(), abs=1e-6)
+
+
+def test_tversky_by_hand() -> None:
+    preds = torch.tensor([[[[1, 1, 1, 0, 0, 0]]]]).bool()
+    target = torch.tensor([[[[0, 0, 1, 1, 1, 1]]]])
+    # 1 hit, 2 false, 3 missed
+    assert TverskyIndex()(preds, target).item() == pytest.approx(1 / (1 + 0.3 * 2 + 0.7 * 3))
+
+
+@settings(deadline=None)
+@given(pair=pairs(), alpha=st.floats(0, 10), beta=st.floats(0.01, 10))
+def test_tversky_by_definition(pair: tuple[Tensor, Tensor], alpha: float, beta: float) -> None:
+    preds, target = (set(map(tuple, mask.nonzero().tolist())) for mask in pair)
+    if not preds | target:
+        return
+    hits = len(preds & target)
+    expected = hits / (hits + alpha * len(preds - target) + beta * len(target - preds)) if hits else 0.0
+    masks = [mask if mask.ndim == 3 else mask[None] for mask in pair]
+    assert TverskyIndex(alpha, beta)(*map(batch, masks)).item() == pytest.approx(expected, rel=1e-5)
+
+
+class TestMeanOverMasks:
+    preds, target = noise(6, 3, 16, 12, seed=1), noise(6, 3, 16, 12, seed=2, share=0.2)
+
+    def test_dice_is_monais(self) -> None:
+        metric = DiceMetric(reduction="mean")
+        metric(self.preds.float(), self.target.float())
+        assert DiceScore()(self.preds, self.target).item() == pytest.approx(metric.aggregate().item(), rel=1e-6)
+
+    def test_dice_is_torchmetrics_of_one_channel(self) -> None:
+        preds, target = self.preds[:, :1], self.target[:, :1]
+        theirs = torchmetrics.segmentation.DiceScore(num_classes=1, average="macro")
+        assert DiceScore()(preds, target).item() == pytest.approx(theirs(preds.int(), target.int()).item(), rel=1e-6)
+
+    def test_each_mask_has_the_same_weight(self) -> None:
+        preds, target = self.preds[:2, :2].clone(), self.target[:2, :2].clone()
+        preds[0, 1] = target[0, 1] = False
+        one, two, three = (
+            DiceScore()(preds[i : i + 1, c : c + 1], target[i : i + 1, c : c + 1]) for i, c in ((0, 0), (1, 0), (1, 1))
+        )
+        torch.testing.assert_close(DiceScore()(preds, target), (one + two + three) / 3)
+        theirs = torchmetrics.segmentation.DiceScore(num_classes=2, average="macro")(preds.int(), target.int())
+        torch.testing.assert_close(theirs, (one + (two + three) / 2) / 2)
+
+    def test_tversky_is_monais(self) -> None:
+        loss = TverskyLoss(alpha=0.3, beta=0.7, smooth_nr=0, smooth_dr=0)(self.preds.float(), self.target.float())
+        assert TverskyIndex()(self.preds, self.target).item() == pytest.approx(1 - loss.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "weights", [(-0.1, 1.0), (1.0, -0.1), (0.0, 0.0), (math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0)]
+)
+def test_bad_weights(weights: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match=r"alpha and beta are weights, at least one of them above 0, got"):
+        TverskyIndex(*weights)
