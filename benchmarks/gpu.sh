@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs all that there is to run on a machine with a CUDA device, and writes what it prints to the folder $OUT:
 #     OUT=benchmarks/results/<device> bash benchmarks/gpu.sh
-# Needs torch, torchvision, timm, pytest and hypothesis. What fails does not keep the rest from running.
+# Needs torch, torchvision, timm, lightning, pytest and hypothesis, and at most ten minutes. What fails does not keep the
+# rest from running.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:?the folder to write to}"
@@ -22,11 +23,11 @@ run() {
     }
 }
 
-limit=60 run device nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv
-limit=60 run versions "$python" -c "import platform, torch, triton; print(platform.python_version(), torch.__version__, triton.__version__, torch.cuda.get_device_properties(0))"
+limit=20 run device nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv
+limit=30 run versions "$python" -c "import platform, torch, triton; print(platform.python_version(), torch.__version__, triton.__version__, torch.cuda.get_device_properties(0))"
 # Not by the project's settings: plugins of pytest that they name may be missing.
-limit=240 run tests "$python" -m pytest -c /dev/null --rootdir . -p no:cacheprovider -q -m gpu --durations=10 tests/gradients/test_cuda.py
-limit=150 run kernels "$python" -m benchmarks.kernels --device cuda --rounds 30
-limit=90 run kernels-bf16 "$python" -m benchmarks.kernels --device cuda --dtype bfloat16 --rounds 30 --models ViT-B/16 "transformer, 1 G"
-limit=300 run training_step "$python" -m benchmarks.training_step
+limit=150 run tests "$python" -m pytest -c /dev/null --rootdir . -p no:cacheprovider -q -m gpu --durations=10 tests/gradients/test_cuda.py
+limit=100 run kernels "$python" -m benchmarks.kernels --device cuda --rounds 30
+limit=50 run kernels-bf16 "$python" -m benchmarks.kernels --device cuda --dtype bfloat16 --rounds 30 --models ViT-B/16 "transformer, 1 G"
+limit=240 run training_step "$python" -m benchmarks.training_step
 exit $status
