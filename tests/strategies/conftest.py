@@ -1,6 +1,8 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.processes import run_python
 from tests.strategies.training import SCENARIOS
@@ -33,6 +35,15 @@ def four_processes(two_processes: Path) -> Path:
 @pytest.fixture(scope="session")
 def one_process(two_processes: Path) -> Path:
     return launch(two_processes, 1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Computes the reference with as many threads as the runs have, because half-precision sums depend on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
