@@ -185,7 +185,7 @@ class TestReport:
         assert "| baseline | 3 | 0.0000000110 | 0.0000000010 | - | - |  |" in report(plan(tmp_path), found)
 
 
-def test_html_needs_nothing_else(self, tmp_path):
+def test_html_needs_nothing_else(tmp_path):
     report(plan(tmp_path), done(plan(tmp_path)))
     html = (tmp_path / "report.html").read_text()
     assert html.count('<img src="data:image/svg+xml;base64,') == 3
