@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 # Imported for their names: YAML may then name these classes without their modules.
@@ -55,6 +56,11 @@ class RunCLI(LightningCLI):
             # An optimizer beside the model's own would undo the methods that set the latter.
             auto_configure_optimizers=False,
         )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """See that a seed gives the same weights and the same split of the data whatever callbacks there are."""
+        parser.add_instantiator(_undrawn, Callback)  # they are made before the model
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -120,6 +126,11 @@ class RunCLI(LightningCLI):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(predictions, path)
         print(f"predictions      {what}, for torch.load: {_relative(path)}")
+
+
+def _undrawn(class_type: type[Callback], *args: Any, **kwargs: Any) -> Callback:
+    with isolate_rng(include_cuda=False):
+        return class_type(*args, **kwargs)
 
 
 def _subclasses(cls: type[GradientTransform]) -> Iterator[type[GradientTransform]]:

@@ -64,6 +64,7 @@ class LastCheckpoint(Checkpoint):
         if self._saved and trainer.is_global_zero:
             new, last, old = (self.folder / f"{name}.ckpt" for name in ("new", "last", "old"))
             if last.is_dir():  # of a strategy that shards checkpoints; such a folder cannot take another one's place
+                shutil.rmtree(old, ignore_errors=True)  # of a process that died before it was gone
                 last.rename(old)
             new.replace(last)
             shutil.rmtree(old, ignore_errors=True)

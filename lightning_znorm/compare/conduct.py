@@ -1,24 +1,27 @@
 """A study from beginning to end."""
 
+import math
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
 
 from lightning_znorm.compare.files import read_json, write_json
+from lightning_znorm.compare.findings import Findings
 from lightning_znorm.compare.live import Progress, watch
 from lightning_znorm.compare.locks import InUseError, locked
 from lightning_znorm.compare.one_run import Outcome, shell_line
-from lightning_znorm.compare.pool import cores, pool
+from lightning_znorm.compare.pool import Pool, cores, pool
 from lightning_znorm.compare.prepare import Plan, prepare
 from lightning_znorm.compare.process import Processes
-from lightning_znorm.compare.ray import ray_cluster
-from lightning_znorm.compare.report import Report, near
+from lightning_znorm.compare.ray import RayCluster, ray_cluster
+from lightning_znorm.compare.report import write_report
+from lightning_znorm.compare.report_conditions import near
 from lightning_znorm.compare.results import read_run, write_results
 from lightning_znorm.compare.study import Study, StudyError
-from lightning_znorm.compare.tables import Table, make_rows
+from lightning_znorm.compare.tables import Table
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class Means:
     def __post_init__(self) -> None:
         if self.jobs < 1:
             raise StudyError(f"--jobs is how many runs go on side by side, at least 1: {self.jobs}.")
+        for name, number in (("cpus", self.cpus), ("gpus", self.gpus)):
+            if not 0 <= number < math.inf:
+                raise StudyError(f"--{name} is what each run takes of a Ray cluster, 0 or more: {number:g}.")
 
 
 def conduct(study: Study, means: Means, console: Console) -> Table:
@@ -89,31 +95,37 @@ def _run(plan: Plan, means: Means, processes: Processes, console: Console) -> li
     if not left:
         return []
     record = read_json(plan.study.output / "study.json")
-    record["jobs"] = max(means.jobs, record.get("jobs", 1))
+    record["alone"] = record.get("alone", True) and means.jobs == 1 and means.ray is None
     write_json(plan.study.output / "study.json", record)
     progress = Progress(plan.study.runs, means.jobs, plan.metric)
-    devices = max(_devices(settings) for settings in plan.settings.values())
-    engine = (
-        pool(means.jobs, devices, processes) if means.ray is None else ray_cluster(means.ray, means.cpus, means.gpus)
+    engine: AbstractContextManager[Pool | RayCluster] = (
+        pool(means.jobs, _devices(plan), processes)
+        if means.ray is None
+        else ray_cluster(means.ray, means.cpus, means.gpus)
     )
     with engine as opened:
         watch({opened.submit(run): run for run in left}, progress, console)
     return list(progress.outcomes.values())
 
 
-def _devices(settings: dict[str, dict[str, object]]) -> int:
-    devices = settings["trainer"].get("devices")
-    return devices if isinstance(devices, int) and devices > 0 else 1
+def _devices(plan: Plan) -> int | None:
+    """How many GPUs each run asks for; none where one names its own."""
+    asked = [settings["trainer"].get("devices", "auto") for settings in plan.settings.values()]
+    if any(isinstance(devices, list) or "," in str(devices) for devices in asked):
+        return None
+    # "auto" and -1 are for all there are: a share of them.
+    return max(int(devices) if str(devices).isdecimal() else 1 for devices in asked)
 
 
 def _report(plan: Plan, means: Means, failures: list[Outcome]) -> Table:
     study = plan.study
     measurements = [m for run in study.runs if run.is_done for m in read_run(run, plan.monitor)]
-    rows = list(make_rows(plan, measurements))
     write_results(study.output / "results.csv", measurements)
-    jobs = read_json(study.output / "study.json").get("jobs", 1)
-    Report(plan, rows, measurements, failures, _typed(study, means), jobs).write(study.output)
-    return Table(plan.metric, tuple(rows), tuple(failures), study.output)
+    # Commands of a dry run may have gone on anywhere, so that nothing is known of runs that no study has started.
+    alone = read_json(study.output / "study.json").get("alone", False)
+    findings = Findings(plan, measurements, failures, _typed(study, means), alone)
+    write_report(findings, study.output)
+    return Table(plan.metric, tuple(findings.rows), tuple(failures), study.output)
 
 
 def _typed(study: Study, means: Means) -> str:
@@ -121,7 +133,11 @@ def _typed(study: Study, means: Means) -> str:
     for config in study.configs:
         words += ["--config", config]
     words += ["--methods", *study.methods, "--seeds", *map(str, study.seeds), "--output", near(study.output)]
-    for option, value in (("--metric", study.metric), ("--mode", study.mode), ("--ray", means.ray)):
+    given = {"--metric": study.metric, "--mode": study.mode}
+    if means.ray is None:
+        given["--jobs"] = str(means.jobs) if means.jobs > 1 else None
+    else:
+        given |= {"--ray": means.ray, "--cpus": f"{means.cpus:g}", "--gpus": f"{means.gpus:g}"}
+    for option, value in given.items():
         words += [option, value] if value else []
-    words += ["--jobs", str(means.jobs)] if means.jobs > 1 else []
     return shlex.join([*words, *study.args])

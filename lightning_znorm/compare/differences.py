@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 _CONFIDENCE = 0.95
+_ROUNDING = 1e-3  # by which the same difference of float32 metrics varies, relative to it
 _MOST_SEEDS = 50
 
 
@@ -105,7 +106,7 @@ def say(differences: Sequence[float], interval: tuple[float, float] | None, mode
     word = words[0] if fmean(differences) > 0 else words[1]
     if interval is None:
         return f"One seed, where it is {word}, cannot tell a difference from chance."
-    if interval[0] == interval[1]:
+    if math.isclose(*interval, rel_tol=_ROUNDING):
         return (
             f"{word.capitalize()}, by the same amount on each of {n} seeds: too few different values for an interval."
         )

@@ -7,12 +7,14 @@ from html import escape
 from lightning_znorm.compare.document import Block, Code, Figure, Grid, Heading, Points, Text
 
 _STYLE = """\
-body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; max-width: 60rem; margin: 2rem auto;
+body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; max-width: 66rem; margin: 2rem auto;
        padding: 0 1rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid #bbb; padding: 0.25rem 0.7rem; text-align: left; vertical-align: top; }
 th { border-bottom: 2px solid #111; }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; }
+td.number { white-space: nowrap; }
+td:last-child:not(.number) { min-width: 18rem; }
 pre { background: #f3f3f3; padding: 0.7rem; overflow-x: auto; font-size: 0.85em; }
 figure { margin: 1rem 0; }
 figure img { max-width: 100%; }

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from datetime import timedelta
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from lightning_znorm.compare.files import read_json
+from lightning_znorm.compare.numbers import clock
 from lightning_znorm.compare.one_run import Outcome
 from lightning_znorm.compare.study import Run
 
@@ -45,17 +45,20 @@ class Progress:
         if run in self.kept:
             return "done before"
         if outcome is not None:
-            return "failed" if outcome.error else f"done in {_clock(outcome.seconds)}"
+            return "failed" if outcome.error else f"done in {clock(outcome.seconds)}"
         if run not in self.running:
             return "waits"
         if run.fit_file.is_file():
             return "is tested"
-        share = self._share(run)
-        return f"runs, {share:.0%}" if share else "starts"
+        progress = read_json(run.progress_file)
+        if progress is None:
+            return "starts"
+        return f"runs, {progress['share']:.0%}" if progress["share"] else f"runs, epoch {progress['epoch'] + 1}"
 
     def has_begun(self, run: Run) -> bool:
-        """Whether a process of the run has written since the study began; it may be on another machine."""
-        return run.log.is_file() and run.log.stat().st_mtime >= self._start
+        """Whether a process of the run has written since the study began; it may be another study's or elsewhere."""
+        files = (run.log, run.progress_file)
+        return any(file.is_file() and file.stat().st_mtime >= self._start for file in files)
 
     def seconds_left(self) -> float | None:
         """Estimate, from the runs that have ended and the shares of those that have not."""
@@ -68,7 +71,8 @@ class Progress:
             took = [(time.time() - self._start) / share]
         waiting = [run for run in self.runs if run not in self.outcomes and run not in self.kept]
         shares = sum(1 - self._share(run) if run in self.running else 1.0 for run in waiting)
-        return sum(took) / len(took) * shares / min(self.jobs, max(1, len(waiting)))
+        at_a_time = min(max(self.jobs, len(self.running)), max(1, len(waiting)))  # on Ray, as many as find place
+        return sum(took) / len(took) * shares / at_a_time
 
     def _share(self, run: Run) -> float:
         return float((read_json(run.progress_file) or {}).get("share", 0))
@@ -84,7 +88,7 @@ class Progress:
 
     def _left(self) -> str:
         seconds = self.seconds_left()
-        return "time left unknown" if seconds is None else f"about {_clock(seconds)} left"
+        return "time left unknown" if seconds is None else f"about {clock(seconds)} left"
 
 
 def watch(futures: Mapping["Future[Outcome]", Run], progress: Progress, console: Console) -> None:
@@ -119,7 +123,3 @@ def _events(
                 yield f"{run.name}: starts"
         if ticks:
             yield ""
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

@@ -2,8 +2,7 @@
 
 import os
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,12 +12,12 @@ class InUseError(RuntimeError):
 
 
 @contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[int]:
+def locked(path: Path, wait: Callable[[], object] | None = None) -> Iterator[int]:
     """Hold a lock.
 
     Args:
         path: File that the lock is on; made where there is none, and never removed.
-        wait: Wait for whoever holds it.
+        wait: Called until it is free, such as to sleep; by default, a lock that somebody else holds is an error.
 
     Yields:
         The descriptor: a process that is handed it goes on holding the lock (not on Windows).
@@ -30,9 +29,9 @@ def locked(path: Path, wait: bool = False) -> Iterator[int]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         while not _acquire(descriptor):
-            if not wait:
+            if wait is None:
                 raise InUseError(_read(descriptor))
-            time.sleep(0.2)
+            wait()
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 1, os.SEEK_SET)  # Windows locks the first byte against readers too
         os.write(descriptor, f"process {os.getpid()} on {_host()}".encode())

@@ -6,15 +6,17 @@ from datetime import timedelta
 from statistics import median
 
 
-def fixed(scale: Iterable[float | None]) -> int:
-    """How many decimals show the middle one of these numbers to two digits; four where there are none.
+def decimals(differences: Iterable[float | None], values: Iterable[float]) -> int:
+    """How many decimals show the middle one of differences to two digits, and values to no more than six.
 
     Example:
-        >>> fixed([0.0123, None, 0.05])
+        >>> decimals([0.0123, None, 0.05], [0.9])
         3
     """
-    sizes = [abs(value) for value in scale if value is not None and math.isfinite(value) and value]
-    return min(6, max(2, 1 - math.floor(math.log10(median(sizes))))) if sizes else 4
+    small, large = _sizes(differences), _sizes(values)
+    wanted = 1 - math.floor(math.log10(median(small))) if small else 4
+    most = 5 - math.floor(math.log10(median(large))) if large else 6
+    return max(2, min(wanted, most))
 
 
 def signed(value: float, digits: int) -> str:
@@ -27,11 +29,15 @@ def signed(value: float, digits: int) -> str:
     return f"{value:+.{digits}f}" if math.isfinite(value) else str(value)
 
 
-def minutes(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """A time, as people say it.
 
     Example:
-        >>> minutes(90)
+        >>> clock(90)
         '0:01:30'
     """
     return str(timedelta(seconds=round(seconds)))
+
+
+def _sizes(numbers: Iterable[float | None]) -> list[float]:
+    return [abs(number) for number in numbers if number is not None and math.isfinite(number) and number]

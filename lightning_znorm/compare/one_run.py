@@ -40,7 +40,7 @@ def do_run(run: Run, environment: Mapping[str, str] | None = None, processes: Pr
     start = time.monotonic()
     processes = processes or Processes()
     # Handed on, for the run's process may outlive a study that is killed: who comes next waits for its end.
-    with locked(run.folder / "lock", wait=True) as lock:
+    with locked(run.folder / "lock", wait=processes.pause) as lock:
         for command, finished in ((command_to_fit(run), run.fit_file), (command_to_test(run), run.test_file)):
             if finished.is_file():
                 continue

@@ -107,8 +107,8 @@ def _label(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
         axes.annotate(
             name,
             xy=(right, y),
-            xytext=(16, (free - height) / point),
-            textcoords="offset points",
+            xytext=(1.02, (free - height) / point),  # beside the axes, where nothing else is
+            textcoords=("axes fraction", "offset points"),
             va="center",  # in black: some of the colours are too light for letters
             arrowprops={"arrowstyle": "-", "color": colour, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3},
         )

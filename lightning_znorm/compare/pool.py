@@ -16,11 +16,11 @@ class Pool:
 
     Args:
         jobs: How many runs go on at a time.
-        devices: GPUs that each run asks for.
+        devices: How many GPUs each run asks for; none where runs name their own.
         processes: Starts their processes.
     """
 
-    def __init__(self, jobs: int, devices: int, processes: Processes) -> None:
+    def __init__(self, jobs: int, devices: int | None, processes: Processes) -> None:
         self.processes = processes
         self._threads = ThreadPoolExecutor(jobs)
         self._places: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
@@ -42,7 +42,7 @@ class Pool:
 
 
 @contextmanager
-def pool(jobs: int, devices: int, processes: Processes) -> Iterator[Pool]:
+def pool(jobs: int, devices: int | None, processes: Processes) -> Iterator[Pool]:
     """A pool, which ends its processes when it is left early."""
     opened = Pool(jobs, devices, processes)
     try:
@@ -55,12 +55,12 @@ def pool(jobs: int, devices: int, processes: Processes) -> Iterator[Pool]:
         opened._threads.shutdown()
 
 
-def environments(jobs: int, devices: int, gpus: list[str] | None = None) -> list[dict[str, str]]:
+def environments(jobs: int, devices: int | None, gpus: list[str] | None = None) -> list[dict[str, str]]:
     """The environment of each of ``jobs`` runs side by side.
 
     Args:
         jobs: Runs side by side; one alone has the whole machine.
-        devices: GPUs that each asks for.
+        devices: How many GPUs each asks for; none where runs name their own.
         gpus: The GPUs there are, by the names that ``CUDA_VISIBLE_DEVICES`` knows; by default this machine's.
 
     Example:
@@ -71,7 +71,7 @@ def environments(jobs: int, devices: int, gpus: list[str] | None = None) -> list
         return [{}]
     shared = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
     gpus = visible_gpus() if gpus is None else gpus
-    if not gpus:
+    if not gpus or devices is None:
         return [shared] * jobs
     each = [[gpus[(job * devices + i) % len(gpus)] for i in range(devices)] for job in range(jobs)]
     return [shared | {"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(names))} for names in each]

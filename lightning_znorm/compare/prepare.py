@@ -12,7 +12,7 @@ import yaml
 from lightning_znorm.compare.files import read_json, write_json, write_text
 from lightning_znorm.compare.metrics import at_stage, choose, stage
 from lightning_znorm.compare.one_run import command_to_fit, command_to_test
-from lightning_znorm.compare.process import Processes, capture, tail
+from lightning_znorm.compare.process import Processes, tail
 from lightning_znorm.compare.results import logged_names
 from lightning_znorm.compare.run_config import probe_config, run_config
 from lightning_znorm.compare.settings import differences, monitored
@@ -58,7 +58,7 @@ def prepare(study: Study, processes: Processes, jobs: int) -> Plan:
             a method does not get through a batch of training, or if nothing logs the metric.
     """
     record = _record(study.output)
-    resolved = processes.map(lambda name: _resolve(study, name), study.files, jobs)
+    resolved = processes.map(lambda name: _resolve(study, name, processes), study.files, jobs)
     settings = dict(zip(study.files, resolved, strict=True))
     _refuse_changes(study, record, settings)
     monitor = monitored(next(iter(settings.values())))
@@ -96,10 +96,10 @@ def _record(output: Path) -> dict[str, Any]:
     return {}
 
 
-def _resolve(study: Study, name: str) -> dict[str, Any]:
-    code, out, errors = capture([*study.fit_args(name), "--print_config"])
+def _resolve(study: Study, name: str, processes: Processes) -> dict[str, Any]:
+    code, out, errors = processes.capture([*study.fit_args(name), "--print_config"])
     if code:
-        raise StudyError(f"{study.files[name]} cannot be laid over the experiment. {_reason(errors)}")
+        raise StudyError(f"`fit` refuses the settings of {name}. {_reason(errors)}")
     settings: dict[str, Any] = yaml.safe_load(out)
     if settings["trainer"].get("fast_dev_run"):
         raise StudyError("trainer.fast_dev_run keeps no logs and no checkpoints: leave it out of a study.")

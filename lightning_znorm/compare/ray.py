@@ -11,6 +11,9 @@ from typing import Any
 from lightning_znorm.compare.one_run import Outcome, do_run
 from lightning_znorm.compare.study import Run, StudyError
 
+_SECONDS_TO_END = 10
+"""How long an interrupted study waits for its tasks elsewhere."""
+
 
 class RayCluster:
     """Does each run as a Ray task.
@@ -36,9 +39,11 @@ class RayCluster:
         return future
 
     def stop(self) -> None:
-        """End all that run."""
+        """End all that run, and wait until they have."""
         for reference in self._references:
-            self._ray.cancel(reference, force=False)
+            self._ray.cancel(reference, force=False)  # an interruption there, so that processes of the run are ended
+        if self._references:
+            self._ray.wait(self._references, num_returns=len(self._references), timeout=_SECONDS_TO_END)
 
 
 @contextmanager
@@ -64,8 +69,7 @@ def ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[RayCluster]:
         except ConnectionError as error:
             raise StudyError(f"No Ray cluster at {address} ({error}): start one with `ray start --head`.") from error
     try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in _nodes(ray)):
             raise StudyError(f"No machine of the Ray cluster has {cpus:g} CPU cores and {gpus:g} GPUs for a run.")
         cluster = RayCluster(ray, cpus, gpus)
         try:
@@ -76,6 +80,10 @@ def ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[RayCluster]:
     finally:
         if mine:
             ray.shutdown()
+
+
+def _nodes(ray: Any) -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _do_run_there(run: Run, folder: str, paths: list[str]) -> Outcome:

@@ -1,5 +1,6 @@
 """What a study needs of each of its runs, beside the experiment's own logs."""
 
+import hashlib
 import platform
 import random
 import time
@@ -14,15 +15,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_znorm.compare.files import read_json, write_json
+from lightning_znorm.compare.files import write_json
+from lightning_znorm.compare.results import GRADIENT_NORM, STEP_SECONDS, TRAIN_SECONDS
 from lightning_znorm.gradients.amp import is_unscaled
-
-GRADIENT_NORM = "compare/gradient_norm"
-STEP_SECONDS = "compare/step_seconds"
-TRAIN_SECONDS = "compare/train_seconds"
 
 
 class Recorder(Callback):
@@ -53,25 +52,28 @@ class Recorder(Callback):
         self._epoch_batches = 0
         self._clock: float | None = None
         self._first_epoch_of_process = True
-        self._measures_norms = False
+        self._has_whole_tensors = False
+        self._weights: str | None = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "seconds": self._seconds}
+        return {"epoch": self._epoch, "seconds": self._seconds, "weights": self._weights}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._epoch, self._seconds = state_dict["epoch"], state_dict["seconds"]
+        self._epoch, self._seconds, self._weights = (state_dict[key] for key in ("epoch", "seconds", "weights"))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # The first iterator over the training data is made between here and the start of the epoch, later ones after
         # the start of theirs.
         self._reseed()
-        self._measures_norms = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        self._has_whole_tensors = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._epoch == 0 and self._has_whole_tensors and trainer.is_global_zero:
+            self._weights = _fingerprint(pl_module)
         for logger in trainer.loggers:
             if trainer.is_global_zero and isinstance(logger, CSVLogger):
                 write_json(Path(logger.log_dir) / "attempt.json", {"step": _batches(trainer)})
@@ -96,7 +98,7 @@ class Recorder(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if not self._measures_norms or not trainer._logger_connector.should_update_logs:
+        if not self._has_whole_tensors or not trainer._logger_connector.should_update_logs:
             return
         norm = _gradient_norm(trainer, optimizer)
         if norm is not None:
@@ -123,7 +125,12 @@ class Recorder(Callback):
         if not trainer.is_global_zero or trainer.interrupted:
             return
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
-        content = {"epochs": self._epoch, "seconds": self._seconds, "parameters": parameters}
+        content = {
+            "epochs": self._epoch,
+            "seconds": self._seconds,
+            "parameters": parameters,
+            "weights": self._weights,
+        }
         write_json(self.folder / "fit.json", {**content, **_surroundings(trainer)})
 
     @override
@@ -147,12 +154,9 @@ class Recorder(Callback):
 
     def _write_progress(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero:
-            path = self.folder / "progress.json"
-            started = (read_json(path) or {}).get("started") if self._epoch else None
             epochs, steps = trainer.max_epochs or -1, trainer.max_steps
             share = max(self._epoch / epochs if epochs > 0 else 0, trainer.global_step / steps if steps > 0 else 0)
-            content = {"started": started or time.time(), "epoch": self._epoch, "share": min(share, 1.0)}
-            write_json(path, content)
+            write_json(self.folder / "progress.json", {"epoch": self._epoch, "share": min(share, 1.0)})
 
 
 def _batches(trainer: pl.Trainer) -> int:
@@ -164,6 +168,15 @@ def _log(trainer: pl.Trainer, metrics: dict[str, Any], step: int) -> None:
     for logger in trainer.loggers:
         logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=step)
         logger.save()
+
+
+def _fingerprint(module: pl.LightningModule) -> str:
+    """Names weights by their content, so that a report can say whether methods began with the same."""
+    digest = hashlib.sha256()
+    for parameter in module.parameters():
+        if not is_lazy(parameter):
+            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _gradient_norm(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:

@@ -15,6 +15,9 @@ from lightning_znorm.compare.study import Run
 
 OWN = "compare/"
 """Begins the names of what is logged by the study and not by the experiment."""
+GRADIENT_NORM = f"{OWN}gradient_norm"
+STEP_SECONDS = f"{OWN}step_seconds"
+TRAIN_SECONDS = f"{OWN}train_seconds"
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,15 @@ def read_run(run: Run, monitor: tuple[str, str] | None) -> list[Measurement]:
     best = _tested_epoch(fitted, monitor)
     fitted |= {(best, metric): value for metric, value in tested.items()}
     return [Measurement(run.name, run.seed, run.method, key[0], key[1], value) for key, value in fitted.items()]
+
+
+def curves(measurements: Iterable[Measurement], metric: str) -> dict[str, dict[int, dict[int, float]]]:
+    """A metric by method, seed and epoch."""
+    found: dict[str, dict[int, dict[int, float]]] = {}
+    for m in measurements:
+        if m.metric == metric:
+            found.setdefault(m.method, {}).setdefault(m.seed, {})[m.epoch] = m.value
+    return found
 
 
 def logged_names(run: Run) -> set[str]:

@@ -4,23 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from lightning_znorm.compare.results import Measurement
-
-TRAIN_SECONDS = "compare/train_seconds"
-STEP_SECONDS = "compare/step_seconds"
-GRADIENT_NORM = "compare/gradient_norm"
-
-Curve = Mapping[int, float]
-"""A value for each epoch."""
-
-
-def curves(measurements: Sequence[Measurement], metric: str) -> dict[str, dict[int, dict[int, float]]]:
-    """A metric by method, seed and epoch."""
-    found: dict[str, dict[int, dict[int, float]]] = {}
-    for m in measurements:
-        if m.metric == metric:
-            found.setdefault(m.method, {}).setdefault(m.seed, {})[m.epoch] = m.value
-    return found
+from lightning_znorm.compare.results import STEP_SECONDS, TRAIN_SECONDS, Measurement, curves
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from lightning_znorm.compare.differences import Row, compare_methods
 from lightning_znorm.compare.metrics import direction, stage
 from lightning_znorm.compare.one_run import Outcome
 from lightning_znorm.compare.prepare import Plan
-from lightning_znorm.compare.results import OWN, Measurement
-from lightning_znorm.compare.speed import curves
+from lightning_znorm.compare.results import OWN, Measurement, curves
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Table:
     def __str__(self) -> str:
         rows = [row for row in self.rows if row.metric == self.metric]
         width = max((len(row.method) for row in rows), default=0)
-        lines = [f"{row.method:<{width}}  {row.mean:.4f}{_spread(row)}  {row.verdict}".rstrip() for row in rows]
+        lines = [f"{row.method:<{width}}  {_numbers(row)}  {row.verdict}".rstrip() for row in rows]
         return "\n".join([self.metric, *lines])
 
 
@@ -75,5 +74,8 @@ def _mode(plan: Plan, metric: str) -> str | None:
     return known.get(metric) or direction(metric)
 
 
-def _spread(row: Row) -> str:
-    return "" if row.spread is None else f" +- {row.spread:.4f}"
+def _numbers(row: Row) -> str:
+    spread = "" if row.spread is None else f" +- {row.spread:.4f}"
+    difference = "" if row.difference is None else f"  {row.difference:+.4f}"
+    interval = "" if row.interval is None else f" ({row.interval[0]:+.4f} to {row.interval[1]:+.4f})"
+    return f"{row.mean:.4f}{spread}{difference}{interval}"

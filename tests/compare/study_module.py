@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from lightning_znorm import GradientTransform
 
@@ -23,7 +23,8 @@ class StudyData(LightningDataModule):
         generator = torch.Generator().manual_seed(0)
         inputs = torch.randn(96, 6, generator=generator)
         labels = (inputs.sum(1) + torch.randn(96, generator=generator) > 0).long()
-        self.parts = [TensorDataset(inputs[part], labels[part]) for part in (slice(48), slice(48, 72), slice(72, 96))]
+        seen, unseen = random_split(TensorDataset(inputs, labels), [72, 24], generator=generator)
+        self.parts = [*random_split(seen, [48, 24]), unseen]  # of the run's seed, as users do it
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.parts[0], batch_size=self.batch_size, shuffle=True)
@@ -82,9 +83,10 @@ class StudyModule(LightningModule):
 
 
 class NoisyGradients(GradientTransform):
-    """A method that draws random numbers at every step."""
+    """A method that draws random numbers when it is made and at every step."""
 
     def __init__(self) -> None:
+        torch.randn(7)
         super().__init__(lambda gradient: gradient + 0.1 * torch.randn_like(gradient))
 
 

@@ -2,7 +2,9 @@
 
 import math
 
+import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
 from lightning_znorm.compare.differences import compare_methods, paired_interval, say, seeds_needed, student
 
@@ -16,6 +18,13 @@ def test_interval_by_hand():
     # mean 0.02, standard deviation 0.01: half of the interval is 4.3027 * 0.01 / sqrt(3).
     low, high = paired_interval([0.01, 0.02, 0.03])
     assert (low, high) == pytest.approx((0.02 - 0.0248417, 0.02 + 0.0248417), abs=1e-6)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 7])
+def test_interval_is_that_of_a_paired_t_test(seeds):
+    one, other = np.random.default_rng(seeds).normal(size=(2, seeds))
+    expected = ttest_rel(one, other).confidence_interval(0.95)
+    assert paired_interval(list(one - other)) == pytest.approx(tuple(expected))
 
 
 def test_no_interval():
@@ -67,6 +76,12 @@ def test_only_seeds_of_both_are_paired():
         ([0.0], "max", "The same on the one seed."),
         ([0.0, 0.0], "max", "The same on each of 2 seeds."),
         ([0.5, 0.5], "max", "Better, by the same amount on each of 2 seeds: too few different values for an interval."),
+        # The same, but for the rounding of float32.
+        (
+            [float(np.float32(0.8)) - float(np.float32(0.7)), float(np.float32(0.9)) - float(np.float32(0.8))],
+            "max",
+            "Better, by the same amount on each of 2 seeds: too few different values for an interval.",
+        ),
         ([0.5, math.nan], "max", "Not comparable: a value is not finite, so a run has diverged."),
     ],
 )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import time
 from concurrent.futures import Future
 
@@ -18,7 +19,7 @@ def runs(folder, number: int = 4) -> list[Run]:
 
 def share(run: Run, value: float) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
-    run.progress_file.write_text(json.dumps({"share": value}))
+    run.progress_file.write_text(json.dumps({"share": value, "epoch": 4}))
 
 
 def test_states(tmp_path):
@@ -29,6 +30,8 @@ def test_states(tmp_path):
     progress = Progress([kept, running, failed, waiting], 1, "test/accuracy")
     progress.running.add(running)
     assert progress.state(running) == "starts"
+    share(running, 0.0)
+    assert progress.state(running) == "runs, epoch 5"  # of a run whose end is not a number of epochs or steps
     share(running, 0.25)
     progress.outcomes[failed] = Outcome(failed, "it broke", 3.0)
     states = [progress.state(run) for run in progress.runs]
@@ -51,6 +54,24 @@ def test_time_left(tmp_path):
     assert progress.seconds_left() == 100
     progress.outcomes[d] = Outcome(d, seconds=100.0)
     assert progress.seconds_left() == 0
+
+
+def test_time_left_of_as_many_as_a_cluster_has_place_for(tmp_path):
+    a, b, c = runs(tmp_path, 3)
+    progress = Progress([a, b, c], 1, "m")
+    progress.outcomes[a] = Outcome(a, seconds=100.0)
+    progress.running |= {b, c}
+    assert progress.seconds_left() == 100
+
+
+def test_a_run_of_an_earlier_studys_process_is_seen(tmp_path):
+    (a,) = runs(tmp_path, 1)
+    share(a, 0.5)
+    os.utime(a.progress_file, (1, 1))
+    progress = Progress([a], 1, "m")
+    assert not progress.has_begun(a)
+    share(a, 0.75)
+    assert progress.has_begun(a)
 
 
 def test_time_left_before_any_has_ended(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from lightning_znorm.cli.config_files import shipped_configs
+from lightning_znorm.compare.differences import compare_methods
 from lightning_znorm.data import CIFAR10DataModule
 
 PAPER = Path(__file__).parents[2] / "examples" / "paper"
@@ -121,6 +122,26 @@ def test_results_that_come_with_the_repository(capsys):
         assert "Failed runs" not in report
         for image in re.findall(r"!\[.*\]\((.*)\)", report):
             assert (results.parent / image).is_file()
+
+
+@pytest.mark.parametrize("text", ["examples/paper/results/README.md", "README.md"])
+def test_what_is_said_of_a_study_is_in_its_report(text):
+    """Each figure, that is; and in the report each is one of results.csv."""
+    root = PAPER.parents[1]
+    said = (root / text).read_text(encoding="utf-8")
+    if text == "README.md":
+        said = said.partition("Measured so far:")[2].partition("\n\n")[0]
+    numbers = {number.lstrip("+-") for number in re.findall(r"[-+]?\d\.\d{3}", said)}
+    assert len(numbers) >= 3
+    report = (PAPER / "results" / "cifar10-10k" / "report.md").read_text(encoding="utf-8")
+    assert all(number in report for number in numbers - {"0.010"})  # the paper's own
+    results = PAPER / "results" / "cifar10-10k" / "results.csv"
+    for metric, mode in (("test/accuracy", "max"), ("train/loss", "min")):
+        for row in compare_methods(metric, TABLES["read_measured"](results, metric), mode):
+            shown = f"| {row.method} | 3 | {row.mean:.3f} | {row.spread:.3f} | "
+            if row.interval:
+                shown += f"{row.difference:+.3f} | {row.interval[0]:+.3f} to {row.interval[1]:+.3f} | {row.verdict} |"
+            assert shown in report
 
 
 def test_subset(monkeypatch):

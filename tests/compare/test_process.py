@@ -2,16 +2,17 @@
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from alive import is_alive
 
 from lightning_znorm.compare.command import main
 from lightning_znorm.compare.files import read_json, write_json
+from lightning_znorm.compare.locks import locked
 from lightning_znorm.compare.one_run import command_to_fit, command_to_test, do_run, shell_line
 from lightning_znorm.compare.pool import pool
 from lightning_znorm.compare.process import Processes, Stopped, tail
@@ -35,11 +36,6 @@ def stand_in(tmp_path, monkeypatch):
 
 def run_in(folder: Path) -> Run:
     return Run("znorm", 0, folder / "run")
-
-
-def is_alive(pid: int) -> bool:
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
-    return bool(state.strip()) and not state.startswith("Z")
 
 
 def wait_for(path: Path) -> str:
@@ -94,6 +90,13 @@ def test_failure(stand_in, tmp_path, script, words):
         assert error.endswith("first\nlast")
 
 
+def test_nothing_of_a_run_lives_on(stand_in, tmp_path):
+    """Of a run on several devices, others may wait forever for the one that died, on GPUs that the next run gets."""
+    stand_in(f"sleep 60 & echo $! > {tmp_path}/pid; kill -9 $$")
+    assert do_run(run_in(tmp_path)).error.startswith("fit was ended by SIGKILL")
+    assert not is_alive(int((tmp_path / "pid").read_text()))
+
+
 def test_same_run_twice_at_once(stand_in, tmp_path):
     run = run_in(tmp_path)
     stand_in(f"echo $3 >> {tmp_path}/commands; sleep 0.5; echo {{}} > {run.folder}/$3.json")
@@ -127,10 +130,47 @@ def test_stop_ends_all(stand_in, tmp_path):
         processes.run(["fit"], tmp_path / "log.txt")
 
 
-def test_sigterm(stand_in, tmp_path, capsys, monkeypatch):
-    """Told to end, the command says how to go on, and leaves no run behind."""
-    monkeypatch.setattr("lightning_znorm.compare.prepare.capture", lambda args: (0, "trainer: {callbacks: null}", ""))
-    stand_in(f"echo $$ > {tmp_path}/pid; exec sleep 60")
+def test_stop_does_not_wait_for_another_studys_run(stand_in, tmp_path):
+    """A process of a study that was killed may go on for hours, and holds its run's lock."""
+    stand_in("exit 1")
+    run, processes = run_in(tmp_path), Processes()
+
+    def interrupted() -> None:
+        with pool(1, 1, processes) as opened:
+            opened.submit(run)
+            time.sleep(0.3)
+            raise KeyboardInterrupt
+
+    with locked(run.folder / "lock"):
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert time.monotonic() - start < 5
+    assert not run.log.exists()
+
+
+def test_a_gpu_each(stand_in, tmp_path, monkeypatch):
+    """By a fake count of GPUs: never do two runs go on at a time on one."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    note = f'echo "$CUDA_VISIBLE_DEVICES $3" >> {tmp_path}/gpus'
+    stand_in(f'{note}; sleep 0.1; {note}; echo {{}} > "$(dirname "$5")/$3.json"')
+    runs = [Run("znorm", seed, tmp_path / str(seed)) for seed in range(4)]
+    with pool(2, 1, Processes()) as opened:
+        outcomes = [future.result() for future in [opened.submit(run) for run in runs]]
+    assert not any(outcome.error for outcome in outcomes)
+    lines = (tmp_path / "gpus").read_text().splitlines()
+    for gpu in ("3", "5"):
+        # On each, a process ends before the next begins.
+        stages = [line.split()[1] for line in lines if line.startswith(f"{gpu} ")]
+        assert stages == ["fit", "fit", "test", "test"] * 2
+    assert len(lines) == 16
+
+
+@pytest.mark.parametrize("phase", ["reading settings", "trying a method"])
+def test_sigterm(phase, stand_in, tmp_path, capsys):
+    """Told to end, the command says how to go on, and leaves no process behind."""
+    settings = 'case "$*" in *print_config*) echo "trainer: {callbacks: null}"; exit;; esac;'
+    stand_in(f"{settings if phase == 'trying a method' else ''} echo $$ > {tmp_path}/pid; exec sleep 60")
     before = signal.getsignal(signal.SIGTERM)
 
     def terminate() -> None:

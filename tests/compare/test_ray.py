@@ -2,15 +2,17 @@
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from alive import processes_of
 
 from lightning_znorm import compare
 from lightning_znorm.compare.ray import ray_cluster
-from lightning_znorm.compare.study import StudyError
+from lightning_znorm.compare.study import Run, StudyError
 
 ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -55,6 +57,24 @@ def test_study_on_two_nodes(address, tmp_path, monkeypatch):
     assert all("the method broke" in outcome.error for outcome in table.failures)
     places = {re.search(r"Ray node (\w+)", log.read_text())[1] for log in Path("out").rglob("log.txt")}
     assert len(places) == 2
+
+
+def test_interruption_ends_processes(address, tmp_path):
+    run = Run("baseline", 0, tmp_path / "run")
+    run.folder.mkdir()
+    run.config.write_text("{}")
+
+    def interrupted() -> None:
+        with ray_cluster(address, cpus=1, gpus=0) as cluster:
+            future = cluster.submit(run)
+            while not processes_of(run.folder):  # its first seconds are those of imports
+                assert not future.done()
+                time.sleep(0.1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not processes_of(run.folder)
 
 
 def test_resources_that_no_machine_has(address):

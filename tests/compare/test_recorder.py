@@ -14,7 +14,7 @@ from study_module import NoisyGradients, StudyData, StudyModule
 
 from lightning_znorm import ZNormCallback
 from lightning_znorm.compare.checkpoints import BestCheckpoint, LastCheckpoint
-from lightning_znorm.compare.recorder import Recorder
+from lightning_znorm.compare.recorder import Recorder, _fingerprint
 from lightning_znorm.compare.results import read_run
 from lightning_znorm.compare.study import Run
 
@@ -159,6 +159,7 @@ def test_death_and_resumption_change_nothing(tmp_path):
     assert logged(died, "compare/train_seconds") == sorted(logged(died, "compare/train_seconds"))
     for epoch in (0, 1, 2, 3):
         assert batches(died, epoch) == batches(whole, epoch)
+    assert len({json.loads(run.fit_file.read_text())["weights"] for run in (whole, died)}) == 1
 
 
 def test_no_metric_is_missing_after_a_resumption(tmp_path):
@@ -207,13 +208,45 @@ def test_last_checkpoint_is_of_the_last_epoch(tmp_path):
     assert sorted(path.name for path in run.last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
+def test_last_checkpoint_that_is_a_folder(tmp_path):
+    """Of a strategy that shards them; where a process died before the former one was gone, that one is in the way."""
+
+    def save(path: Path) -> None:
+        path.mkdir()
+        (path / "shard").write_text(str(next(numbers)))
+
+    numbers = iter(range(3))
+    trainer = SimpleNamespace(is_global_zero=True, save_checkpoint=save)
+    callback = LastCheckpoint(str(tmp_path))
+    for number in range(3):
+        callback.on_train_epoch_end(trainer, None)
+        callback.on_train_epoch_start(trainer, None)
+        assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+        assert (tmp_path / "last.ckpt" / "shard").read_text() == str(number)
+        (tmp_path / "old.ckpt").mkdir()
+        (tmp_path / "old.ckpt" / "shard").touch()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64, torch.float64])
+def test_weights_of_any_type_are_named(dtype):
+    modules = [
+        torch.nn.ParameterList([torch.full((2, 3), value, dtype=dtype), torch.tensor(1.0)]) for value in (1, 1, 2)
+    ]
+    names = [_fingerprint(module) for module in modules]
+    assert names[0] == names[1] != names[2]
+
+
 def test_method_that_draws_random_numbers(tmp_path):
     plain, noisy = train(tmp_path / "plain"), train(tmp_path / "noisy", NoisyGradients())
     assert any(not torch.equal(weights(plain)[name], weights(noisy)[name]) for name in weights(plain))
+    starts = [json.loads(run.fit_file.read_text())["weights"] for run in (plain, noisy)]
+    assert starts[0] == starts[1]
     orders = [batches(plain, epoch) for epoch in range(4)]
     assert orders == [batches(noisy, epoch) for epoch in range(4)]
     assert len({json.dumps(order) for order in orders}) == 4  # each epoch has an order of its own
-    assert batches(train(tmp_path / "other", seed=4), 0) != orders[0]
+    other = train(tmp_path / "other", seed=4)
+    assert batches(other, 0) != orders[0]
+    assert json.loads(other.fit_file.read_text())["weights"] != starts[0]
 
 
 def test_a_finished_run_is_known_by_its_file(tmp_path):

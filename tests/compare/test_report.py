@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 
 from lightning_znorm.compare.document import Code, Grid, Heading, Points, Text
+from lightning_znorm.compare.findings import Findings
 from lightning_znorm.compare.html import to_html
 from lightning_znorm.compare.markdown import to_markdown
 from lightning_znorm.compare.one_run import Outcome
 from lightning_znorm.compare.plots import plot, spaced
 from lightning_znorm.compare.prepare import Plan
-from lightning_znorm.compare.report import Report
+from lightning_znorm.compare.report import write_report
 from lightning_znorm.compare.results import Measurement
 from lightning_znorm.compare.speed import overheads, reaches, step_seconds
 from lightning_znorm.compare.study import Study
-from lightning_znorm.compare.tables import make_rows
+from lightning_znorm.compare.tables import Table, make_rows
 
 FIT = {
     "epochs": 4,
@@ -61,10 +62,9 @@ def done(plan: Plan) -> list[Measurement]:
     return found
 
 
-def report(plan: Plan, measurements: list[Measurement], failures: tuple[Outcome, ...] = ()) -> str:
-    rows = list(make_rows(plan, measurements))
+def report(plan: Plan, measurements: list[Measurement], failures: tuple[Outcome, ...] = (), alone: bool = True) -> str:
     plan.study.output.mkdir(parents=True, exist_ok=True)
-    Report(plan, rows, measurements, failures, "the command", jobs=1).write(plan.study.output)
+    write_report(Findings(plan, measurements, failures, "the command", alone), plan.study.output)
     return (plan.study.output / "report.md").read_text()
 
 
@@ -91,6 +91,11 @@ class TestSpeed:
 
 
 class TestReport:
+    @pytest.fixture(autouse=True)
+    def _quick(self, monkeypatch):
+        """What figures look like is another test's."""
+        monkeypatch.setattr("lightning_znorm.compare.report_curves.plot", lambda *args: {"png": b"", "svg": b""})
+
     def test_numbers(self, tmp_path):
         text = report(plan(tmp_path), done(plan(tmp_path)))
         # Differences 0.01, 0.02, 0.03.
@@ -148,12 +153,55 @@ class TestReport:
         plan(tmp_path).study.runs[0].fit_file.write_text(json.dumps(other))
         assert "not made with the same versions" in report(plan(tmp_path), found)
 
-    def test_html_needs_nothing_else(self, tmp_path):
-        report(plan(tmp_path), done(plan(tmp_path)))
-        html = (tmp_path / "report.html").read_text()
-        assert html.count('<img src="data:image/svg+xml;base64,') == 3
-        assert not re.findall(r"https?:|url\(|<script|<link|@import", html)
-        assert "<code>val/accuracy</code>" in html
+    def test_side_by_side(self, tmp_path):
+        """Where runs slowed one another, their times are no costs of methods."""
+        text = report(plan(tmp_path), done(plan(tmp_path)), alone=False)
+        assert "Runs went on side by side and slowed one another" in text
+        assert "| znorm | 200 |\n" in text
+        assert "more than baseline" not in text
+
+    def test_what_methods_have_in_common(self, tmp_path):
+        found = done(plan(tmp_path))
+        same = "all methods start from the same weights and see the same batches in the same order"
+        assert same in report(plan(tmp_path), found)
+        for run in plan(tmp_path).study.runs:
+            run.fit_file.write_text(json.dumps({**FIT, "weights": f"{run.seed}" + "x" * (run.name == "znorm-1")}))
+        text = report(plan(tmp_path), found)
+        assert "Runs of the same seed have other weights than baseline under znorm; differences are" in text
+        assert same not in text
+
+    def test_a_method_that_changes_the_data(self, tmp_path):
+        found = done(plan(tmp_path))
+        changed = plan(tmp_path)
+        changed.settings["znorm"]["data"] = {"batch_size": 8}
+        assert "seed have other settings of the data under znorm; differences" in report(changed, found)
+
+    def test_small_numbers_keep_their_digits(self, tmp_path):
+        found = done(plan(tmp_path))
+        found += [
+            Measurement(run.name, run.seed, run.method, 3, "test/mse", 1e-9 * (2 + run.seed + len(run.method)))
+            for run in plan(tmp_path).study.runs
+        ]
+        assert "| baseline | 3 | 0.0000000110 | 0.0000000010 | - | - |  |" in report(plan(tmp_path), found)
+
+
+def test_html_needs_nothing_else(tmp_path):
+    report(plan(tmp_path), done(plan(tmp_path)))
+    html = (tmp_path / "report.html").read_text()
+    assert html.count('<img src="data:image/svg+xml;base64,') == 3
+    assert not re.findall(r"https?:|url\(|<script|<link|@import", html)
+    assert "<code>val/accuracy</code>" in html
+
+
+def test_table_in_a_terminal(tmp_path):
+    the_plan = plan(tmp_path)
+    table = Table("test/accuracy", tuple(make_rows(the_plan, done(the_plan))), (), tmp_path)
+    assert str(table).splitlines()[:2] == ["test/accuracy", "baseline  0.8200 +- 0.0100"]
+    assert (
+        str(table)
+        .splitlines()[2]
+        .startswith("znorm     0.8400 +- 0.0200  +0.0200 (-0.0048 to +0.0448)  3 seeds cannot tell; if")
+    )
 
 
 class TestPlots:

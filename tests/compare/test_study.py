@@ -7,6 +7,7 @@ import yaml
 
 from lightning_znorm.cli import main
 from lightning_znorm.compare import prepare
+from lightning_znorm.compare.conduct import Means, _devices, _typed
 from lightning_znorm.compare.locks import locked
 from lightning_znorm.compare.metrics import at_stage, choose, stage, train_loss
 from lightning_znorm.compare.pool import environments
@@ -72,7 +73,21 @@ class TestCommandLine:
         command = ["--config", "x", "--methods", "a/one.yaml", "--output", str(tmp_path / "out")]
         assert "Two methods are named one" in refusal(*command, "--methods", "a/one.yaml", "b/one.yaml")
         assert "at least 1: 0" in refusal(*command, "--jobs", "0")
+        assert "--gpus is what each run takes of a Ray cluster, 0 or more: -1" in refusal(*command, "--gpus", "-1")
         assert not (tmp_path / "out").exists()
+
+    def test_what_was_typed(self, tmp_path, monkeypatch):
+        """The report's command starts the same study in the same way."""
+        monkeypatch.chdir(tmp_path)
+        asked = study(output=tmp_path / "out", metric="test/f1", mode="max", args=("--trainer.max_epochs", "2"))
+        common = (
+            "python -m lightning_znorm compare --config exp.yaml --methods a/one.yaml a/two.yaml --seeds 0 1 "
+            "--output out --metric test/f1 --mode max"
+        )
+        assert _typed(asked, Means()) == f"{common} --trainer.max_epochs 2"
+        assert _typed(asked, Means(jobs=2)) == f"{common} --jobs 2 --trainer.max_epochs 2"
+        ray = Means(ray="auto", cpus=2, gpus=0.5)
+        assert _typed(asked, ray) == f"{common} --ray auto --cpus 2 --gpus 0.5 --trainer.max_epochs 2"
 
     def test_output_in_use(self, tmp_path):
         command = ["--config", "x", "--methods", "a/one.yaml", "--output", str(tmp_path / "out")]
@@ -91,7 +106,7 @@ class TestCommandLine:
         assert "No config file mine.yaml" in refusal("--config", "mine.yaml", "--methods", znorm, "--output", "out")
         command = ["--config", "configs/digits/resnet20.yaml", "--output", "out"]
         message = refusal(*command, "--methods", "configs/methods/znrom.yaml")
-        assert "configs/methods/znrom.yaml cannot be laid over the experiment. No config file" in message
+        assert "`fit` refuses the settings of znrom. No config file configs/methods/znrom.yaml" in message
         assert f"did you mean {znorm}" in message
 
     def test_help(self, capsys):
@@ -226,6 +241,16 @@ class TestSharingAMachine:
         assert [e["CUDA_VISIBLE_DEVICES"] for e in environments(4, 1, ["0", "1"])] == ["0", "1", "0", "1"]
         assert [e["CUDA_VISIBLE_DEVICES"] for e in environments(2, 2, ["4", "5", "6", "7"])] == ["4,5", "6,7"]
         assert environments(2, 1, []) == [{}, {}]
+        assert environments(2, None, ["0", "1"]) == [{}, {}]
+
+    @pytest.mark.parametrize(
+        ("asked", "devices"),
+        [("auto", 1), (-1, 1), (2, 2), ("2", 2), ([1], None), ("0,1", None), ("3,", None)],
+    )
+    def test_devices_that_the_experiment_asks_for(self, asked, devices, tmp_path):
+        settings = {"baseline": {"trainer": {"devices": "auto"}}, "znorm": {"trainer": {"devices": asked}}}
+        plan = prepare.Plan(study(output=tmp_path), settings, None, "test/loss", "min", [])
+        assert _devices(plan) == devices
 
     def test_cores_are_shared(self, monkeypatch):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -244,7 +269,7 @@ class TestPreparation:
     @pytest.fixture
     def prepared(self, tmp_path, monkeypatch):
         def prepare_with(settings: str, **changes):
-            monkeypatch.setattr(prepare, "capture", lambda args: (0, settings, ""))
+            monkeypatch.setattr(Processes, "capture", lambda self, args: (0, settings, ""))
             monkeypatch.setattr(prepare, "_probe", self.probe)
             (tmp_path / "out").mkdir(exist_ok=True)
             return prepare.prepare(study(output=tmp_path / "out", **changes), Processes(), 1)

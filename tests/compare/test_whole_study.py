@@ -1,6 +1,7 @@
 """One study from its command line: with a run and the study itself killed, a method that fails, and what is found."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -8,16 +9,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from alive import processes_of
 
 from lightning_znorm import compare
 from lightning_znorm.cli import main
+from lightning_znorm.compare.process import Processes
 from lightning_znorm.compare.study import StudyError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -34,21 +39,16 @@ EXPERIMENT = {
     },
 }
 METHODS = ("baseline", "noisy", "crash")
+ONE_AT_A_TIME = threading.Lock()
 RUNS = [f"{method}-{seed}" for seed in (0, 1) for method in METHODS]
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
+def wait_for(condition, process: subprocess.Popen, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, Path("study.log").read_text()
         assert time.monotonic() < end, Path("study.log").read_text()
         time.sleep(0.01)
-
-
-def processes_of(folder: Path) -> list[int]:
-    """Process ids of what runs in a run's folder."""
-    listed = subprocess.run(["ps", "-axww", "-o", "pid=,args="], capture_output=True, text=True, check=True).stdout
-    return [int(line.split()[0]) for line in listed.splitlines() if f"{folder}{os.sep}run.yaml" in line]
 
 
 def epoch_of(folder: Path) -> int:
@@ -60,6 +60,19 @@ def epoch_of(folder: Path) -> int:
 def read_csv(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def capture_here(self: Processes, args: list[str]) -> tuple[int, str, str]:
+    """What a command prints, without a process of its own, which would import for seconds."""
+    out, errors = io.StringIO(), io.StringIO()
+    with ONE_AT_A_TIME, redirect_stdout(out), redirect_stderr(errors), pytest.raises(SystemExit) as exit_info:
+        main(list(args))
+    return exit_info.value.code or 0, out.getvalue(), errors.getvalue()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(Processes, "capture", capture_here)
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +113,9 @@ def study(folder, command) -> Iterator[SimpleNamespace]:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     seen = SimpleNamespace(output=folder / "out", runs=runs)
 
-    def start() -> subprocess.Popen:
+    with Path("study.log").open("w") as log:
         words = [sys.executable, "-m", "lightning_znorm", *command]
-        with Path("study.log").open("a") as log:
-            return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
-
-    process = start()
+        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
     try:
         wait_for(lambda: epoch_of(runs / "baseline-0") >= 1, process)
         for pid in processes_of(runs / "baseline-0"):
@@ -117,9 +127,14 @@ def study(folder, command) -> Iterator[SimpleNamespace]:
         seen.finished = (runs / "noisy-0" / "test.json").stat().st_mtime_ns
         seen.orphans = processes_of(runs / "baseline-1")  # lives on; the next study waits for it
 
-        process = start()
-        seen.code = process.wait(timeout=280)
-        seen.log = Path("study.log").read_text()
+        text = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(text), redirect_stderr(text):
+            patch.setattr(Processes, "capture", capture_here)
+            patch.setenv("OMP_NUM_THREADS", "1")
+            with pytest.raises(SystemExit) as exit_info:
+                main(command)
+        seen.code = exit_info.value.code
+        seen.log = Path("study.log").read_text() + text.getvalue()
     finally:
         process.kill()
         for name in RUNS:
@@ -228,8 +243,7 @@ class TestStudy:
         assert html.count("<img") == study.report.count("![") == 3
         assert not re.search(r"(src|href)=\"(?!data:)", html)
 
-    def test_again_from_python(self, study, monkeypatch):
-        monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    def test_again_from_python(self, study, quick):
         methods = ["configs/methods/baseline.yaml", "methods/noisy.yaml"]
         before = [(study.runs / name / "log.txt").stat().st_size for name in RUNS]
         table = compare.run("exp.yaml", methods, seeds=[1, 0], output="out")
@@ -245,15 +259,13 @@ class TestStudy:
         assert table.failures == ()
         assert str(table).startswith("test/accuracy\nbaseline ")
 
-    def test_changed_settings_are_refused(self, study, monkeypatch):
-        monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    def test_changed_settings_are_refused(self, study, quick):
         with pytest.raises(
             StudyError, match=r"runs of baseline with other settings \(trainer.max_epochs was 4 and is 9\)"
         ):
             compare.run("exp.yaml", ["configs/methods/baseline.yaml"], output="out", args=["--trainer.max_epochs=9"])
 
-    def test_dry_run_prints_what_is_left(self, study, monkeypatch, capsys):
-        monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    def test_dry_run_prints_what_is_left(self, study, quick, capsys):
         methods = ["configs/methods/baseline.yaml", "methods/crash.yaml"]
         main(["compare", "--config", "exp.yaml", "--methods", *methods, "--seeds", "0", "--output", "out", "--dry-run"])
         (line,) = capsys.readouterr().out.splitlines()
@@ -263,8 +275,7 @@ class TestStudy:
             f" -m lightning_znorm test --config {run}/run.yaml --ckpt_path {run}/checkpoints/best.ckpt"
         )
 
-    def test_metric_that_nothing_logs(self, study, monkeypatch):
-        monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    def test_metric_that_nothing_logs(self, study, quick):
         names = "test/accuracy, test/loss, train/loss, val/accuracy, val/loss"
         with pytest.raises(StudyError, match=rf"--metric test/dice: nothing logs it\. The experiment logs {names}\."):
             compare.run("exp.yaml", ["configs/methods/baseline.yaml"], output="out", metric="test/dice", mode="max")

@@ -1,0 +1,59 @@
+"""All that a report is about."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from lightning_znorm.compare.differences import Row
+from lightning_znorm.compare.files import read_json
+from lightning_znorm.compare.metrics import train_loss
+from lightning_znorm.compare.one_run import Outcome
+from lightning_znorm.compare.prepare import Plan
+from lightning_znorm.compare.results import Measurement
+from lightning_znorm.compare.study import Run
+from lightning_znorm.compare.tables import make_rows
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a study found, and how.
+
+    Args:
+        plan: The study.
+        measurements: All that was logged by runs that are done.
+        failures: Runs that failed.
+        command: What was typed.
+        alone: Whether each run had the machine to itself, as far as the study knows.
+    """
+
+    plan: Plan
+    measurements: Sequence[Measurement]
+    failures: Sequence[Outcome]
+    command: str
+    alone: bool
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """Names of the methods; the others are compared with the first."""
+        return list(self.plan.study.files)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Every metric under every method."""
+        return list(make_rows(self.plan, self.measurements))
+
+    @cached_property
+    def fits(self) -> dict[Run, dict[str, Any]]:
+        """What runs that are done say of their training."""
+        return {run: read_json(run.fit_file) for run in self.plan.study.runs if run.is_done}
+
+    @cached_property
+    def followed(self) -> list[tuple[str, str]]:
+        """The training loss and the validation metric, with their modes."""
+        logged = {measurement.metric for measurement in self.measurements}
+        loss = train_loss(logged)
+        found = [(loss, "min")] if loss else []
+        if self.plan.monitor and self.plan.monitor[0] in logged and self.plan.monitor[0] != loss:
+            found.append(self.plan.monitor)
+        return found
