@@ -77,7 +77,7 @@ def cuda_rows(parameters: list[Tensor]) -> dict[str, Callable[[], object]]:
     """Those that there are without Triton, and without the CPU's share."""
 
     def in_pytorch() -> None:
-        with patch.object(dispatch, "_is_within_reach", lambda tensor: False):
+        with patch.object(dispatch, "DEVICE_TYPES", frozenset()):
             zscore_grads_(parameters)
 
     dispatch.DEVICE_TYPES = frozenset({"cuda"})
