@@ -14,10 +14,9 @@ from lightning_znorm.gradients.methods import AffineMethod
 from lightning_znorm.gradients.pieces import Piece
 from lightning_znorm.gradients.statistics import Statistics
 
-# Elements of which the deviation is taken while they are in cache: on a CPU, in the second-level caches of a few cores.
-# The bound also keeps a float32 dot product exact to a few units of rounding (it is off by 4e-4 at 2^27 elements).
-# Elsewhere a block is a kernel launch, and 2^30 elements keep to 32-bit indices.
-_CPU_BLOCK = 2**20
+# Elements of which the deviation is taken while they are in cache, and that keep a dot product exact. Elsewhere than on
+# a CPU a block is a kernel launch, and 2^30 elements keep to 32-bit indices.
+_CPU_BLOCK = one_pass.BLOCK
 _DEVICE_BLOCK = 2**30
 
 
@@ -25,8 +24,9 @@ _DEVICE_BLOCK = 2**30
 def affine_(pieces: Iterable[Piece], method: AffineMethod, loss_scale: Tensor | None = None) -> None:
     """Replaces each entry ``g`` of the pieces by ``(g - shift) * scale`` with the method's shift and scale, in place.
 
-    Two passes: the mean is subtracted in place and the squared deviation taken of what remains, so that a large mean
-    costs no digits.
+    On a CPU, whole contiguous tensors go to the kernels of :mod:`~lightning_znorm.gradients.kernels.segments` and
+    :mod:`~lightning_znorm.gradients.kernels.one_pass`. All else takes two passes: the mean is subtracted in place and
+    the squared deviation taken of what remains, so that a large mean costs no digits.
 
     Args:
         pieces: Memory of whole tensors or rows, on any devices, of floating-point or complex types.
