@@ -57,6 +57,22 @@ def test_training_step() -> None:
         assert share == pytest.approx(100 * alone / without, abs=0.02)
 
 
+def test_lightning_step() -> None:
+    table = rows(
+        output_of("benchmarks.lightning_step", "--batch-size", "2", "--steps", "4", "--rounds", "1", "--threads", "1")
+    )
+    assert [row[2] for row in table] == [
+        "loop by hand",
+        "Trainer without our parts",
+        "Trainer with our task and data",
+        "and with ZNormCallback",
+    ]
+    plain = table[1]
+    for row in table:
+        for milliseconds, ratio in ((3, 4), (5, 6)):
+            assert float(row[ratio]) == pytest.approx(float(row[milliseconds]) / float(plain[milliseconds]), rel=0.01)
+
+
 @pytest.mark.gpu
 def test_kernels_on_a_gpu() -> None:
     table = rows(output_of("benchmarks.kernels", "--device", "cuda", "--models", "ResNet-56", "--rounds", "3"))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def whole_pieces(grads: Iterable[Tensor], over: Over) -> list[Piece]:
     """Whole gradients as memory to transform, but for those that are empty, or whose rows are single elements."""
     if over == "row":
-        return [Piece(grad, True) for grad in grads if grad.ndim > 1 and grad.numel() > len(grad)]
+        return [Piece(grad, True) for grad in grads if grad.ndim > 1 and grad.numel() > grad.shape[0]]
     return [Piece(grad) for grad in grads if grad.numel() > 1]
 
 

@@ -40,15 +40,15 @@ def transform_places_(places: Iterable[Place], method: GradientMethod, loss_scal
     shards: list[Shard] = []
     for place in places:
         grad = place.find()
-        if isinstance(grad, Shard):
+        if isinstance(grad, Tensor):
+            wholes.append(grad)
+        elif grad is not None:
             if not isinstance(method, AffineMethod):
                 raise UnsupportedGradientError(
                     f"the gradient of {place.names[0]} is sharded over processes, and {name} is a function of whole "
                     "gradients: write it as an AffineMethod, which works with their statistics"
                 )
             shards.append(grad)
-        elif grad is not None and grad.numel() > 0:
-            wholes.append(grad)
     if isinstance(method, AffineMethod):
         affine_(whole_pieces(wholes, method.over), method, loss_scale)
         if shards:
@@ -57,6 +57,8 @@ def transform_places_(places: Iterable[Place], method: GradientMethod, loss_scal
                 place.rewritten()
         return
     for grad in wholes:
+        if grad.numel() == 0:
+            continue
         result = method(grad if loss_scale is None else grad / loss_scale)
         if not isinstance(result, Tensor) or result.shape != grad.shape:
             made = f"a tensor of shape {tuple(result.shape)}" if isinstance(result, Tensor) else repr(result)

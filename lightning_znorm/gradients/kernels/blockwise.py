@@ -1,20 +1,22 @@
 """The affine kernel in PyTorch operations: right on every device, fast on the CPU, where blocks stay in cache."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from lightning_znorm.gradients.kernels import one_pass, segments
 from lightning_znorm.gradients.kernels.layout import workspaces
+from lightning_znorm.gradients.kernels.maps import residual_map
 from lightning_znorm.gradients.methods import AffineMethod
 from lightning_znorm.gradients.pieces import Piece
 from lightning_znorm.gradients.statistics import Statistics
 
-# Elements of which the deviation is taken while they are in cache: on a CPU, in the second-level caches of a few cores.
-# The bound also keeps a float32 dot product exact to a few units of rounding (it is off by 4e-4 at 2^27 elements).
-# Elsewhere a block is a kernel launch, and 2^30 elements keep to 32-bit indices.
-_CPU_BLOCK = 2**20
+# Elements of which the deviation is taken while they are in cache, and that keep a dot product exact. Elsewhere than on
+# a CPU a block is a kernel launch, and 2^30 elements keep to 32-bit indices.
+_CPU_BLOCK = one_pass.BLOCK
 _DEVICE_BLOCK = 2**30
 
 
@@ -22,8 +24,9 @@ _DEVICE_BLOCK = 2**30
 def affine_(pieces: Iterable[Piece], method: AffineMethod, loss_scale: Tensor | None = None) -> None:
     """Replaces each entry ``g`` of the pieces by ``(g - shift) * scale`` with the method's shift and scale, in place.
 
-    Two passes: the mean is subtracted in place and the squared deviation taken of what remains, so that a large mean
-    costs no digits.
+    On a CPU, whole contiguous tensors go to the kernels of :mod:`~lightning_znorm.gradients.kernels.segments` and
+    :mod:`~lightning_znorm.gradients.kernels.one_pass`. All else takes two passes: the mean is subtracted in place and
+    the squared deviation taken of what remains, so that a large mean costs no digits.
 
     Args:
         pieces: Memory of whole tensors or rows, on any devices, of floating-point or complex types.
@@ -31,9 +34,34 @@ def affine_(pieces: Iterable[Piece], method: AffineMethod, loss_scale: Tensor | 
         loss_scale: Factor by which the gradients are larger than the true ones because the optimizer will divide by it,
             a scalar tensor. The result is the true gradients' one, larger by the same factor.
     """
-    for chunk in workspaces(pieces):
+    tiny, singles, rest = _sorted(pieces, method.needs_std)
+    if tiny:
+        segments.affine_(tiny, method, loss_scale)
+    for tensors in singles.values():
+        one_pass.affine_(tensors, method, loss_scale)
+    for chunk in workspaces(rest):
         count, sums, m2 = center_(chunk.works, method.needs_std)
         rewrite_(chunk.works, *residual_map(Statistics(count, sums / count, m2), method, loss_scale))
+
+
+def _sorted(
+    pieces: Iterable[Piece], needs_std: bool
+) -> tuple[list[Tensor], dict[torch.dtype, list[Tensor]], list[Piece]]:
+    """Whole tensors on a CPU for the kernel of tiny ones, others by type for that of one pass, and all other pieces."""
+    tiny: list[Tensor] = []
+    singles: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
+    rest: list[Piece] = []
+    for piece in pieces:
+        tensor, by_row, _ = piece
+        if by_row or not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_neg():
+            rest.append(piece)
+        elif tensor.numel() <= segments.MAX_NUMEL and tensor.dtype in segments.TYPES:
+            tiny.append(tensor)
+        elif needs_std and tensor.dtype in one_pass.TYPES:
+            singles[tensor.dtype].append(tensor)
+        else:
+            rest.append(piece)
+    return tiny, singles, rest
 
 
 def center_(works: list[Tensor], needs_std: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -97,47 +125,3 @@ def _counts(shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.de
     """
     counts = [shape[-1] for shape in shapes for _ in range(shape[0] if len(shape) > 1 else 1)]
     return torch.tensor(counts, dtype=dtype, device=device)
-
-
-def affine_map(
-    stats: Statistics, method: AffineMethod, loss_scale: Tensor | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    """A method's shift and scale for gradients as they are: the shift is ``stats.mean`` itself where it is the mean.
-
-    Args:
-        stats: Of the gradients.
-        method: Gives shift and scale.
-        loss_scale: As for :func:`affine_`.
-    """
-    true = stats
-    if loss_scale is not None:
-        loss_scale = loss_scale.to(stats.mean.device, non_blocking=True)
-        # Twice, and not by the square, which overflows beyond 2^64.
-        m2 = None if stats.m2 is None else stats.m2 / loss_scale / loss_scale
-        true = Statistics(stats.count, stats.mean / loss_scale, m2)
-    shift, scale = method.affine(true)
-    for part in (shift, scale):
-        if part is not None and (not isinstance(part, Tensor) or part.shape != stats.mean.shape):
-            raise TypeError(
-                f"{method}.affine must return a shift and a scale that are None or tensors of shape "
-                f"{tuple(stats.mean.shape)}, like the statistics, and returned {part!r}"
-            )
-    if shift is true.mean:
-        return stats.mean, scale
-    return shift if shift is None or loss_scale is None else shift * loss_scale, scale
-
-
-def residual_map(
-    stats: Statistics, method: AffineMethod, loss_scale: Tensor | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    """What is left to add to, and to multiply with, gradients whose mean has been subtracted.
-
-    Args:
-        stats: Of the gradients as they were.
-        method: Gives shift and scale.
-        loss_scale: As for :func:`affine_`.
-    """
-    shift, scale = affine_map(stats, method, loss_scale)
-    if shift is stats.mean:
-        return None, scale
-    return stats.mean if shift is None else stats.mean - shift, scale

@@ -34,7 +34,9 @@ def affine_(pieces: Iterable[Piece], method: AffineMethod, loss_scale: Tensor | 
 def tables_of(pieces: Iterable[Piece]) -> tuple[list["Table"], list[Piece]]:
     """Puts the pieces that Triton can measure and rewrite into tables, and returns them with the others."""
     pieces = list(pieces)
-    within = [piece for piece in pieces if _is_within_reach(piece.tensor)]
+    if not DEVICE_TYPES:
+        return [], pieces
+    within = [piece for piece in pieces if piece.tensor.device.type in DEVICE_TYPES]
     if not within or not runs_triton(within[0].tensor.device):
         return [], pieces
     from lightning_znorm.gradients.kernels.pointer_table import Table, alike
@@ -47,17 +49,13 @@ def tables_of(pieces: Iterable[Piece]) -> tuple[list["Table"], list[Piece]]:
         else:
             rest += group
     if len(within) < len(pieces):
-        rest += [piece for piece in pieces if not _is_within_reach(piece.tensor)]
+        rest += [piece for piece in pieces if piece.tensor.device.type not in DEVICE_TYPES]
     return tables, rest
 
 
 # Kinds of devices whose gradients go to Triton's kernel. None yet: it has run in Triton's interpreter and through its
 # compiler, and `benchmarks/gpu.sh`, which tries it on a CUDA device, has not run on one.
 DEVICE_TYPES: frozenset[str] = frozenset()
-
-
-def _is_within_reach(tensor: Tensor) -> bool:
-    return tensor.device.type in DEVICE_TYPES
 
 
 @lru_cache(maxsize=64)

@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_znorm.gradients.kernels import programs
-from lightning_znorm.gradients.kernels.blockwise import affine_map
 from lightning_znorm.gradients.kernels.layout import in_memory_order
+from lightning_znorm.gradients.kernels.maps import affine_map
 from lightning_znorm.gradients.methods import AffineMethod, Centralization, ZScore
 from lightning_znorm.gradients.pieces import Piece
 from lightning_znorm.gradients.statistics import ROUNDING_UNITS, Statistics

@@ -11,12 +11,11 @@ from torch import Tensor
 from lightning_znorm.gradients.kernels.blockwise import (
     _CPU_BLOCK,
     _DEVICE_BLOCK,
-    affine_map,
-    residual_map,
     rewrite_,
 )
 from lightning_znorm.gradients.kernels.dispatch import affine_, tables_of
 from lightning_znorm.gradients.kernels.layout import workspaces
+from lightning_znorm.gradients.kernels.maps import affine_map, residual_map
 from lightning_znorm.gradients.methods import AffineMethod
 from lightning_znorm.gradients.pieces import Piece
 from lightning_znorm.gradients.shards import Shard

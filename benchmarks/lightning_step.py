@@ -1,0 +1,167 @@
+"""A training step through Lightning beside the same without our parts: ``python -m benchmarks.lightning_step``.
+
+From data to update, on the CPU: the same network, loss and optimizer in a loop written by hand, in a Trainer with the
+least LightningModule, in a Trainer with our task and data module, and with ``ZNormCallback`` as well. The first two
+find their batches ready, as normalized tensors; ours are picked and normalized from the images of the data set.
+
+The four train in turns, a few steps each, with a fresh network. Times are medians over all steps but the first two of
+each turn: of the process on all cores, which other programs on the machine disturb least, and on the wall.
+"""
+
+import argparse
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from benchmarks.data import training_images
+from lightning_znorm import ZNormCallback
+from lightning_znorm.data import CIFAR10DataModule, LGGDataModule
+from lightning_znorm.data.images import ImageDataModule
+from lightning_znorm.tasks import ClassificationTask, SegmentationTask
+from lightning_znorm.tasks.base import Task
+
+Batch = tuple[Tensor, Tensor]
+WARMUP = 2
+
+
+class Stopwatch(Callback):
+    """Medians of the seconds from the end of a step to that of the next."""
+
+    def __init__(self) -> None:
+        self._seconds: list[tuple[float, float]] = []
+        self._ends: list[tuple[float, float]] = []
+
+    def start(self) -> None:
+        """Begins a turn."""
+        self._ends = []
+
+    def tick(self) -> None:
+        """Ends a step."""
+        self._ends.append((time.process_time(), time.perf_counter()))
+        if len(self._ends) > WARMUP:
+            (process, wall), (process_end, wall_end) = self._ends[-2:]
+            self._seconds.append((process_end - process, wall_end - wall))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.tick()
+
+    @property
+    def process(self) -> float:
+        return statistics.median(process for process, _ in self._seconds)
+
+    @property
+    def wall(self) -> float:
+        return statistics.median(wall for _, wall in self._seconds)
+
+
+class Plain(LightningModule):
+    """The least that a Trainer trains."""
+
+    def __init__(self, network: nn.Module, criterion: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.criterion = criterion
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss: Tensor = self.criterion(self.network(batch[0]), batch[1])
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters())
+
+
+def by_hand(network: nn.Module, criterion: nn.Module, batches: list[Batch], stopwatch: Stopwatch) -> None:
+    optimizer = torch.optim.Adam(network.parameters())
+    for images, target in batches:
+        optimizer.zero_grad()
+        criterion(network(images), target).backward()
+        optimizer.step()
+        stopwatch.tick()
+
+
+def fit(module: LightningModule, data: ImageDataModule | list[Batch], steps: int, *callbacks: Callback) -> None:
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+    )
+    trainer.fit(module, data if isinstance(data, ImageDataModule) else DataLoader(data, batch_size=None))
+
+
+def ready_batches(data: ImageDataModule, steps: int) -> list[Batch]:
+    """The first batches of a data module, as the network gets them."""
+    loader = iter(data.train_dataloader())
+    return [data.on_after_batch_transfer(next(loader), 0) for _ in range(steps)]
+
+
+def turns(task: Task, data: ImageDataModule, steps: int) -> dict[str, Callable[[Stopwatch], None]]:
+    network, criterion = task.model, task.criterion
+    batches = ready_batches(data, steps)
+    return {
+        "loop by hand": lambda watch: by_hand(deepcopy(network), criterion, batches, watch),
+        "Trainer without our parts": lambda watch: fit(Plain(deepcopy(network), criterion), batches, steps, watch),
+        "Trainer with our task and data": lambda watch: fit(deepcopy(task), data, steps, watch),
+        "and with ZNormCallback": lambda watch: fit(deepcopy(task), data, steps, watch, ZNormCallback()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A training step through Lightning, with and without our parts.")
+    parser.add_argument("--cifar10", help="root of CIFAR-10 (default: random images of its size)")
+    parser.add_argument("--lgg", help="root of the LGG slices, for rows of an Attention U-Net on them")
+    parser.add_argument("--batch-size", type=int, default=64, help="(default: 64; an eighth of it for LGG)")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each turn (default: 12)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each row (default: 5)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.pytorch")  # its advice on workers
+
+    images = training_images(args.cifar10, max(5_000, 2 * args.batch_size * args.steps))
+    cifar10 = CIFAR10DataModule(batch_size=args.batch_size)
+    cifar10.load = lambda train: images  # type: ignore[method-assign]
+    workloads: dict[str, tuple[Task, ImageDataModule]] = {
+        "ResNet-56, CIFAR-10": (ClassificationTask("resnet56", num_classes=10), cifar10)
+    }
+    if args.lgg:
+        lgg = LGGDataModule(args.lgg, batch_size=max(1, args.batch_size // 8))
+        workloads["Attention U-Net, LGG"] = (SegmentationTask("attention_unet"), lgg)
+
+    print(f"torch {torch.__version__}, lightning {lightning.__version__}, CPU, {args.threads} threads")
+    print(f"medians of {args.rounds} turns of {args.steps} steps\n")
+    header = f"{'CPU ms a step':>13} | {'of plain Trainer':>16} | {'wall ms a step':>14} | {'of plain Trainer':>16} |"
+    print(f"| {'workload':20} | {'batch':>5} | {'step':30} | {header}")
+    print(f"| {'-' * 20} | {'-' * 4}: | {'-' * 30} | {'-' * 12}: | {'-' * 15}: | {'-' * 13}: | {'-' * 15}: |")
+    for workload, (task, data) in workloads.items():
+        data.prepare_data()
+        data.setup("fit")
+        rows = {name: (turn, Stopwatch()) for name, turn in turns(task, data, args.steps).items()}
+        for _ in range(args.rounds):
+            for turn, watch in rows.values():
+                watch.start()
+                turn(watch)
+        _, plain = rows["Trainer without our parts"]
+        for name, (_, watch) in rows.items():
+            figures = f"{watch.process * 1e3:13.2f} | {watch.process / plain.process:16.3f}"
+            figures += f" | {watch.wall * 1e3:14.2f} | {watch.wall / plain.wall:16.3f}"
+            print(f"| {workload:20} | {data.hparams['batch_size']:5} | {name:30} | {figures} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

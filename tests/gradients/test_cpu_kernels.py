@@ -1,0 +1,122 @@
+"""The kernels for gradients on a CPU: tiny ones in one vector, others measured as they are and rewritten once."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_znorm.gradients import AffineMethod, ZScore
+from lightning_znorm.gradients.kernels import affine_, blockwise, one_pass, segments
+from lightning_znorm.gradients.shards import whole_pieces
+from tests.gradients.reference import wide, zscore
+from tests.gradients.test_methods import Counted, HalfCentered, RMSNorm
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Tensors that the two kernels leave to the one for all else."""
+    tensors: list[Tensor] = []
+    workspaces = blockwise.workspaces
+
+    def recorded(pieces):  # type: ignore[no-untyped-def]
+        pieces = list(pieces)
+        tensors.extend(piece.tensor for piece in pieces)
+        return workspaces(pieces)
+
+    monkeypatch.setattr(blockwise, "workspaces", recorded)
+    return tensors
+
+
+def test_a_networks_gradients_are_theirs(left: list[Tensor]) -> None:
+    grads = [randn(16), randn(64, 3, 3, 3), randn(700_000), randn(9).double(), randn(9).half()]
+    affine_(whole_pieces(grads, "tensor"), ZScore())
+    assert not left
+
+
+def test_the_rest_is_left(left: list[Tensor]) -> None:
+    grads = [randn(40, 30).t(), randn(2000).bfloat16(), torch.complex(randn(9), randn(9)), torch._neg_view(randn(9))]
+    want = [zscore(grad.resolve_neg()) for grad in grads]
+    affine_(whole_pieces(grads, "tensor"), ZScore())
+    assert [grad.data_ptr() for grad in left] == [grad.data_ptr() for grad in grads]
+    for grad, expected in zip(grads, want, strict=True):
+        torch.testing.assert_close(wide(grad.resolve_neg()), expected, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.9, 1.1, 1e3, 1e6])
+@pytest.mark.parametrize("numel", [100, 5_000, one_pass.BLOCK + 1])
+def test_mean_of_the_result_is_zero_whatever_the_mean_was(mean: float, numel: int) -> None:
+    # The mean itself is rounded: at 1e6, of what is left after its subtraction a tenth of the deviation is mean.
+    grad = randn(numel) + mean
+    expected = zscore(grad)
+    affine_(whole_pieces([grad], "tensor"), ZScore())
+    torch.testing.assert_close(wide(grad), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", [RMSNorm(), HalfCentered(), Counted(), ZScore(eps=0.5)], ids=repr)
+def test_methods_where_some_means_are_subtracted_first(method: AffineMethod) -> None:
+    def grads() -> list[Tensor]:
+        return [randn(numel) + mean for numel, mean in itertools.product((30, 3_000), (0.1, 20.0))]
+
+    together, alone = grads(), [grad.double() for grad in grads()]
+    affine_(whole_pieces(together, "tensor"), method)
+    for grad in alone:
+        affine_(whole_pieces([grad], "tensor"), method)
+    for got, want in zip(together, alone, strict=True):
+        torch.testing.assert_close(wide(got), want, rtol=2e-5, atol=2e-5)
+
+
+def test_chunks_and_vectors_end_where_tensors_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_pass, "_CHUNK", 2_000)
+    monkeypatch.setattr(one_pass, "BLOCK", 600)
+    monkeypatch.setattr(segments, "_VECTOR", 2 * segments.MAX_NUMEL)
+    grads = [randn(numel) * (index + 1) for index, numel in enumerate((700, 5_000, 600, 900, 3, 512, 40, 513, 1_999))]
+    want = [zscore(grad) for grad in grads]
+    affine_(whole_pieces(grads, "tensor"), ZScore())
+    for got, expected in zip(grads, want, strict=True):
+        torch.testing.assert_close(wide(got), expected, rtol=0, atol=2e-5)
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the storages that operations make and that are alive at the same time, at their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
+                storage = leaf.untyped_storage()
+                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._alive = {key: storage for key, storage in self._alive.items() if not storage[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return result
+
+
+@pytest.mark.parametrize("mean", [0.0, 10.0])
+def test_extra_memory_is_less_than_one_tensor(mean: float) -> None:
+    grads = [randn(numel) + mean for numel in [300_000] * 3 + [16, 64, 512] * 20]
+    with Allocations() as allocations:
+        affine_(whole_pieces(grads, "tensor"), ZScore())
+    assert 0 < allocations.peak < grads[0].nbytes
+
+
+def test_that_measure_of_memory_sees_a_copy() -> None:
+    grad = randn(1000)
+    with Allocations() as allocations:
+        copy = grad * 2
+        copy.add_(1)
+        del copy
+        _ = grad + 1
+    assert allocations.peak == grad.nbytes
