@@ -6,15 +6,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_znorm.callbacks import (
         GradientCentralizationCallback,
+        GradientMonitor,
         GradientTransform,
         MaskOverlay,
         MaskWriter,
+        SINGCallback,
         ZNormCallback,
     )
 
 __version__ = "0.1.0"
 
-__all__ = ["GradientCentralizationCallback", "GradientTransform", "MaskOverlay", "MaskWriter", "ZNormCallback"]
+__all__ = [
+    "GradientCentralizationCallback",
+    "GradientMonitor",
+    "GradientTransform",
+    "MaskOverlay",
+    "MaskWriter",
+    "SINGCallback",
+    "ZNormCallback",
+]
 
 
 _MODULES = ["callbacks", "compare", "data", "functional", "gradients", "metrics", "models", "tasks"]

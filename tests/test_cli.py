@@ -469,3 +469,10 @@ class TestErrors:
         missing = caught(read_config, "none.yaml")
         assert sentence(missing) == str(missing)
         assert sentence(caught(flatten, None)) is None  # AttributeError: a bug, if it came up
+
+
+def test_monitor_on_the_command_line(folder):
+    main(["fit", *configs(DIGITS, ZNORM), *SHORT, "--trainer.callbacks+", "GradientMonitor"])
+    (logs,) = folder.glob("logs/*/version_0")
+    assert "grad/sigma_over_running_median" in (logs / "metrics.csv").read_text().splitlines()[0]
+    assert len(list((logs / "gradients").glob("*.png"))) == 2

@@ -1,9 +1,19 @@
-"""Lightning callbacks that transform gradients."""
+"""Lightning callbacks that transform or show gradients, and show masks."""
 
 from lightning_znorm.callbacks.gradient_centralization import GradientCentralizationCallback
+from lightning_znorm.callbacks.gradient_monitor import GradientMonitor
 from lightning_znorm.callbacks.gradient_transform import GradientTransform
 from lightning_znorm.callbacks.mask_overlay import MaskOverlay
 from lightning_znorm.callbacks.mask_writer import MaskWriter
+from lightning_znorm.callbacks.sing import SINGCallback
 from lightning_znorm.callbacks.znorm import ZNormCallback
 
-__all__ = ["GradientCentralizationCallback", "GradientTransform", "MaskOverlay", "MaskWriter", "ZNormCallback"]
+__all__ = [
+    "GradientCentralizationCallback",
+    "GradientMonitor",
+    "GradientTransform",
+    "MaskOverlay",
+    "MaskWriter",
+    "SINGCallback",
+    "ZNormCallback",
+]

@@ -5,21 +5,20 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_znorm.callbacks.strategies import check_strategy, gradient_source
+from lightning_znorm.callbacks.gradient_callback import GradientCallback
+from lightning_znorm.callbacks.strategies import check_strategy
 from lightning_znorm.gradients import GradientMethod, transform_places_
-from lightning_znorm.gradients.amp import is_unscaled, take_over_scale_, unscales_in_step
+from lightning_znorm.gradients.amp import take_over_scale_
 from lightning_znorm.gradients.methods import describe
-from lightning_znorm.gradients.places import Place
-from lightning_znorm.gradients.selection import ParameterFilter
 from lightning_znorm.gradients.sources import GradientSource
 
 
-class GradientTransform(Callback):
+class GradientTransform(GradientCallback):
     """Applies a gradient method before every optimizer step, right before gradient clipping.
 
     Works with automatic and manual optimization, any number of optimizers (only the stepping one's gradients change),
@@ -71,6 +70,12 @@ class GradientTransform(Callback):
         >>> callback = GradientTransform(RMSNorm(), exclude="*.fc.*", min_ndim=2)
     """
 
+    _without_a_step = (
+        "no gradient was transformed. In manual optimization, step the optimizers that `self.optimizers()` returns; "
+        "for those stepped past Lightning (`use_pl_optimizer=False`), call "
+        "`lightning_znorm.functional.attach(optimizer)` instead."
+    )
+
     def __init__(
         self,
         method: GradientMethod,
@@ -79,21 +84,9 @@ class GradientTransform(Callback):
         min_ndim: int = 0,
         allow_untested_strategy: bool = False,
     ) -> None:
+        super().__init__(include, exclude, min_ndim, allow_untested_strategy)
         self.method = method
-        self.allow_untested_strategy = allow_untested_strategy
         self._description = describe(method)
-        self._filter = ParameterFilter(include, exclude, min_ndim)
-        self._source: GradientSource | None = None
-        self._choice: dict[Place, bool] = {}
-        self._used_up = False
-        self._backward_in_batch = False
-        self._batches = 0
-        self._steps = 0
-        self._warned_of_no_step = False
-
-    @property
-    def _name(self) -> str:
-        return type(self).__name__
 
     @property
     @override
@@ -118,11 +111,7 @@ class GradientTransform(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._source = gradient_source(trainer.strategy, pl_module)
-        try:
-            self._filter.check(self._source.places())
-        except ValueError as error:
-            raise ValueError(f"{self._name}: {error}") from None
+        super().on_train_start(trainer, pl_module)
         if trainer.gradient_clip_val:
             rank_zero_info(
                 f"{self._name}: gradient clipping (gradient_clip_val={trainer.gradient_clip_val}) follows and bounds "
@@ -136,82 +125,18 @@ class GradientTransform(Callback):
                 )
 
     @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._batches = self._steps = 0
-
-    @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    def _before_step(
+        self,
+        trainer: pl.Trainer,
+        source: GradientSource,
+        optimizer: Optimizer,
+        scaler: GradScaler | None,
+        repeated: bool,
     ) -> None:
-        self._backward_in_batch = False
-
-    @override
-    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        self._used_up = False
-
-    @override
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._used_up = False
-        self._backward_in_batch = True
-
-    @override
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        assert self._source is not None
-        self._steps += 1
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        loss_scale = None
-        # In manual optimization, backward passes may bypass Lightning, and the step is always taken.
-        automatic = pl_module.automatic_optimization
-        repeated = automatic and self._used_up
-        if scaler is not None and scaler.is_enabled() and not is_unscaled(scaler, optimizer):
-            # Lightning unscales before this hook, unless the optimizer does or `training_step` returned None; with the
-            # latter it skips the step, and gradients that go on accumulating keep their scale.
-            returned_none = automatic and not self._backward_in_batch and not repeated
-            if returned_none or not unscales_in_step(optimizer):
-                return
-            loss_scale = take_over_scale_(scaler, optimizer)
-        if not self._source.is_complete():
-            return
+        loss_scale = source.loss_scale() if scaler is None else take_over_scale_(scaler, optimizer)
         places = self._places(optimizer)
         if repeated:
             for place in places:
                 place.drop()
             return
-        if loss_scale is None:
-            loss_scale = self._source.loss_scale()
         transform_places_(places, self.method, loss_scale)
-        self._used_up = True
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._batches += 1
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._batches and not self._steps and not self._warned_of_no_step:
-            self._warned_of_no_step = True
-            rank_zero_warn(
-                f"{self._name} has seen no optimizer step in this epoch of training, so no gradient was transformed. "
-                "In manual optimization, step the optimizers that `self.optimizers()` returns; for those stepped past "
-                "Lightning (`use_pl_optimizer=False`), call `lightning_znorm.functional.attach(optimizer)` instead."
-            )
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._source = None
-        self._choice = {}
-
-    def _places(self, optimizer: Optimizer) -> list[Place]:
-        """Where the gradients are that the optimizer is about to use, and that take part."""
-        assert self._source is not None
-        places = []
-        for place in self._source.places_of(optimizer):
-            if place not in self._choice:
-                self._choice[place] = self._filter.matches(place)
-            if self._choice[place]:
-                places.append(place)
-        return places

@@ -2,18 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_znorm.callbacks.drawing import Case, grid
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from lightning_znorm.callbacks.pictures import log_picture
 
 
 class MaskOverlay(Callback):
@@ -126,18 +123,7 @@ class MaskOverlay(Callback):
         name = f"{stage}/masks"
         picture = grid(self._drawn)
         self._begin()
-        written = False
-        logger: Any
-        for logger in trainer.loggers:
-            # By name, because neither package need be installed, and pytorch_lightning has classes of its own.
-            kind = type(logger).__name__
-            if kind == "TensorBoardLogger":
-                logger.experiment.add_image(name, _pixels(picture), trainer.global_step)
-                written = True
-            elif kind == "WandbLogger":
-                logger.log_image(key=name, images=[picture], step=trainer.global_step)
-                written = True
-        if not written:
+        if not log_picture(trainer, name, picture):
             folder = Path(trainer.log_dir or trainer.default_root_dir) / "masks"
             folder.mkdir(parents=True, exist_ok=True)
             picture.save(folder / f"{stage}-epoch={trainer.current_epoch}.png")
@@ -160,9 +146,3 @@ def _case(image: Tensor, truth: Tensor, preds: Tensor, number: int) -> Case:
         depth = int(truth.sum(dim=(0, 2, 3)).argmax())
         image, truth, preds = image[:, depth], truth[:, depth], preds[:, depth]
     return Case(image, truth, preds, f"case {number}   {scores}")
-
-
-def _pixels(picture: "Image") -> Tensor:
-    """Shape ``(3, H, W)``, uint8."""
-    flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return flat.view(picture.height, picture.width, 3).permute(2, 0, 1)

@@ -1,11 +1,12 @@
 """Where gradients live, and the methods and kernels that rewrite them. Needs torch alone."""
 
 from lightning_znorm.gradients.errors import UnsupportedGradientError
-from lightning_znorm.gradients.methods import AffineMethod, Centralization, GradientMethod, ZScore
+from lightning_znorm.gradients.methods import SING, AffineMethod, Centralization, GradientMethod, ZScore
 from lightning_znorm.gradients.statistics import Statistics
 from lightning_znorm.gradients.transform import transform_places_
 
 __all__ = [
+    "SING",
     "AffineMethod",
     "Centralization",
     "GradientMethod",

@@ -35,3 +35,8 @@ def take_over_scale_(scaler: GradScaler, optimizer: Optimizer) -> Tensor | None:
         for found_inf in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
             found_inf.clamp_(max=1)
     return None
+
+
+def scale_of(scaler: GradScaler) -> Tensor:
+    """The scale that gradients hold before they are unscaled, where it is: a scalar tensor on the device."""
+    return scaler._get_scale_async()  # type: ignore[return-value]  # there is one once a loss has been scaled

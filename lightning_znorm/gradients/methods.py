@@ -24,6 +24,10 @@ class AffineMethod(ABC):
         over: Whether the statistics are those of each whole ``"tensor"`` or of each ``"row"`` (all elements that share
             an index of the first dimension).
         needs_std: Whether :meth:`affine` reads the deviation; without it, one pass over the gradient is saved.
+        pooled: With ``over = "row"``, whether the squared deviations of all rows of a tensor from their own means are
+            added up: each row's entry then has the mean of the row, and count and deviation of the whole tensor. A
+            tensor without rows (a vector, or rows of single elements) is one entry, whose mean is given as zero: such a
+            tensor cannot be centred by row.
 
     Example:
         Root mean square normalization, which keeps the mean:
@@ -43,9 +47,12 @@ class AffineMethod(ABC):
 
     over: ClassVar[Over] = "tensor"
     needs_std: ClassVar[bool] = True
+    pooled: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if cls.pooled and not (cls.over == "row" and cls.needs_std):
+            raise TypeError(f"{cls.__name__}.pooled is about deviations of rows: it needs over = 'row' and needs_std")
         if cls.over not in ("tensor", "row"):
             raise TypeError(f"{cls.__name__}.over must be 'tensor' or 'row', got {cls.over!r}")
 
@@ -56,6 +63,15 @@ class AffineMethod(ABC):
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({arguments})"
+
+
+def _checked_eps(eps: float) -> float:
+    """An ``eps`` that is a number from 0 on."""
+    if not isinstance(eps, (int, float)):  # PyYAML reads 1e-10 as text, and 1.0e-10 as a number
+        raise TypeError(f"eps must be a number, got {eps!r}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be a finite number that is not negative, got {eps}")
+    return eps
 
 
 class ZScore(AffineMethod):
@@ -74,11 +90,7 @@ class ZScore(AffineMethod):
     """
 
     def __init__(self, eps: float = 1e-10) -> None:
-        if not isinstance(eps, (int, float)):  # PyYAML reads 1e-10 as text, and 1.0e-10 as a number
-            raise TypeError(f"eps must be a number, got {eps!r}")
-        if not 0 <= eps < math.inf:
-            raise ValueError(f"eps must be a finite number that is not negative, got {eps}")
-        self.eps = eps
+        self.eps = _checked_eps(eps)
 
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:  # noqa: D102
         std = stats.std
@@ -97,6 +109,59 @@ class Centralization(AffineMethod):
 
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:  # noqa: D102
         return stats.mean, None
+
+
+class SING(AffineMethod):
+    r"""Stabilized and normalized gradient: rows are centred, and the tensor divided by its norm.
+
+    .. math:: z = \frac{g - \mu}{\lVert g - \mu \rVert + \epsilon}
+
+    with the mean :math:`\mu` of each row (output channel) and the norm over the whole tensor. A vector, such as a bias,
+    is not centred, but divided by its norm, as in the authors' code; and so are rows of single elements, ``(out, 1)``,
+    which their code sets to zero. Rows that are constant become zero, but for rounding; a tensor of a single element
+    stays as it is here, and becomes its sign there.
+
+    A tensor of n elements in R rows comes out with norm 1, where ZNorm's has :math:`\sqrt{n}`: with SGD, steps are
+    shorter by that. Adam divides the size of the gradient out again, so that under Adam the two differ in what is
+    subtracted (each row's mean, or the tensor's), and in Adam's own ``eps`` (1e-8), which is nearer to elements of size
+    :math:`1/\sqrt{n}` than to those of size 1.
+
+    This is the gradient's part of the method alone. The authors' optimizer also is AdamW whose denominator goes through
+    a softplus (``beta=50``) in place of ``eps``, decays weights of two or more dimensions only, and averages weights
+    by LookAhead (every 5 steps, half way). They advise ten times AdamW's best learning rate, a tenth of its weight
+    decay, and warm-up with cosine decay.
+
+    Source: Courtois et al., "SING: A Plug-and-Play DNN Learning Technique", arXiv 2305.15997, and the authors' code
+    (github.com/AdrienCourtois/SING).
+
+    Args:
+        eps: Added to the norm, an absolute number.
+
+    Raises:
+        TypeError: If ``eps`` is not a number.
+        ValueError: If ``eps`` is negative, infinite or NaN.
+
+    Example:
+        >>> import torch
+        >>> from lightning_znorm.functional import transform_grads_
+        >>> from lightning_znorm.gradients import SING
+        >>> weight = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> weight.grad = torch.tensor([[1.0, 3.0], [5.0, 5.0]])
+        >>> transform_grads_(weight, SING())
+        >>> weight.grad
+        tensor([[-0.7071,  0.7071],
+                [ 0.0000,  0.0000]])
+    """
+
+    over = "row"
+    pooled = True
+
+    def __init__(self, eps: float = 1e-8) -> None:
+        self.eps = _checked_eps(eps)
+
+    def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:  # noqa: D102
+        norm = stats.std * stats.count.sqrt()
+        return stats.mean, (norm + self.eps).reciprocal_().masked_fill_(norm == 0, 0.0)
 
 
 GradientMethod: TypeAlias = AffineMethod | Callable[[Tensor], Tensor]

@@ -46,9 +46,19 @@ class Shard(ABC):
     device: torch.device
     is_complex: bool = False
 
-    def groups(self, over: Over) -> tuple["ProcessGroup", ...]:
-        """Process groups over whose ranks statistics are summed, one after the other; none if what is here suffices."""
-        return self._groups(over) if _has_deviation(self.shape, over) else ()
+    def groups(self, over: Over, single: bool = False) -> tuple["ProcessGroup", ...]:
+        """Process groups over whose ranks statistics are summed, one after the other; none if what is here suffices.
+
+        Args:
+            over: What statistics are taken of.
+            single: Whether those of single elements are of interest too.
+        """
+        return self._groups(over) if single or _has_deviation(self.shape, over) else ()
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the whole gradient has rows of several elements."""
+        return _has_deviation(self.shape, "row")
 
     def entries(self, over: Over) -> int:
         """Number of statistics that the ranks of :meth:`groups` share."""
@@ -58,9 +68,15 @@ class Shard(ABC):
         """Number of elements behind each entry, on all processes together."""
         return self.shape[1:].numel() if over == "row" else self.shape.numel()
 
-    def pieces(self, over: Over, start: int = 0) -> list[Piece]:
-        """The memory here, with the entries that it contributes to; the shard's first entry is number ``start``."""
-        if self.local is None or self.local.numel() == 0 or not _has_deviation(self.shape, over):
+    def pieces(self, over: Over, start: int = 0, single: bool = False) -> list[Piece]:
+        """The memory here, with the entries that it contributes to.
+
+        Args:
+            over: What statistics are taken of.
+            start: Number of the shard's first entry.
+            single: Whether those of single elements are of interest too.
+        """
+        if self.local is None or self.local.numel() == 0 or not (single or _has_deviation(self.shape, over)):
             return []
         return self._pieces(self.local, over, start)
 
@@ -97,6 +113,12 @@ class BoxShard(Shard):
 
     def _pieces(self, local: Tensor, over: Over, start: int) -> list[Piece]:
         return [Piece(local, over == "row", start)]
+
+
+def whole_shard(grad: Tensor) -> Shard:
+    """A gradient of which everything is here."""
+    rows = grad.shape[0] if grad.ndim else 1
+    return BoxShard(local=grad, shape=grad.shape, device=grad.device, is_complex=grad.is_complex(), rows=rows, cuts={})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -18,7 +18,8 @@ class Statistics:
     half-precision gradients, otherwise that of the gradients.
 
     Attributes:
-        count: Number of elements behind each entry, as a floating-point tensor.
+        count: Number of elements behind each entry, as a floating-point tensor; behind ``m2`` where that is of several
+            rows (:attr:`AffineMethod.pooled`).
         mean: Arithmetic mean of the elements; complex where the gradients are.
         m2: Sum of the squared deviations (of their magnitudes, where the gradients are complex) from the mean; ``None``
             where the method says that it does not need it (:attr:`AffineMethod.needs_std`).

@@ -9,7 +9,7 @@ from lightning_znorm.gradients.errors import UnsupportedGradientError
 from lightning_znorm.gradients.kernels import affine_, affine_shards_
 from lightning_znorm.gradients.methods import AffineMethod, GradientMethod, describe
 from lightning_znorm.gradients.places import ParameterPlace, Place, has_dtensors
-from lightning_znorm.gradients.shards import Shard, whole_pieces
+from lightning_znorm.gradients.shards import Shard, whole_pieces, whole_shard
 
 
 @torch.no_grad()
@@ -50,7 +50,11 @@ def transform_places_(places: Iterable[Place], method: GradientMethod, loss_scal
                 )
             shards.append(grad)
     if isinstance(method, AffineMethod):
-        affine_(whole_pieces(wholes, method.over), method, loss_scale)
+        if method.pooled:
+            # Shards of which everything is here, for their table knows which rows are of one tensor.
+            shards = [*map(whole_shard, wholes), *shards]
+        else:
+            affine_(whole_pieces(wholes, method.over), method, loss_scale)
         if shards:
             affine_shards_(shards, method, loss_scale)
             for place in places:

@@ -18,3 +18,8 @@ def zscore(grad: Tensor, eps: float = 1e-10) -> Tensor:
 def centralized(grad: Tensor) -> Tensor:
     grad = wide(grad)
     return grad - grad.mean(dim=tuple(range(1, grad.ndim)), keepdim=True)
+
+
+def sing(grad: Tensor, eps: float = 1e-8) -> Tensor:
+    centered = centralized(grad) if grad.ndim > 1 and grad[0].numel() > 1 else wide(grad)
+    return centered / (centered.abs().square().sum().sqrt() + eps)

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from lightning_znorm import GradientTransform
 from lightning_znorm.functional import attach, transform_grads_, zscore_grads_
-from lightning_znorm.gradients import AffineMethod, Statistics, UnsupportedGradientError, ZScore
+from lightning_znorm.gradients import SING, AffineMethod, Statistics, UnsupportedGradientError, ZScore
 from lightning_znorm.gradients.kernels import affine_
 from lightning_znorm.gradients.shards import whole_pieces
-from tests.gradients.reference import wide, zscore
+from tests.gradients.reference import sing, wide, zscore
 
 
 class RMSNorm(AffineMethod):
@@ -71,6 +71,40 @@ def test_rows_with_deviation() -> None:
             continue
         rows = torch.stack([zscore(row, eps=0.0) for row in grad])
         torch.testing.assert_close(got, rows, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("eps", [1e-8, 0.5])
+def test_sing(dtype: torch.dtype, eps: float) -> None:
+    grads = [*GRADS, torch.randn(40, 1), torch.randn(1)]
+    params = [nn.Parameter(torch.zeros_like(grad, dtype=dtype)) for grad in grads]
+    for seed, param in enumerate(params):
+        param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(seed)).to(dtype) + 0.3
+    before = [param.grad.clone() for param in params]
+    transform_grads_(params, SING(eps))
+    for param, grad in zip(params, before, strict=True):
+        expected = sing(grad, eps) if grad.numel() > 1 else wide(grad)
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+        torch.testing.assert_close(wide(param.grad), expected, rtol=tolerance, atol=tolerance * 1e-2)
+
+
+def test_sing_of_constant_rows_is_zero() -> None:
+    param = nn.Parameter(torch.zeros(3, 999))
+    param.grad = torch.tensor([[1000.3], [-0.7], [0.0]]).expand(3, 999).contiguous()
+    transform_grads_(param, SING())
+    # A row of large constants leaves no digits for the others.
+    assert param.grad[0].abs().max() == 0
+    alone = nn.Parameter(torch.zeros(2, 5))
+    alone.grad = torch.tensor([[0.1], [0.1]]).expand(2, 5).contiguous()
+    transform_grads_(alone, SING())
+    assert alone.grad.abs().max() == 0
+
+
+def test_pooled_is_about_rows_with_a_deviation() -> None:
+    with pytest.raises(TypeError, match=r"Whole\.pooled is about deviations of rows"):
+
+        class Whole(RMSNorm):
+            pooled = True
 
 
 def test_needs_std_false_withholds_it() -> None:

@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_znorm.gradients import AffineMethod, Centralization, UnsupportedGradientError, ZScore
+from lightning_znorm.gradients import SING, AffineMethod, Centralization, UnsupportedGradientError, ZScore
 from lightning_znorm.gradients.kernels import affine_, affine_shards_
 from lightning_znorm.gradients.methods import Over
-from lightning_znorm.gradients.shards import BoxShard, FlatShard, Shard, whole_pieces
-from tests.gradients.reference import centralized, wide, zscore
+from lightning_znorm.gradients.shards import BoxShard, FlatShard, Shard, whole_pieces, whole_shard
+from tests.gradients.reference import centralized, sing, wide, zscore
 from tests.gradients.simulated import Group, on_ranks
 from tests.gradients.test_methods import Counted, HalfCentered, RMSNorm, RowZScore
 from tests.gradients.test_zscore import TOLERANCE
 
-METHODS = [ZScore(), ZScore(eps=0.1), Centralization(), RowZScore(), RMSNorm(), HalfCentered()]
+METHODS = [ZScore(), ZScore(eps=0.1), Centralization(), RowZScore(), RMSNorm(), HalfCentered(), SING(), SING(eps=0.1)]
 
 shapes = st.lists(st.integers(1, 7), min_size=0, max_size=4).map(torch.Size)
 
@@ -138,12 +138,18 @@ def test_rows_that_are_mixed_are_refused() -> None:
 
 def one_process(grads: Sequence[Tensor], method: AffineMethod, loss_scale: Tensor | None = None) -> list[Tensor]:
     copies = [grad.clone() for grad in grads]
-    affine_(whole_pieces([grad for grad in copies if grad.numel() > 0], method.over), method, loss_scale)
+    present = [grad for grad in copies if grad.numel() > 0]
+    if method.pooled:
+        affine_shards_(map(whole_shard, present), method, loss_scale)
+    else:
+        affine_(whole_pieces(present, method.over), method, loss_scale)
     return copies
 
 
 def reference(grad: Tensor, method: AffineMethod) -> Tensor:
-    """The result in float64, for the two methods that have one by their definitions."""
+    """The result in float64, for the methods that have one by their definitions."""
+    if isinstance(method, SING):
+        return wide(grad) if grad.numel() == 1 else sing(grad, method.eps)
     if isinstance(method, ZScore):
         return wide(grad) if grad.numel() == 1 else zscore(grad, method.eps)
     if isinstance(method, Centralization):
@@ -209,7 +215,8 @@ def gradients(draw: st.DrawFn) -> Tensor:
 def check(got: Tensor, grad: Tensor, method: AffineMethod) -> None:
     """Compares with the definition, in units of rounding of the largest number there is."""
     expected = reference(grad, method)
-    size = expected.abs().max().item() if isinstance(method, (ZScore, RowZScore, RMSNorm)) else grad.abs().max().item()
+    of = expected if isinstance(method, (ZScore, RowZScore, RMSNorm, SING)) else grad
+    size = of.abs().max().item()
     tolerance = 4 * TOLERANCE[grad.dtype] * max(size, 1e-3)
     torch.testing.assert_close(wide(got), expected, rtol=0, atol=tolerance)
 
@@ -229,7 +236,7 @@ def test_intervals_become_what_the_whole_becomes(
 
 def _deviates(grad: Tensor, method: AffineMethod) -> bool:
     """Whether no row, or the tensor, is constant but for rounding, where a quotient of deviations says nothing."""
-    if not isinstance(method, RowZScore) or grad.numel() == 1:
+    if not isinstance(method, (RowZScore, SING)) or grad.numel() == 1:
         return True
     rows = wide(grad).reshape(len(grad), -1) if method.over == "row" and grad.ndim > 1 else wide(grad).reshape(1, -1)
     if rows.shape[1] == 1:
@@ -300,7 +307,7 @@ def test_counts_are_those_of_the_whole() -> None:
         torch.testing.assert_close(wide(got), wide(grad) * grad.numel(), rtol=2e-5, atol=0.5)
 
 
-@pytest.mark.parametrize("method", [ZScore(), Centralization(), RowZScore()], ids=repr)
+@pytest.mark.parametrize("method", [ZScore(), Centralization(), RowZScore(), SING()], ids=repr)
 def test_large_mean(method: AffineMethod) -> None:
     grad = torch.randn(30, 4001, generator=torch.Generator().manual_seed(7)) + 1e6
     (got,), (alone,) = evenly([grad], 4).transformed(method), one_process([grad], method)
@@ -340,7 +347,7 @@ def test_constant_becomes_zero(shape: tuple[int, ...], value: float, dtype: torc
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("method", [ZScore(), RMSNorm()], ids=repr)
+@pytest.mark.parametrize("method", [ZScore(), RMSNorm(), SING()], ids=repr)
 def test_inf_or_nan_in_one_shard_is_one_in_all(bad: float, method: AffineMethod) -> None:
     grads = [torch.randn(shape) for shape in [(9, 5), (300, 100), (9, 5)]]
     grads[0][1, 1] = grads[1][250, 3] = bad
@@ -366,7 +373,9 @@ def test_squares_that_overflow_are_no_zero() -> None:
     assert got.isnan().all()
 
 
-@pytest.mark.parametrize("method", [ZScore(), ZScore(eps=0.5), RowZScore(), RMSNorm(), HalfCentered()], ids=repr)
+@pytest.mark.parametrize(
+    "method", [ZScore(), ZScore(eps=0.5), RowZScore(), RMSNorm(), HalfCentered(), SING(0.5)], ids=repr
+)
 @pytest.mark.parametrize("scale", [4096.0, 2.0**66])
 def test_loss_scale_passes_through(method: AffineMethod, scale: float) -> None:
     grads = [grad * (1e-9 if scale > 2.0**60 else 1.0) for grad in GRADS]
@@ -401,7 +410,9 @@ def test_kinds_together_with_what_is_whole_here() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 44, 440])
-@pytest.mark.parametrize(("method", "collectives"), [(ZScore(), 2), (Centralization(), 1), (RowZScore(), 2)], ids=repr)
+@pytest.mark.parametrize(
+    ("method", "collectives"), [(ZScore(), 2), (Centralization(), 1), (RowZScore(), 2), (SING(), 2)], ids=repr
+)
 def test_collectives_do_not_grow_with_the_number_of_gradients(
     method: AffineMethod, collectives: int, count: int
 ) -> None:
@@ -417,3 +428,31 @@ def test_method_that_reads_a_deviation_that_it_does_not_need() -> None:
 
     with pytest.raises(RuntimeError, match="needs_std = True"):
         evenly([torch.randn(5)], 2).transformed(Greedy())
+
+
+def test_pooled_deviations_take_two_collectives_of_a_group_that_cuts_rows_and_columns() -> None:
+    # As tensor parallelism does, and FSDP around it.
+    first, second = ([Group([0, 1]), Group([2, 3])], [Group([0, 2]), Group([1, 3])])
+    grads = [torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)).double() for seed in range(4)]
+    cuts = [(0, 1), (1, 0), (0, 0), (1, 1)]  # the dimensions that the first and the second group of a rank cut
+
+    def on_rank(rank: int) -> list[Tensor]:
+        two, one = divmod(rank, 2)
+        parts = [
+            grad.chunk(2, dim)[one].chunk(2, other)[two].clone() for grad, (dim, other) in zip(grads, cuts, strict=True)
+        ]
+        groups = (first[two], second[one])
+        affine_shards_(
+            [
+                box_shard(part, part, grad, dict(zip(groups, own, strict=True)))
+                for part, grad, own in zip(parts, grads, cuts, strict=True)
+            ],
+            SING(),
+        )
+        return parts
+
+    ranks = on_ranks(4, [*first, *second], on_rank)
+    for number, (grad, (dim, other)) in enumerate(zip(grads, cuts, strict=True)):
+        halves = [torch.cat([ranks[one][number], ranks[2 + one][number]], other) for one in range(2)]
+        torch.testing.assert_close(torch.cat(halves, dim), sing(grad))
+    assert [group.calls for group in [*first, *second]] == [2] * 4

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.gradients.reference import centralized, wide, zscore
+from tests.gradients.reference import centralized, sing, wide, zscore
 from tests.strategies.training import LEARNING_RATE, STEPS, Scenario, Weights, batch_of, loss_of
 
 METHODS: dict[str, Callable[[Tensor], Tensor]] = {
     "znorm": lambda grad: zscore(grad) if grad.numel() > 1 else grad,
     "centralization": lambda grad: centralized(grad) if grad.ndim > 1 else grad,
+    "sing": lambda grad: sing(grad) if grad.numel() > 1 else grad,
 }
 
 # Of rounding, in units of the last place of 1.0.

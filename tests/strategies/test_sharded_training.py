@@ -1,5 +1,6 @@
 """Under every strategy and precision, each step is that of one process which sees all batches and whole gradients."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from tests.gradients.reference import wide
 from tests.strategies.reference import METHODS, check, gradients, records, tolerance
-from tests.strategies.training import LEARNING_RATE, SCENARIOS
+from tests.strategies.training import CALLBACKS, LEARNING_RATE, SCENARIOS
 
 TRAINED = [name for name, scenario in SCENARIOS.items() if scenario.resumes is None]
 OVERFLOWING = [name for name, scenario in SCENARIOS.items() if scenario.overflowing_batch is not None]
@@ -48,12 +49,43 @@ def test_overflow_in_one_process_skips_the_step_in_all(directory: Path, name: st
         assert not any(run["infinite"][:batch])
 
 
+@pytest.mark.parametrize("name", [name for name, scenario in SCENARIOS.items() if scenario.monitored])
+def test_monitor_shows_whole_true_gradients(directory: Path, name: str) -> None:
+    scenario = SCENARIOS[name]
+    first, *others = records(directory, name, scenario.processes)
+    shown = [{key: value for key, value in step.items() if key.startswith("grad")} for step in first["metrics"]]
+    for run in others:
+        for ours, theirs in zip(shown, run["metrics"], strict=True):
+            assert all(ours[key] == pytest.approx(theirs[key], nan_ok=True) for key in ours)
+    for step, weights in enumerate(first["weights"][:-1]):
+        logged = shown[step + 1]
+        if step == scenario.overflowing_batch:
+            assert logged["grad/nonfinite"] == 1
+            assert not math.isfinite(logged["grad/norm"])
+            continue
+        shares = [gradients(scenario, weights, step, share, first["scales"][step]) for share in range(scenario.shares)]
+        means = {key: torch.stack([share[key] for share in shares]).mean(dim=0) for key in shares[0]}
+        assert logged["grad/nonfinite"] == 0
+        rtol = 1e-4 if scenario.computes_in is None else 0.05
+        assert logged["grad/norm"] == pytest.approx(
+            math.sqrt(sum(float(mean.square().sum()) for mean in means.values())), rel=rtol
+        )
+        assert len([key for key in logged if key.startswith("grad_sigma/")]) == len(means)
+        for key, mean in means.items():
+            size = float(mean.square().mean().sqrt())
+            own = {kind: logged[f"grad_{kind}/network.{key}"] for kind in ("mean", "sigma", "norm")}
+            assert own["mean"] == pytest.approx(float(mean.mean()), rel=rtol, abs=rtol * size)
+            assert own["norm"] == pytest.approx(float(mean.norm()), rel=rtol)
+            sigma = float(mean.std(correction=0)) if mean.numel() > 1 else 0.0
+            assert own["sigma"] == pytest.approx(sigma, rel=rtol, abs=rtol * size)
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_untested_strategy_warns_once(directory: Path, name: str) -> None:
     scenario = SCENARIOS[name]
-    callback = {"znorm": "ZNormCallback", "centralization": "GradientCentralizationCallback"}[scenario.callback]
+    callback = CALLBACKS[scenario.callback].__name__
     for rank, run in enumerate(records(directory, name, scenario.processes)):
-        said = [message for message in run["warnings"] if "has not been tested" in message]
+        said = [message for message in run["warnings"] if f"{callback} has not been tested" in message]
         if rank == 0 and scenario.kind == "FSDP":
             assert len(said) == 1
             assert said[0].startswith(f"{callback} has not been tested with CPUFSDPStrategy (__main__)")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -38,7 +38,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils.data import DataLoader
 
-from lightning_znorm import GradientCentralizationCallback, ZNormCallback
+from lightning_znorm import GradientCentralizationCallback, GradientMonitor, SINGCallback, ZNormCallback
 
 BATCH_SIZE = 4  # of each process
 STEPS = 3  # of each run
@@ -47,7 +47,7 @@ INIT_SCALE = 2.0**10  # the usual one overflows in float16, in which FSDP adds g
 
 Weights = dict[str, Tensor]
 
-CALLBACKS = {"znorm": ZNormCallback, "centralization": GradientCentralizationCallback}
+CALLBACKS = {"znorm": ZNormCallback, "centralization": GradientCentralizationCallback, "sing": SINGCallback}
 
 
 class Tied(nn.Module):
@@ -125,6 +125,7 @@ class Scenario:
         momentum: Of SGD.
         callback: Which one of :data:`CALLBACKS`.
         options: Its arguments.
+        monitored: Whether a GradientMonitor is there too, of which the record then keeps what it logs.
         leaves: Parameters that it leaves alone.
         overflowing_batch: Batch in which the last process' gradients, and no other's, become infinite.
         overflowing: Of which parameters: the one in the last shard, or all.
@@ -149,8 +150,9 @@ class Scenario:
     accumulate: int = 1
     fused: bool = False
     momentum: float = 0.0
-    callback: Literal["znorm", "centralization"] = "znorm"
+    callback: Literal["znorm", "centralization", "sing"] = "znorm"
     options: dict[str, Any] = field(default_factory=dict)
+    monitored: bool = False
     leaves: tuple[str, ...] = ()
     overflowing_batch: int | None = None
     overflowing: Literal["last parameter", "all parameters"] = "last parameter"
@@ -421,6 +423,26 @@ SCENARIOS: dict[str, Scenario] = {
     "fsdp2-tp-accumulate": replace(TWO_D, accumulate=4),
     "fsdp2-tp-centralization": replace(TWO_D, **CENTRALIZATION),
     "fsdp2-tp-exclude": replace(TWO_D, **CHOICES["exclude"]),
+    # SING
+    **{
+        f"{name}-sing": replace(base, callback="sing")
+        for name, base in {
+            "ddp": DDP,
+            "fsdp": FSDP1,
+            "fsdp-channels_last": replace(FSDP1, channels_last=True),
+            "fsdp-one_flat_parameter": replace(FSDP1, strategy=fsdp1(nested=False)),
+            "fsdp2": FSDP2,
+            "tp": TP,
+            "fsdp2-tp": TWO_D,
+        }.items()
+    },
+    # GradientMonitor
+    "ddp-monitored": replace(DDP, monitored=True),
+    "fsdp-monitored": replace(FSDP1, monitored=True),
+    "fsdp-16-mixed-monitored": replace(FSDP1, **CAST_FP16, fused=True, overflowing_batch=1, monitored=True),
+    "fsdp-flat-monitored": replace(FLAT, monitored=True),
+    "fsdp2-monitored": replace(FSDP2, monitored=True),
+    "fsdp2-tp-monitored": replace(TWO_D, monitored=True),
     # Checkpoints
     **resumed(DDP, "checkpoint-ddp", 2, 4),
     **resumed(FSDP1, "checkpoint-fsdp", 2, 4, 1),
@@ -455,6 +477,7 @@ class Training(LightningModule):
         self.network = self.scenario.network()
         self.weights: list[Weights] = []
         self.scales: list[float] = []
+        self.metrics: list[dict[str, float]] = []
         self.infinite: list[bool] = []
 
     def configure_model(self) -> None:
@@ -493,12 +516,16 @@ class Training(LightningModule):
         self.weights.append(self.scenario.gather(self))
         own_scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         self.scales.append(1.0 if own_scaler is None else own_scaler.get_scale())
+        self.metrics.append({name: float(value) for name, value in self.trainer.callback_metrics.items()})
 
 
 def train(name: str, directory: Path, with_callback: bool = True) -> None:
     """Trains in one scenario, and writes what each process has seen into a file."""
     scenario = SCENARIOS[name]
-    callback = CALLBACKS[scenario.callback](allow_untested_strategy=scenario.kind == "FSDP", **scenario.options)
+    untested = scenario.kind == "FSDP"
+    callbacks: list[Callback] = [CALLBACKS[scenario.callback](allow_untested_strategy=untested, **scenario.options)]
+    if scenario.monitored:
+        callbacks.append(GradientMonitor(per_parameter=True, allow_untested_strategy=untested))
     module = Training(name, directory)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -511,7 +538,9 @@ def train(name: str, directory: Path, with_callback: bool = True) -> None:
             accumulate_grad_batches=scenario.accumulate,
             use_distributed_sampler=False,  # each process gets all numbers of batches, and makes its own images
             max_epochs=1 if scenario.resumes is None else 2,
-            callbacks=[callback] if with_callback else [],
+            callbacks=callbacks if with_callback else [],
+            log_every_n_steps=1,
+            default_root_dir=directory / name,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -521,7 +550,7 @@ def train(name: str, directory: Path, with_callback: bool = True) -> None:
         trainer.fit(module, DataLoader(range(STEPS * scenario.accumulate)), ckpt_path=checkpoint)
         if scenario.saves:
             trainer.save_checkpoint(directory / f"{name}.ckpt")
-    record = {key: getattr(module, key) for key in ("weights", "scales", "infinite")}
+    record = {key: getattr(module, key) for key in ("weights", "scales", "infinite", "metrics")}
     record["warnings"] = [str(warning.message) for warning in caught]
     suffix = "" if with_callback else "-without_callback"
     torch.save(record, directory / f"{name}{suffix}-{trainer.global_rank}.pt")

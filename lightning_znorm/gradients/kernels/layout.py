@@ -28,13 +28,17 @@ class Chunk(NamedTuple):
     """Their workspaces: flat tensors, each a whole piece, and matrices whose rows are pieces or the rows of one."""
 
 
-def workspaces(pieces: Iterable[Piece]) -> Iterator[Chunk]:
+def workspaces(pieces: Iterable[Piece], read_only: bool = False) -> Iterator[Chunk]:
     """Yields memory to transform together in place, and carries it back when the next is asked for.
 
     Most workspaces are the pieces' own memory. Copies (small tensors in a matrix, half precision in float32) are of one
     tensor at a time, or of small ones that take 4 MiB together. As many tensors as that allows come at once, so that
     what is computed from their statistics, in a dozen small operations, is computed once. The same pieces are laid out
     in the same way each time.
+
+    Args:
+        pieces: The memory.
+        read_only: Carries nothing back, for those who change nothing.
     """
     by_kind = defaultdict(list)
     for piece in pieces:
@@ -44,7 +48,7 @@ def workspaces(pieces: Iterable[Piece]) -> Iterator[Chunk]:
             spaces = [_workspace(unit) for unit in units]
             yield Chunk([piece for unit in units for piece in unit], [work for work, _ in spaces])
             for _, write_back_ in spaces:
-                if write_back_ is not None:
+                if write_back_ is not None and not read_only:
                     write_back_()
 
 

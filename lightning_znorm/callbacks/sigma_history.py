@@ -1,0 +1,123 @@
+"""Deviations of gradients over the steps of a training, in bounded memory."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Weight of what was before in the running mean: that of about ten measurements.
+_DECAY = 0.9
+
+
+class SigmaHistory:
+    """Remembers the deviation of each parameter's gradient, and its running mean.
+
+    When there are too many steps, every two neighbours become one: the earlier, but not finite where either is. So the
+    steps that are kept stay equally far apart, however long the training.
+
+    Args:
+        max_steps: Most steps that are kept, an even number.
+
+    Attributes:
+        names: Of the parameters, in the order in which they have been added.
+        ndims: Their numbers of dimensions.
+        steps: Numbers of the kept steps.
+    """
+
+    def __init__(self, max_steps: int = 512) -> None:
+        self.max_steps = max_steps
+        self.names: list[str] = []
+        self.ndims: list[int] = []
+        self.steps: list[int] = []
+        self._rows: dict[str, int] = {}
+        self._columns: list[Tensor] = []
+        self._stride, self._seen, self._last = 1, 0, -1
+        # Sum of weighted deviations, and of the weights.
+        self._sums = self._weights = torch.zeros(0, dtype=torch.float64)
+
+    @property
+    def sigma(self) -> Tensor:
+        """Shape ``(names, steps)``: inf where a gradient was not finite, NaN where there was none."""
+        size = len(self.names)
+        return torch.stack([_grown(column, size, torch.nan) for column in self._columns], dim=1)
+
+    def register(self, name: str, ndim: int) -> int:
+        """Adds a parameter, if it is new, and returns its number."""
+        if name not in self._rows:
+            self._rows[name] = len(self.names)
+            self.names.append(name)
+            self.ndims.append(ndim)
+        return self._rows[name]
+
+    def add(self, step: int, rows: Sequence[int], sigma: Tensor, is_finite: Tensor) -> Tensor:
+        """Remembers the deviations of a step.
+
+        Args:
+            step: Number of the step; those of several calls are in one column if it is the same.
+            rows: Numbers of parameters.
+            sigma: Their deviations, shape ``(rows,)``.
+            is_finite: Whether their gradients were; those that were not do not enter the running mean.
+
+        Returns:
+            Deviations over the means of those before, shape ``(rows,)``, 1 if there are none.
+        """
+        size, index = len(self.names), torch.tensor(rows, dtype=torch.int64)
+        self._sums, self._weights = _grown(self._sums, size, 0.0), _grown(self._weights, size, 0.0)
+        sums, weights = self._sums[index], self._weights[index]
+        ratio = torch.where(weights > 0, sigma * weights / sums, torch.where(is_finite, 1.0, torch.nan))
+        self._sums[index] = torch.where(is_finite, _DECAY * sums + (1 - _DECAY) * sigma, sums)
+        self._weights[index] = torch.where(is_finite, _DECAY * weights + (1 - _DECAY), weights)
+        column = torch.full((size,), torch.nan)
+        column[index] = sigma.masked_fill(~is_finite, torch.inf).float()
+        self._put(step, column)
+        return ratio
+
+    def _put(self, step: int, column: Tensor) -> None:
+        if step != self._last:
+            self._seen, self._last = self._seen + 1, step
+        number = (self._seen - 1) // self._stride
+        if number < len(self._columns):
+            if self.steps[-1] == step:  # of another optimizer
+                old = _grown(self._columns[-1], len(column), torch.nan)
+                self._columns[-1] = torch.where(column.isnan(), old, column)
+            else:
+                self._columns[-1] = _merged(self._columns[-1], column)
+            return
+        self.steps.append(step)
+        self._columns.append(column)
+        if len(self.steps) > self.max_steps:
+            pairs = zip(self._columns[::2], [*self._columns[1::2], column], strict=False)
+            self._columns = [_merged(first, second) for first, second in pairs]
+            self.steps = self.steps[::2]
+            self._stride *= 2
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as lists and tensors."""
+        return {
+            "names": list(self.names),
+            "ndims": list(self.ndims),
+            "steps": list(self.steps),
+            "sigma": self.sigma if self.steps else torch.zeros(0, 0),
+            "sums": self._sums.clone(),
+            "weights": self._weights.clone(),
+            "counters": [self._stride, self._seen, self._last],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state."""
+        self.names, self.ndims, self.steps = list(state["names"]), list(state["ndims"]), list(state["steps"])
+        self._rows = {name: row for row, name in enumerate(self.names)}
+        self._columns = list(state["sigma"].clone().unbind(1)) if self.steps else []
+        self._sums, self._weights = state["sums"].clone(), state["weights"].clone()
+        self._stride, self._seen, self._last = state["counters"]
+
+
+def _grown(column: Tensor, size: int, value: float) -> Tensor:
+    return torch.cat([column, column.new_full((size - len(column),), value)])
+
+
+def _merged(first: Tensor, second: Tensor) -> Tensor:
+    """The first, or the second where that is not finite or the first is not there."""
+    first = _grown(first, len(second), torch.nan)
+    return torch.where(second.isinf() | first.isnan(), second, first)

@@ -1,0 +1,319 @@
+"""What GradientMonitor logs, draws and leaves alone."""
+
+import math
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from PIL import Image
+from torch import Tensor
+from torch.func import functional_call
+from torch.optim import SGD
+from torch.utils.data import DataLoader
+
+from lightning_znorm import GradientMonitor, GradientTransform, ZNormCallback
+from lightning_znorm.callbacks import gradient_monitor
+from lightning_znorm.callbacks.sigma_history import SigmaHistory
+from lightning_znorm.callbacks.sigma_plots import by_depth, heat_map
+from tests.callbacks.test_strategies import ThirdParty
+from tests.callbacks.training import LR, OPTIMIZERS, ManualTraining, Training, Weights, amp, batches, loss_of, network
+from tests.gradients.reference import wide
+
+pytestmark = pytest.mark.filterwarnings("ignore:GradScaler is going to stop passing itself:FutureWarning")
+
+QUIET = {"log_every_n_steps": 1}
+
+
+class Collected(Callback):
+    """Keeps what has been logged after each batch."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer, *_) -> None:  # type: ignore[no-untyped-def]
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def true_grads(module: Training, before: Weights, window: list[Tensor]) -> Weights:
+    """By hand, in float64."""
+    twin = network().double()
+    weights = {name: wide(weight).requires_grad_() for name, weight in before.items()}
+    losses = [loss_of(lambda x: functional_call(twin, weights, (x,)), batch.double()) for batch in window]
+    return dict(zip(weights, torch.autograd.grad(torch.stack(losses).mean(), list(weights.values())), strict=True))
+
+
+def expected(grads: Weights) -> dict[str, float]:
+    """The aggregates by their definitions, from the gradients and their z-scores."""
+    sigma = torch.stack([grad.std(correction=0) for grad in grads.values()])
+    z = [(grad - grad.mean()) / grad.std(correction=0) for grad in grads.values()]
+    cosine = torch.stack(
+        [torch.cosine_similarity(g.flatten(), y.flatten(), 0) for g, y in zip(grads.values(), z, strict=True)]
+    )
+    return {
+        "norm": math.sqrt(sum(float(grad.square().sum()) for grad in grads.values())),
+        "znorm_norm": math.sqrt(sum(float(one.square().sum()) for one in z)),
+        "mean_abs_median": float(torch.stack([grad.mean().abs() for grad in grads.values()]).quantile(0.5)),
+        "sigma_median": float(sigma.quantile(0.5)),
+        "sigma_min": float(sigma.min()),
+        "cosine_median": float(cosine.quantile(0.5)),
+        "cosine_min": float(cosine.min()),
+        "nonfinite": 0.0,
+    }
+
+
+@pytest.mark.parametrize("with_znorm", [False, True])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_values_and_identical_training(fit, precision: str, kind: str, accumulate: int, with_znorm: bool) -> None:
+    arguments = QUIET | {"accumulate_grad_batches": accumulate}
+    arguments |= {"precision": precision} if precision == "32-true" else {}
+    znorm, data = [ZNormCallback()] if with_znorm else [], batches(4)
+    runs = []
+    for more in ([], [GradientMonitor(), collected := Collected()]):
+        module = Training(optimizer=OPTIMIZERS[kind])
+        made = arguments if precision == "32-true" else arguments | amp(init_scale=2.0**10)
+        fit(module, data, *znorm, *more, **made)
+        runs.append(module)
+    for ours, theirs in zip(runs[0].weights, runs[1].weights, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    rtol = 1e-5 if precision == "32-true" else 3e-2
+    for start in range(0, len(data), accumulate):
+        grads = true_grads(module, module.weights[start], data[start : start + accumulate])
+        logged = collected.metrics[start + accumulate - 1]
+        for name, value in expected(grads).items():
+            assert logged[f"grad/{name}"] == pytest.approx(value, rel=rtol, abs=rtol * 1e-2), name
+
+
+def test_overflow_is_shown_and_enters_no_mean(fit) -> None:
+    data = batches(3)
+    data[1] = data[1] * 1e30
+    monitor, collected = GradientMonitor(), Collected()
+    module = Training()
+    fit(module, data, ZNormCallback(), monitor, collected, **QUIET, **amp(init_scale=2.0**10))
+    assert module.moved == [True, False, True]
+    assert [metrics["grad/nonfinite"] for metrics in collected.metrics] == [0.0, 3.0, 0.0]
+    assert not math.isfinite(collected.metrics[1]["grad/norm"])
+    assert math.isnan(collected.metrics[1]["grad/sigma_median"])
+    first, last = collected.metrics[0], collected.metrics[2]
+    assert first["grad/sigma_over_running_median"] == 1.0
+    assert math.isfinite(last["grad/sigma_over_running_median"])
+    sigma = monitor._history.sigma
+    assert sigma[:, 1].isinf().all()
+    torch.testing.assert_close(
+        monitor.state_dict()["sums"] / monitor.state_dict()["weights"],
+        ((0.9 * sigma[:, 0] + sigma[:, 2]) / 1.9).double(),
+        rtol=1e-5,
+        atol=0,
+    )
+
+
+def test_per_parameter(fit) -> None:
+    data, collected, module = batches(1), Collected(), Training()
+    fit(module, data, GradientMonitor(per_parameter=True, exclude="*.bias", prefix="g"), collected, **QUIET)
+    (logged,) = collected.metrics
+    grads = true_grads(module, module.weights[0], data)
+    names = {name for name in logged if name.startswith("g_")}
+    kinds = ["mean", "sigma", "norm", "znorm_norm", "cosine", "sigma_over_running"]
+    assert names == {f"g_{kind}/net.{name}.weight" for kind in kinds for name in ("first", "last")}
+    for name in ("first.weight", "last.weight"):
+        grad = grads[name]
+        assert logged[f"g_mean/net.{name}"] == pytest.approx(float(grad.mean()), rel=1e-4)
+        assert logged[f"g_sigma/net.{name}"] == pytest.approx(float(grad.std(correction=0)), rel=1e-5)
+        assert logged[f"g_norm/net.{name}"] == pytest.approx(float(grad.norm()), rel=1e-5)
+        assert logged[f"g_znorm_norm/net.{name}"] == pytest.approx(math.sqrt(grad.numel()), rel=1e-5)
+
+
+def test_share_below_the_threshold(fit) -> None:
+    shares = []
+    for threshold in (0.0, 1e9):
+        collected = Collected()
+        fit(Training(), batches(1), GradientMonitor(sigma_threshold=threshold), collected, **QUIET)
+        shares.append(collected.metrics[0]["grad/share_below"])
+    assert shares == [0.0, 1.0]
+    with pytest.raises(ValueError, match="sigma_threshold must be a number from 0 on, got -1"):
+        GradientMonitor(sigma_threshold=-1)
+    with pytest.raises(ValueError, match="eps must be a finite number"):
+        GradientMonitor(eps=-1)
+
+
+def test_nothing_is_measured_at_other_steps(fit) -> None:
+    with patch.object(gradient_monitor, "measure_places", wraps=gradient_monitor.measure_places) as calls:
+        fit(Training(), batches(7), GradientMonitor(), log_every_n_steps=3)
+        assert calls.call_count == 2
+        fit(Training(), batches(2), GradientMonitor(), log_every_n_steps=0)
+        assert calls.call_count == 2
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_goes_in_front_of_what_transforms(trainer, after: bool) -> None:
+    monitor, other, transform = GradientMonitor(), Collected(), ZNormCallback()
+    own = [other, transform, monitor] if after else [monitor, other, transform]
+    made = trainer(*own)
+    monitor.setup(made, Training(), "fit")
+    order = [type(callback) for callback in made.callbacks if callback in own]
+    assert order == ([Collected, GradientMonitor, ZNormCallback] if after else [type(callback) for callback in own])
+
+
+def test_behind_a_transform_it_shows_gradients_all_the_same(fit) -> None:
+    data, collected, module = batches(2), Collected(), Training()
+    zero = GradientTransform(torch.zeros_like)
+    fit(module, data, zero, GradientMonitor(), collected, **QUIET)
+    assert module.moved == [False, False]
+    grads = true_grads(module, module.weights[0], data[:1])
+    assert collected.metrics[0]["grad/norm"] == pytest.approx(expected(grads)["norm"], rel=1e-5)
+
+
+def test_optimizers_are_told_apart(fit) -> None:
+    def script(module: ManualTraining, batch: Tensor) -> None:
+        for optimizer in module.optimizers():
+            optimizer.zero_grad()
+            module.manual_backward(loss_of(module.net, batch))
+            optimizer.step()
+
+    net, collected, monitor = network(), Collected(), GradientMonitor()
+    module = ManualTraining(
+        script, net=net, optimizer=lambda _: [SGD(net[2].parameters(), LR), SGD(net[0].parameters(), LR)]
+    )
+    fit(module, batches(1), monitor, collected, **QUIET)
+    (logged,) = collected.metrics
+    grads = true_grads(module, module.weights[0], batches(1))
+    assert logged["grad/0/norm"] == pytest.approx(float(grads["last.weight"].norm()), rel=1e-5)
+    assert "grad/1/norm" in logged
+    # In the model's order, in one column.
+    assert monitor._history.names == ["net.first.weight", "net.first.bias", "net.last.weight"]
+    assert monitor._history.sigma.shape == (3, 1)
+    assert monitor._history.sigma.isfinite().all()
+
+
+def test_bypassed_optimizer_warns(fit) -> None:
+    def script(module: ManualTraining, batch: Tensor) -> None:
+        module.manual_backward(loss_of(module.net, batch))
+        module.optimizers(use_pl_optimizer=False).step()
+
+    with pytest.warns(UserWarning, match="GradientMonitor has seen no optimizer step .* no gradients to show"):
+        fit(ManualTraining(script), batches(1), GradientMonitor(), **QUIET)
+
+
+def test_untested_strategy_is_refused(fit) -> None:
+    with pytest.raises(MisconfigurationException, match="GradientMonitor has not been tested with ThirdParty"):
+        fit(Training(), batches(1), GradientMonitor(), strategy=ThirdParty(device=torch.device("cpu")))
+
+
+def test_resumed_run_goes_on_from_the_running_mean(fit, trainer, tmp_path: Path) -> None:
+    whole, half, rest = (GradientMonitor() for _ in range(3))
+    data = batches(4)
+    fit(Training(), data, whole, max_epochs=2, **QUIET)
+    made = fit(Training(), data, half, max_epochs=1, **QUIET)
+    made.save_checkpoint(tmp_path / "half.ckpt")
+    second = trainer(rest, max_epochs=2, **QUIET)
+    second.fit(Training(), DataLoader(data, batch_size=None), ckpt_path=tmp_path / "half.ckpt")
+    ours, theirs = rest.state_dict(), whole.state_dict()
+    assert ours["steps"] == theirs["steps"] == list(range(8))
+    for key in ("sums", "weights", "sigma"):
+        assert torch.equal(ours[key], theirs[key])
+    # A new training begins anew.
+    fit(Training(), data, rest, **QUIET)
+    assert rest._history.steps == list(range(4))
+
+
+def test_two_monitors_need_two_prefixes(fit) -> None:
+    collected = Collected()
+    fit(Training(), batches(1), GradientMonitor(prefix="a"), GradientMonitor(prefix="b"), collected, **QUIET)
+    assert collected.metrics[0]["a/norm"] == collected.metrics[0]["b/norm"]
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `GradientMonitor`"):
+        fit(Training(), batches(1), GradientMonitor(), GradientMonitor(), **QUIET)
+
+
+class TestWhereItGoes:
+    def test_csv_and_png(self, fit, tmp_path: Path) -> None:
+        logger = CSVLogger(tmp_path)
+        fit(Training(), batches(4), GradientMonitor(), logger=logger, log_every_n_steps=2)
+        lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+        assert "grad/norm" in lines[0]
+        assert [line.split(",")[lines[0].split(",").index("step")] for line in lines[1:]] == ["1", "3"]
+        for name in ("sigma_over_steps", "sigma_by_depth"):
+            with Image.open(Path(logger.log_dir) / "gradients" / f"grad_{name}.png") as picture:
+                assert picture.width > 500
+
+    def test_tensorboard(self, fit, tmp_path: Path) -> None:
+        logger = TensorBoardLogger(tmp_path)
+        with patch.object(logger.experiment, "add_image") as images:
+            fit(Training(), batches(1), GradientMonitor(), logger=logger, **QUIET)
+        assert [call.args[0] for call in images.call_args_list] == ["grad/sigma_over_steps", "grad/sigma_by_depth"]
+        assert images.call_args.args[1].dtype == torch.uint8
+
+    def test_training_that_fails(self, fit, tmp_path: Path) -> None:
+        class Failing(Training):
+            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+                if batch_idx == 2:
+                    raise KeyError("as it happens")
+                return super().training_step(batch, batch_idx)
+
+        with pytest.raises(KeyError, match="as it happens"):
+            fit(Failing(), batches(4), GradientMonitor(), **QUIET)
+        assert len(list((tmp_path / "gradients").glob("*.png"))) == 2
+
+    @pytest.mark.parametrize("arguments", [{"fast_dev_run": True}, {"log_every_n_steps": 50}])
+    def test_nothing_where_there_is_nothing_to_show(self, fit, tmp_path: Path, arguments) -> None:
+        fit(Training(), batches(2), GradientMonitor(), **arguments)
+        assert not (tmp_path / "gradients").exists()
+
+
+class TestHistory:
+    def test_is_bounded_and_evenly_spaced(self) -> None:
+        history = SigmaHistory(max_steps=8)
+        rows = [history.register(name, 2) for name in "ab"]
+        for step in range(100):
+            finite = torch.tensor([True, step != 77])
+            history.add(10 * step, rows, torch.tensor([float(step + 1), 1.0]).double(), finite)
+            assert len(history.steps) <= 8
+        assert history.steps == [160 * number for number in range(7)]
+        assert history.sigma[0].tolist() == [16.0 * number + 1 for number in range(7)]
+        # Of the steps from 64 to 79 one was not finite.
+        assert history.sigma[1].isinf().nonzero().flatten().tolist() == [4]
+
+    def test_ratio_to_the_mean_of_those_before(self) -> None:
+        history = SigmaHistory()
+        rows, finite = [history.register("a", 1)], torch.tensor([True])
+        ratios = [
+            float(history.add(step, rows, torch.tensor([value]).double(), finite))
+            for step, value in enumerate([2.0, 4.0, 1.0])
+        ]
+        assert ratios == pytest.approx([1.0, 2.0, 1 / ((0.9 * 2 + 4) / 1.9)])
+
+    def test_parameter_that_comes_later(self) -> None:
+        history = SigmaHistory()
+        finite = torch.tensor([True])
+        history.add(0, [history.register("a", 1)], torch.ones(1).double(), finite)
+        history.add(1, [history.register("b", 1)], torch.ones(1).double(), finite)
+        assert history.sigma.isnan().tolist() == [[False, True], [True, False]]
+        twin = SigmaHistory()
+        twin.load_state_dict(history.state_dict())
+        assert torch.equal(twin.sigma.isnan(), history.sigma.isnan())
+        assert twin.names == ["a", "b"]
+
+
+def test_pictures_of_special_cases() -> None:
+    history = SigmaHistory()
+    rows = [history.register(f"layers.{number}.weight", ndim) for number, ndim in enumerate((2, 1))]
+    values = {"grey": torch.zeros(2), "scale": torch.tensor([1e-3, 1e-9])}
+    plain = SigmaHistory()
+    for name in history.names:
+        plain.register(name, 2 - history.names.index(name))
+    plain.add(0, rows, values["scale"].double(), torch.tensor([True, True]))
+    history.add(0, rows, values["grey"].double(), torch.tensor([True, False]))
+    history.add(1, rows, values["scale"].double(), torch.tensor([True, True]))
+
+    def colours(picture: Image.Image) -> set[tuple[int, int, int]]:
+        return {colour for count, colour in picture.getcolors(2**24) if count > 50}
+
+    vermilion, grey = (213, 94, 0), (191, 191, 191)
+    assert {vermilion, grey} <= colours(heat_map(history))
+    assert not {vermilion, grey} & colours(heat_map(plain))
+    for one in (history, plain):
+        assert by_depth(one).width == heat_map(one).width
