@@ -123,3 +123,24 @@ def test_collectives() -> None:
         own = [row for row in table if row[0] == str(count)]
         for row in own:
             assert float(row[4]) == pytest.approx(float(row[3]) / float(own[0][3]), rel=0.05, abs=0.06)
+
+
+def test_soak() -> None:
+    output = output_of("benchmarks.soak", "--steps", "100", "--tensors", "30")
+    table = rows(output)
+    assert sorted(row[0] for row in table) == ["0", "1"]
+    for _, steps, early, late, change, files in table:
+        assert steps == "100"
+        assert float(change) == pytest.approx(100 * (float(late) / float(early) - 1), abs=0.03)
+        assert float(change) < 1
+        assert len(set(files.split(", "))) == 1
+    assert "Left behind: 0 files, 0 processes" in output
+
+
+def test_large_gradient() -> None:
+    arguments = ("--elements", "100001", "--dtypes", "bfloat16", "float16", "float32")
+    errors = {row[1]: float(row[-1]) for row in rows(output_of("benchmarks.large_gradient", *arguments))}
+    # Half a unit in the last place; in float32 those of the subtraction and of the mean too.
+    assert errors["bfloat16"] <= 2**-8
+    assert errors["float16"] <= 2**-11
+    assert 0 < errors["float32"] < 1e-5

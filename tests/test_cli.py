@@ -1,5 +1,6 @@
 """The command line as users meet it: through `main`, from a folder that is not the repository."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -15,7 +16,9 @@ import lightning_znorm
 from lightning_znorm.cli import main
 from lightning_znorm.cli.config_files import flatten, read_config, shipped_configs
 from lightning_znorm.cli.errors import sentence
+from lightning_znorm.cli.last_checkpoint import last_checkpoint
 from lightning_znorm.tasks import ClassificationTask
+from tests.medical import write_lgg
 
 DIGITS = "configs/digits/resnet20.yaml"
 ZNORM = "configs/methods/znorm.yaml"
@@ -384,6 +387,84 @@ class TestRun:
         flags = ["--model.init_args.optimizer.init_args.lr", "0.5"]
         assert "optimizer.init_args.lr 0.001" in refusal("fit", *configs(DIGITS, ZNORM), *SHORT, *resume, *flags)
 
+    def test_resuming_from_the_last(self):
+        command = ["fit", *configs(DIGITS, ZNORM), *SHORT, "--ckpt_path", "last"]
+        with pytest.warns(UserWarning, match="there is no last checkpoint available"):
+            main(command)  # the first run of a job that is begun again whenever it was stopped
+        for run in (1, 2):
+            main([*command, "--trainer.max_epochs", str(run + 1)])
+            resumed = torch.load(f"logs/digits-resnet20/version_{run}/checkpoints/last.ckpt", weights_only=True)
+            assert (resumed["epoch"], resumed["global_step"]) == (run, 2 * run + 2)
+        main([*command[:-2], "--trainer.max_epochs", "3"])
+        whole = torch.load("logs/digits-resnet20/version_3/checkpoints/last.ckpt", weights_only=True)
+        assert all(torch.equal(tensor, whole["state_dict"][name]) for name, tensor in resumed["state_dict"].items())
+
+        flags = ["--model.init_args.optimizer.init_args.lr", "0.5"]
+        message = refusal(*command, *flags, "--trainer.max_epochs", "4")
+        assert (
+            "version_3/checkpoints/last.ckpt was trained with model.init_args.optimizer.init_args.lr 0.001" in message
+        )
+
+    def test_resuming_with_other_data(self):
+        main(["fit", *configs(DIGITS), *SHORT])
+        flags = ["--ckpt_path", "last", "--trainer.max_epochs", "2", "--data.init_args.seed", "1"]
+        with pytest.warns(UserWarning, match=r"data.init_args.seed was 0 when .*last.ckpt was trained, and is 1 from"):
+            main(["fit", *configs(DIGITS), *SHORT, *flags])
+
+    @pytest.mark.filterwarnings("ignore:.* is NaN. all")
+    def test_evaluating_with_other_settings(self):
+        experiment = configs("lgg.yaml")
+        write(
+            "lgg.yaml",
+            """
+            model:
+              class_path: SegmentationTask
+              init_args:
+                model: {class_path: torch.nn.Conv2d, init_args: {in_channels: 3, out_channels: 1, kernel_size: 1}}
+            data: {class_path: LGGDataModule, init_args: {root: data, batch_size: 4}}
+            trainer: {accelerator: cpu, max_epochs: 1, log_every_n_steps: 1, logger: false}
+            """,
+        )
+        write_lgg(Path("data"), patients=4)
+        main(["fit", *experiment])
+        checkpoint = next(Path("checkpoints").iterdir())
+        flags = ["--ckpt_path", str(checkpoint), "--model.init_args.threshold", "0.3"]
+        with pytest.warns(UserWarning, match=r"model.init_args.threshold is 0.5, as .* was trained, and not 0.3"):
+            main(["test", *experiment, *flags])
+
+
+class TestLastCheckpoint:
+    """Where `--ckpt_path last` looks."""
+
+    @pytest.mark.parametrize(
+        ("trainer", "where"),
+        [
+            ({}, "lightning_logs/version_3/checkpoints"),
+            ({"logger": True, "default_root_dir": "mine"}, "mine/lightning_logs/version_0/checkpoints"),
+            ({"logger": False}, "checkpoints"),
+            ({"logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "a", "name": "b"}}}, "a/b/x/checkpoints"),
+            ({"logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "a", "name": ""}}}, "a/x/checkpoints"),
+            ({"logger": {"class_path": "CSVLogger", "init_args": {"version": "x"}}}, "lightning_logs/x/checkpoints"),
+            ({"logger": [{"init_args": {"version": 7}}, {}]}, "lightning_logs/version_7/checkpoints"),
+            ({"callbacks": [{"class_path": "ModelCheckpoint", "init_args": {"dirpath": "here"}}]}, "here"),
+        ],
+    )
+    def test_folders(self, trainer, where):
+        write(f"{where}/last.ckpt", "")
+        write("elsewhere/version_0/checkpoints/last.ckpt", "")
+        if "version" in str(trainer):
+            write("lightning_logs/version_9/checkpoints/last.ckpt", "")
+        assert last_checkpoint(trainer) == Path(where, "last.ckpt")
+
+    def test_none(self):
+        assert last_checkpoint({}) is None
+
+    def test_the_newest(self):
+        for age, run in enumerate((2, 10, 1)):
+            path = write(f"lightning_logs/version_{run}/checkpoints/last.ckpt", "")
+            os.utime(path, (age, age))
+        assert last_checkpoint({}) == Path("lightning_logs/version_1/checkpoints/last.ckpt")
+
 
 class TestOwnModule:
     def test_with_znorm(self, monkeypatch):
@@ -409,6 +490,12 @@ class TestOwnModule:
         assert "predictions      2 batches, for torch.load: predictions.pt\n" in capsys.readouterr().out
         saved = torch.load("predictions.pt", weights_only=True)
         assert [batch["y"].shape for batch in saved] == [(8, 1), (8, 1)]
+
+    def test_predictions_overwrite_nothing(self):
+        write("predictions.pt", "a letter")
+        with pytest.warns(UserWarning, match="without --ckpt_path"):
+            assert "predictions.pt is there already" in refusal("predict", *OWN, "--trainer.logger", "false")
+        assert Path("predictions.pt").read_text() == "a letter"
 
     def test_no_predictions_kept(self, capsys):
         with pytest.warns(UserWarning, match="without --ckpt_path"):

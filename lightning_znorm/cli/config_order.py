@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lightning_znorm.cli.config_files import ConfigFile, flatten
+from lightning_znorm.cli.config_files import ConfigFile
 
 
 def check_order(files: Sequence[ConfigFile]) -> None:
@@ -57,26 +57,6 @@ def check_callbacks(files: Iterable[ConfigFile], callbacks: Sequence[dict[str, A
     for i, name in enumerate(kept):
         if name in methods and callbacks[i] in callbacks[:i]:
             raise ValueError(f"{name} is twice among the callbacks: name it once.")
-
-
-def check_resumed(checkpoint: str, own: dict[str, Any], given: dict[str, Any]) -> None:
-    """Refuse to go on with a training under other settings than its own, which a checkpoint brings back.
-
-    Args:
-        checkpoint: Where the training is to go on.
-        own: Settings of the checkpoint's model.
-        given: Settings of the model that files and flags ask for.
-
-    Raises:
-        ValueError: If they differ.
-    """
-    settings, asked = flatten(own), flatten(given)
-    for key in sorted(settings | asked):
-        if settings.get(key) != asked.get(key):
-            raise ValueError(
-                f"{checkpoint} was trained with model.{key} {settings.get(key)}, and a training that is resumed keeps "
-                f"its model and optimizer, so {asked.get(key)} would be lost: name the files and flags of that run."
-            )
 
 
 def _check_laid_over(method: ConfigFile, later: ConfigFile) -> None:

@@ -18,7 +18,9 @@ import lightning_znorm.data
 import lightning_znorm.tasks  # noqa: F401
 from lightning_znorm.callbacks import GradientTransform
 from lightning_znorm.cli.config_files import ConfigFile
-from lightning_znorm.cli.config_order import check_callbacks, check_resumed
+from lightning_znorm.cli.config_order import check_callbacks
+from lightning_znorm.cli.last_checkpoint import last_checkpoint
+from lightning_znorm.cli.resumed import changed_data, check_resumed, overridden
 
 _PROGRAM = "python -m lightning_znorm"
 
@@ -76,11 +78,26 @@ class RunCLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """Take the model's settings from the checkpoint, unless training is to go on with others."""
-        model = self.config[self.config.subcommand].model
+        """Take the model's settings from the checkpoint: refused where training, and said where anything else, differs.
+
+        And find the last checkpoint.
+        """
+        command = self.config.subcommand
+        settings = self.config[command]
+        if settings.ckpt_path == "last" and (last := last_checkpoint(settings.trainer.as_dict())):
+            settings.ckpt_path = str(last)
+        model, data = settings.model, settings.data
         super()._parse_ckpt_path()
-        if self.config.subcommand == "fit" and self.config.fit.ckpt_path:
-            check_resumed(self.config.fit.ckpt_path, self.config.fit.model.as_dict(), model.as_dict())
+        settings = self.config[command]
+        if not settings.ckpt_path:
+            return
+        if command == "fit":
+            check_resumed(settings.ckpt_path, settings.model.as_dict(), model.as_dict())
+            notes = changed_data(settings.ckpt_path, data.as_dict())
+        else:
+            notes = overridden(settings.ckpt_path, settings.model.as_dict(), model.as_dict())
+        for note in notes:
+            rank_zero_warn(note)
 
     @override
     def after_instantiate_classes(self) -> None:
@@ -106,11 +123,19 @@ class RunCLI(LightningCLI):
             print(f"best checkpoint  {path}\ntest it with     {_PROGRAM} {shlex.join(args)}")
 
     def predict(self, **kwargs: Any) -> None:
-        """Predict, and save what ``predict_step`` returned beside the logs: one tensor where batches can be joined."""
+        """Predict, and save what ``predict_step`` returned beside the logs: one tensor where batches can be joined.
+
+        Raises:
+            FileExistsError: Before the first prediction, if the file is there: it may be anybody's.
+        """
         trainer: Any = self.trainer  # of which Lightning declares no callbacks
         writes = any(isinstance(callback, BasePredictionWriter) for callback in trainer.callbacks)
         if writes and kwargs.get("return_predictions") is None:
             kwargs["return_predictions"] = False  # they are on disk
+        # A logger has a new folder for each run.
+        path = self._predictions_path()
+        if kwargs.get("return_predictions") is not False and not trainer.loggers and path.exists():
+            raise FileExistsError(f"{path} is there already, and predictions overwrite nothing: move it away.")
         predictions: Any = self.trainer.predict(**kwargs)
         if not predictions:
             return
@@ -120,12 +145,15 @@ class RunCLI(LightningCLI):
         ):
             predictions = torch.cat(predictions)
             what = f"shape {tuple(predictions.shape)}"
-        # Each process has its own part of the data.
-        part = f"-{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
-        path = Path(self.trainer.log_dir or ".") / f"predictions{part}.pt"
+        path = self._predictions_path()  # which all processes agree on by now
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(predictions, path)
         print(f"predictions      {what}, for torch.load: {_relative(path)}")
+
+    def _predictions_path(self) -> Path:
+        # Each process has its own part of the data.
+        part = f"-{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+        return Path(self.trainer.log_dir or ".") / f"predictions{part}.pt"
 
 
 def _undrawn(class_type: type[Callback], *args: Any, **kwargs: Any) -> Callback:

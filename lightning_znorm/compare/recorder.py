@@ -22,6 +22,7 @@ from typing_extensions import override
 from lightning_znorm.compare.files import write_json
 from lightning_znorm.compare.results import GRADIENT_NORM, STEP_SECONDS, TRAIN_SECONDS
 from lightning_znorm.gradients.amp import is_unscaled
+from lightning_znorm.tasks.random_state import random_state, set_random_state
 
 
 class Recorder(Callback):
@@ -51,7 +52,7 @@ class Recorder(Callback):
         self._epoch_seconds = 0.0
         self._epoch_batches = 0
         self._clock: float | None = None
-        self._first_epoch_of_process = True
+        self._first_numbers: dict[str, Any] | None = None
         self._has_whole_tensors = False
         self._weights: str | None = None
 
@@ -78,12 +79,15 @@ class Recorder(Callback):
             if trainer.is_global_zero and isinstance(logger, CSVLogger):
                 write_json(Path(logger.log_dir) / "attempt.json", {"step": _batches(trainer)})
         self._write_progress(trainer)
+        self._first_numbers = random_state(pl_module.device)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._first_epoch_of_process:
+        if self._first_numbers is None:
             self._reseed()
-        self._first_epoch_of_process = False
+        else:  # back to them, for a task that is resumed goes on with those of its checkpoint
+            set_random_state(self._first_numbers, pl_module.device)
+            self._first_numbers = None
         self._epoch_seconds, self._epoch_batches = 0.0, 0
 
     @override

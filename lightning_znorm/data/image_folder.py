@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from typing_extensions import override
 
-from lightning_znorm.data.images import Batch, ImageDataModule, Labels, stratified_indices
+from lightning_znorm.data.images import ImageDataModule, Labels, stratified_indices
+from lightning_znorm.data.shuffle import SeededShuffle
 
 Paths: TypeAlias = NDArray[np.bytes_]
 """Shape ``(N,)``, as the file system spells them."""
@@ -39,8 +41,16 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return one image, transformed, and its label."""
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int]:
+        """Return one image, transformed, and its label; with a seed beside the index, by draws that follow from it."""
+        if not isinstance(index, tuple):
+            return self._read(index)
+        index, seed = index
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # not those of GPUs, as torch.manual_seed does
+            return self._read(index)
+
+    def _read(self, index: int) -> tuple[Tensor, int]:
         from torchvision.datasets.folder import default_loader
 
         path = os.fsdecode(self.paths[index])
@@ -154,6 +164,7 @@ class ImageFolderDataModule(ImageDataModule):
     @override
     def setup(self, stage: str) -> None:
         """Find the images that the stage needs."""
+        super().setup(stage)
         training, evaluation = self._transforms()
         classes = self.classes
         if stage in ("fit", "validate"):
@@ -165,17 +176,9 @@ class ImageFolderDataModule(ImageDataModule):
             self.test_set = ImageFiles(*_images(self.root / "val", classes), evaluation)
 
     @override
-    def loader(self, dataset: Dataset[Any], shuffle: bool) -> DataLoader[Batch]:
-        """Make the loader of one of the sets."""
-        # By keyword, else Lightning cannot replace the sampler (for several processes, and to predict).
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=self.pin_memory,
-        )
+    def sampler(self, dataset: Dataset[Any], num_replicas: int = 1, rank: int = 0, seed: int = 0) -> SeededShuffle:
+        """Make what draws the order of the training images, and a seed for each of them."""
+        return SeededShuffle(dataset, num_replicas, rank, seed)
 
     def _transforms(self) -> tuple[Transform, Transform]:
         from torchvision.transforms import v2

@@ -1,6 +1,6 @@
 """What the data modules of images share: a validation split, four loaders, and normalization on the device."""
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -9,8 +9,11 @@ import torch
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_convert
 from typing_extensions import override
+
+from lightning_znorm.data.loader import ResumableLoader
+from lightning_znorm.data.shuffle import EpochShuffle
 
 Labels: TypeAlias = NDArray[np.int64]
 """Shape ``(N,)``."""
@@ -21,9 +24,13 @@ Batch: TypeAlias = tuple[Tensor, Tensor]
 class ImageDataModule(LightningDataModule, ABC):
     """Base of the data modules of images.
 
-    A subclass sets ``train_set`` and ``val_set``, or ``test_set``, in `setup`, makes their loaders (`loader`), and says
-    what its images are (the class attributes). Images travel as uint8 and are normalized on the device to zero mean and
-    unit standard deviation per channel.
+    A subclass sets ``train_set`` and ``val_set``, or ``test_set``, in `setup`, and says what its images are (the class
+    attributes). Images travel as uint8 and are normalized on the device to zero mean and unit standard deviation per
+    channel.
+
+    The training images come in an order that follows from a number, drawn by torch's generator when a training begins,
+    and from the epoch's: it is the same with any number of workers, and a training that is resumed from a checkpoint
+    goes on in its order and behind the last batch that it has had, in the middle of an epoch too.
 
     Args:
         batch_size: Images per batch and process.
@@ -40,6 +47,8 @@ class ImageDataModule(LightningDataModule, ABC):
     """Mean of each channel, in units of `max_value`."""
     std: tuple[float, ...]
     """Standard deviation of each channel, in units of `max_value`."""
+    num_workers = 0
+    """Worker processes per loader and process."""
 
     def __init__(self, batch_size: int, val_fraction: float, seed: int) -> None:
         super().__init__()
@@ -48,10 +57,61 @@ class ImageDataModule(LightningDataModule, ABC):
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.seed = seed
+        self._order_seed: int | None = None
 
-    @abstractmethod
+    @override
+    def setup(self, stage: str) -> None:
+        """Begin a training with orders of its own."""
+        if stage == "fit":
+            self._order_seed = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the orders of the training images are drawn from."""
+        return {"order_seed": self._order_seed}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on in the orders of the training that is resumed."""
+        self._order_seed = state_dict.get("order_seed")
+
     def loader(self, dataset: Dataset[Any], shuffle: bool) -> DataLoader[Batch]:
         """Make the loader of one of the sets."""
+        loader, sampler = DataLoader[Any], None
+        # Its own, or each iterator would draw a number from torch's, and resumed trainings make fewer iterators.
+        generator = torch.Generator()
+        if shuffle:
+            seed = self._seed_of_orders()
+            loader, sampler = ResumableLoader[Any], self.sampler(dataset, **self._processes(), seed=seed)
+            generator.manual_seed(seed)
+        # By keyword, else Lightning cannot replace the sampler (for several processes, and to predict).
+        return loader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            # A batch is taken as a whole where it can be.
+            collate_fn=default_convert if hasattr(dataset, "__getitems__") else None,
+            pin_memory=self.pin_memory,
+            generator=generator,
+        )
+
+    def sampler(self, dataset: Dataset[Any], num_replicas: int = 1, rank: int = 0, seed: int = 0) -> EpochShuffle:
+        """Make what draws the order of the training images."""
+        return EpochShuffle(dataset, num_replicas, rank, seed)
+
+    def _processes(self) -> dict[str, int]:
+        # None without a trainer, and in one process.
+        return getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
+
+    def _seed_of_orders(self) -> int:
+        """Draw the seed of all orders of a training, from torch's generator, unless the training is resumed."""
+        if self._order_seed is None or self.trainer is None:
+            seed = int(torch.randint(2**31, ()))
+            # The same in all processes, whose generators need not agree.
+            self._order_seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
+        return self._order_seed
 
     def augment_batch(self, images: Tensor) -> Tensor:
         """Change a batch of training images, uint8 on the device; by default not at all."""
@@ -65,7 +125,10 @@ class ImageDataModule(LightningDataModule, ABC):
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training batches, in a new order each epoch."""
-        return self.loader(self.train_set, shuffle=True)
+        loader = self.loader(self.train_set, shuffle=True)
+        if isinstance(loader, ResumableLoader):
+            loader.trainer = self.trainer
+        return loader
 
     @override
     def val_dataloader(self) -> DataLoader[Batch]:

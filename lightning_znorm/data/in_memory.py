@@ -1,12 +1,12 @@
 """Image data sets that fit in memory."""
 
 from abc import abstractmethod
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, default_convert
+from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_znorm.data.images import Batch, ImageDataModule, Labels, stratified_indices
@@ -67,23 +67,12 @@ class InMemoryDataModule(ImageDataModule):
     @override
     def setup(self, stage: str) -> None:
         """Read what the stage needs."""
+        super().setup(stage)
         if stage in ("fit", "validate"):
             train, val = stratified_split(*self.load(train=True), self.val_fraction, self.seed)
             self.train_set, self.val_set = InMemoryImages(*train), InMemoryImages(*val)
         else:
             self.test_set = InMemoryImages(*self.load(train=False))
-
-    @override
-    def loader(self, dataset: Dataset[Any], shuffle: bool) -> DataLoader[Batch]:
-        """Make the loader of one of the sets."""
-        # By keyword, else Lightning cannot replace the sampler (for several processes, and to predict).
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            collate_fn=default_convert,
-            pin_memory=self.pin_memory,
-        )
 
 
 def stratified_split(

@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_convert
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from lightning_znorm.data.array_file import cache_folder
@@ -178,6 +178,7 @@ class LGGDataModule(ImageDataModule):
     @override
     def setup(self, stage: str) -> None:
         """Decode the slices, once for all stages, and draw the sets."""
+        super().setup(stage)
         if stage == "predict" and self.predict_root is not None:
             found = self._find(stage)
             slices = found.decode(self.max_memory, self.cache)
@@ -186,18 +187,6 @@ class LGGDataModule(ImageDataModule):
         if not self.patients:
             self._draw_sets()
         self.predict_set = self._named_test_set
-
-    @override
-    def loader(self, dataset: Dataset[Any], shuffle: bool) -> DataLoader[Batch]:
-        """Make the loader of one of the sets."""
-        # By keyword, else Lightning cannot replace the sampler (for several processes, and to predict).
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            collate_fn=default_convert,
-            pin_memory=self.pin_memory,
-        )
 
     @override
     def predict_dataloader(self) -> DataLoader[Any]:
@@ -216,12 +205,13 @@ class LGGDataModule(ImageDataModule):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the lists of patients."""
-        return {"patients": self.patients}
+        """Return the lists of patients, and what the orders are drawn from."""
+        return {"patients": self.patients, **super().state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint that has seen the patients of the sets it would be judged by."""
+        super().load_state_dict(state_dict)
         if self.trainer is None:  # `load_from_checkpoint`, which judges nothing yet
             return
         trained = state_dict["patients"]

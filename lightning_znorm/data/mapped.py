@@ -1,17 +1,16 @@
 """Images that need not fit in memory: read from a mapped file, in blocks that follow no order."""
 
 import mmap
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
-from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from lightning_znorm.data.array_file import ArrayFile
 from lightning_znorm.data.images import Batch, Labels
+from lightning_znorm.data.shuffle import EpochShuffle
 
 BLOCK = 32
 """Images that are read together: 0.9 MB of PCam's."""
@@ -71,14 +70,10 @@ class MappedImages(Dataset[Batch]):
         self._announced = blocks
 
 
-class BlockShuffle(DistributedSampler[int]):
+class BlockShuffle(EpochShuffle):
     """Shuffles blocks of neighbours, and the images of many blocks among one another.
 
-    The order of an epoch follows from ``seed`` and the epoch's number, which Lightning sets, so a training that is
-    resumed goes on in the order that it would have had. Every process gets blocks of its own and as many images as any
-    other: a few images are given twice if the number of processes does not divide theirs.
-
-    Lightning leaves samplers of this kind as they are.
+    As any `EpochShuffle`, but every process gets blocks of its own.
 
     Args:
         dataset: What to shuffle; ``rows`` in ascending order, or blocks are no neighbours.
@@ -98,19 +93,19 @@ class BlockShuffle(DistributedSampler[int]):
         block: int = BLOCK,
         window: int = WINDOW,
     ) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed)
+        super().__init__(dataset, num_replicas, rank, seed)
         self.block = block
         self.window = window
 
     @override
-    def __iter__(self) -> Iterator[int]:
-        """Iterate over the indices of this process."""
-        rng = np.random.default_rng((self.seed, self.epoch))
+    def order(self) -> list[int]:
+        """Return the indices of this process in this epoch."""
+        rng = self.rng()
         count = len(self.dataset)  # type: ignore[arg-type]
         firsts = rng.permutation(np.arange(0, count, self.block))
         indices = (firsts[:, None] + np.arange(self.block)).ravel()
-        indices = np.resize(indices[indices < count], self.total_size)  # repeats the first ones, if need be
-        own = indices[self.rank * self.num_samples :][: self.num_samples]
+        own = self.own(np.resize(indices[indices < count], self.total_size))  # repeats the first ones, if need be
         # Windows of equal size: a short last one would be of few blocks.
         windows = np.array_split(own, -(-len(own) // self.window))
-        return iter(np.concatenate([rng.permutation(window) for window in windows]).tolist())
+        indices_of_windows: list[int] = np.concatenate([rng.permutation(window) for window in windows]).tolist()
+        return indices_of_windows

@@ -1,14 +1,13 @@
 """PatchCamelyon."""
 
-import os
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, default_convert
+from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_znorm.data.array_file import cache_folder
-from lightning_znorm.data.images import Batch, ImageDataModule, stratified_indices
+from lightning_znorm.data.images import ImageDataModule, stratified_indices
 from lightning_znorm.data.mapped import BlockShuffle, MappedImages
 from lightning_znorm.data.pcam_h5 import ADVICE, h5_path, read_h5
 from lightning_znorm.data.pcam_kaggle import LABELS, read_kaggle
@@ -44,8 +43,7 @@ class PCamDataModule(ImageDataModule):
     by default, they are read from there through a memory map. Compressed or chunked files, and Kaggle's, are decoded
     once into ``cache_dir`` (9.1 GB for PCam, 6.1 GB for Kaggle's), by one process per machine. Training images are read
     in blocks of 32 neighbours in random order, and shuffled among 256 such blocks
-    (`lightning_znorm.data.mapped.BlockShuffle`): the order follows from the number that ``seed_everything`` was given
-    and the epoch's, in any number of worker processes.
+    (`lightning_znorm.data.mapped.BlockShuffle`).
 
     Source:
         Veeling et al., "Rotation Equivariant CNNs for Digital Pathology", MICCAI 2018,
@@ -114,6 +112,7 @@ class PCamDataModule(ImageDataModule):
     @override
     def setup(self, stage: str) -> None:
         """Find the images that the stage needs, and read their labels."""
+        super().setup(stage)
         folder, is_kaggle = self._layout()
         if is_kaggle:
             self._split(folder)
@@ -125,25 +124,10 @@ class PCamDataModule(ImageDataModule):
             self.test_set = MappedImages(*read_h5(folder, "test", self.cache))
 
     @override
-    def loader(self, dataset: Dataset[Any], shuffle: bool) -> DataLoader[Batch]:
-        """Make the loader of one of the sets."""
-        sampler = None
-        if shuffle:
-            assert isinstance(dataset, MappedImages)
-            # None without a trainer, and in one process.
-            processes = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
-            # The seed as Lightning's own samplers for several processes take it.
-            sampler = BlockShuffle(dataset, **processes, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)))
-        # By keyword, else Lightning cannot replace the sampler (for several processes, and to predict).
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=default_convert,
-            pin_memory=self.pin_memory,
-        )
+    def sampler(self, dataset: Dataset[Any], num_replicas: int = 1, rank: int = 0, seed: int = 0) -> BlockShuffle:
+        """Make what draws the order of the training images."""
+        assert isinstance(dataset, MappedImages)
+        return BlockShuffle(dataset, num_replicas, rank, seed)
 
     def _layout(self) -> tuple[Path, bool]:
         """Return the folder of the files, and whether they are Kaggle's."""

@@ -2,18 +2,29 @@
 
 import inspect
 import json
+import traceback
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_znorm.tasks.random_state import random_state, set_random_state
+
+_RANDOM_STATES = "random_states"
+
 
 class Task(LightningModule):
     """Base of the tasks.
+
+    Its checkpoints hold the state of all random numbers (Python's, NumPy's, torch's and the device's, of each process),
+    and a training that is resumed goes on from it: dropout and augmentations draw what they would have drawn.
 
     Args:
         optimizer: Makes the optimizer from the parameters.
@@ -33,6 +44,7 @@ class Task(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = lr_scheduler_interval
+        self._random_states: list[dict[str, Any] | None] = []
 
     def save_arguments(self, **objects: object) -> None:
         """Save the arguments of the calling constructor as hyperparameters, but for objects.
@@ -85,9 +97,47 @@ class Task(LightningModule):
             },
         }
 
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the state of all random numbers, of each process; where one failed, of that alone."""
+        trainer = self._trainer
+        if trainer is None:  # under Fabric
+            return
+        states: list[dict[str, Any] | None] = [random_state(self.device)]
+        if trainer.world_size > 1:
+            own, states = states[0], [None] * trainer.world_size
+            states[trainer.global_rank] = own
+            if torch.distributed.is_initialized() and not trainer.interrupted and not _is_requeued():
+                torch.distributed.all_gather_object(states, own)
+        checkpoint[_RANDOM_STATES] = states
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the state of the random numbers, if training is to go on."""
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self._random_states = checkpoint.get(_RANDOM_STATES, [])
+
+    @override
+    def on_train_start(self) -> None:
+        """Go on with the random numbers of the training that is resumed: here, for to get here may have drawn some."""
+        states, self._random_states = self._random_states, []
+        state = states[self.global_rank] if len(states) == self.trainer.world_size else None
+        if state is not None:
+            set_random_state(state, self.device)
+        elif states:
+            rank_zero_warn(
+                f"The checkpoint holds the random numbers of {sum(each is not None for each in states)} processes, and "
+                f"{self.trainer.world_size} go on: dropout and augmentations draw others than they would have."
+            )
+
     def log_loss(self, name: str, loss: Tensor, batch_size: int) -> None:
         """Log the mean of a loss over an epoch and all processes."""
         self.log(name, loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=batch_size, sync_dist=True)
+
+
+def _is_requeued() -> bool:
+    """Whether Lightning saves in the handler of SLURM's signal: in the middle of a step, which others wait for."""
+    return any(frame.f_code.co_name == "_slurm_sigusr_handler_fn" for frame, _ in traceback.walk_stack(None))
 
 
 def _require_plain(kwargs: dict[str, Any]) -> None:

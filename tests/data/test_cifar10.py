@@ -164,6 +164,15 @@ class TestDownload:
         data.setup("fit")
         assert len(data.train_set) == 180
 
+    def test_an_archive_that_is_not_the_published_one_is_not_unpacked(self, archive, tmp_path):
+        """Such as one that would write outside of root."""
+        (tmp_path / "letter").write_text("mine")
+        with tarfile.open(archive, "w:gz") as tar:
+            tar.add(tmp_path / "letter", "../outside")
+        with pytest.raises(RuntimeError, match="not found or corrupted"):
+            CIFAR10DataModule(tmp_path / "new" / "root", download=True).prepare_data()
+        assert not (tmp_path / "new" / "outside").exists()
+
     def test_only_if_asked_to(self, archive, tmp_path):
         data = CIFAR10DataModule(tmp_path / "new")
         data.prepare_data()

@@ -8,12 +8,13 @@ import pytest
 import torch
 from numbered import Recorder
 from PIL import Image
-from torch.utils.data import RandomSampler, SequentialSampler
+from torch.utils.data import SequentialSampler
 from torchvision import transforms
 
 from lightning_znorm.cli import main
 from lightning_znorm.data import ImageFolderDataModule
 from lightning_znorm.data.images import ImageDataModule
+from lightning_znorm.data.shuffle import SeededShuffle
 from tests.data.jpegs import numbers, pixels, write_image_folder
 from tests.processes import run_python
 from tests.trainers import trainer
@@ -237,7 +238,7 @@ class TestLoaders:
         data = module(images)
         data.setup("fit")
         data.setup("test")
-        assert isinstance(data.train_dataloader().sampler, RandomSampler)
+        assert isinstance(data.train_dataloader().sampler, SeededShuffle)
         for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
             assert isinstance(loader.sampler, SequentialSampler)
 
@@ -254,7 +255,7 @@ class TestLoaders:
         data = module(images)
         data.setup("fit")
         data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
-        assert data.train_dataloader().pin_memory == (device == "cuda")
+        assert data.val_dataloader().pin_memory == (device == "cuda")
 
 
 def test_two_processes_see_disjoint_halves(images, tmp_path):

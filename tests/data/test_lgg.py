@@ -316,7 +316,7 @@ class TestPatientsAreKept:
     def test_in_the_checkpoint(self, trained):
         data, path = trained
         saved = torch.load(path, weights_only=True)
-        assert saved["LGGDataModule"] == {"patients": data.patients}
+        assert saved["LGGDataModule"]["patients"] == data.patients
         loaded = LGGDataModule.load_from_checkpoint(path)
         assert (loaded.root, loaded.seed, loaded.batch_size) == (data.root, 3, 12)
         loaded.setup("fit")
@@ -536,7 +536,7 @@ class TestLargerThanMemory:
 def test_memory_is_pinned_for_cuda_alone(fake_lgg, device):
     data = set_up(fake_lgg)
     data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
-    assert data.train_dataloader().pin_memory == (device == "cuda")
+    assert data.val_dataloader().pin_memory == (device == "cuda")
 
 
 class TestRealSlices:

@@ -417,6 +417,7 @@ class TestLoaders:
     def test_a_resumed_training_goes_on_in_its_order(self, fake_pcam, tmp_path):
         def run(max_epochs: int, **kwargs) -> list[list[float]]:
             module = Patches()
+            torch.manual_seed(len(kwargs))  # to resume takes no seed
             fitted = trainer(max_epochs=max_epochs, num_sanity_val_steps=0)
             fitted.fit(module, datamodule=PCamDataModule(fake_pcam, batch_size=40), **kwargs)
             fitted.save_checkpoint(tmp_path / "last.ckpt")
@@ -435,8 +436,10 @@ class TestLoaders:
     @pytest.mark.parametrize("context", ["fork", "spawn"])
     def test_workers_give_what_one_process_gives(self, fake_pcam, context):
         data = set_up(fake_pcam, "fit", batch_size=8)
+        torch.manual_seed(0)
         alone = list(data.train_dataloader())
         data.num_workers = 2
+        torch.manual_seed(0)
         loader = data.train_dataloader()
         assert loader.persistent_workers
         loader.multiprocessing_context = context
@@ -456,7 +459,7 @@ class TestLoaders:
     def test_memory_is_pinned_for_cuda_alone(self, fake_pcam, device):
         data = set_up(fake_pcam)
         data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
-        assert data.train_dataloader().pin_memory == (device == "cuda")
+        assert data.val_dataloader().pin_memory == (device == "cuda")
 
     def test_hyperparameters_are_plain(self, fake_pcam):
         data = PCamDataModule(fake_pcam, cache_dir=fake_pcam / "cache")

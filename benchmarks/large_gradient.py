@@ -1,0 +1,50 @@
+"""Z-scores one gradient of more than 2^31 elements, and compares it with sums in double precision.
+
+``python -m benchmarks.large_gradient``: needs 2 bytes an element in bfloat16, 4 in float32, and a little more.
+"""
+
+import argparse
+import resource
+import time
+
+import torch
+
+from lightning_znorm.functional import zscore_grads_
+
+CHUNK = 2**24
+
+
+def main(elements: int, dtype: torch.dtype) -> None:
+    parameter = torch.nn.Parameter(torch.empty(elements, dtype=dtype))  # never looked at, so it takes no memory
+    gradient = parameter.grad = torch.empty(elements, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    total = square = 0.0
+    for chunk in gradient.split(CHUNK):
+        chunk.copy_(torch.randn(len(chunk), generator=generator).mul_(0.5).add_(3))
+        total += chunk.sum(dtype=torch.float64).item()
+    mean = total / elements
+    for chunk in gradient.split(CHUNK):
+        square += (chunk.double() - mean).square_().sum().item()
+    std = (square / elements) ** 0.5
+    places = torch.cat([torch.randint(elements, (100_000,), generator=generator), torch.tensor([0, elements - 1])])
+    expected = (gradient[places].double() - mean) / std
+    start = time.perf_counter()
+    zscore_grads_(parameter)
+    seconds = time.perf_counter() - start
+    # Of one rounding to the type, relative to the largest value.
+    error = ((gradient[places].double() - expected).abs() / expected.abs().clamp_min(1)).max().item()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    size = elements * gradient.element_size() / 2**30
+    name = str(dtype).removeprefix("torch.")
+    print(f"| {elements:,} | {name} | {size:.2f} | {peak:.2f} | {seconds:.1f} | {error:.1e} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--elements", type=int, default=2**31 + 1001)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
+    options = parser.parse_args()
+    header = ("elements", "type", "gradient, GiB", "peak, GiB", "seconds", "largest error")
+    print("| " + " | ".join(header) + " |\n|" + " --: |" * len(header))
+    for name in options.dtypes:
+        main(options.elements, getattr(torch, name))

@@ -1,0 +1,42 @@
+"""Where the last checkpoint of a run is, when its successor is not there yet to ask."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def last_checkpoint(trainer: Mapping[str, Any]) -> Path | None:
+    """Find the newest ``last.ckpt`` of the runs that were started with a trainer's settings.
+
+    Each run logs into a folder of its own, ``version_0``, ``version_1``, ..., and keeps its checkpoints there, unless
+    the logger was given a ``version`` or `ModelCheckpoint` a ``dirpath``. Lightning looks for the last checkpoint in
+    the folder of the run that is about to begin, where there is none.
+
+    Args:
+        trainer: Settings of the trainer.
+
+    Returns:
+        The path; None if there is no such file.
+    """
+    found = [path for folder in _folders(trainer) for path in folder.glob("last*.ckpt")]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def _folders(trainer: Mapping[str, Any]) -> list[Path]:
+    checkpoints = [entry for entry in _entries(trainer.get("callbacks")) if "ModelCheckpoint" in str(entry)]
+    named = [entry["init_args"].get("dirpath") for entry in checkpoints if entry.get("init_args")]
+    if any(named):
+        return [Path(folder) for folder in named if folder]
+    root = Path(trainer.get("default_root_dir") or ".")
+    if trainer.get("logger") is False:
+        return [root / "checkpoints"]
+    loggers = [entry.get("init_args") or {} for entry in _entries(trainer.get("logger"))]
+    logger = loggers[0] if loggers else {}
+    name, version = logger.get("name", "lightning_logs"), logger.get("version")
+    folder = "*" if version is None else f"version_{version}" if isinstance(version, int) else str(version)
+    return sorted((Path(logger.get("save_dir") or root) / str(name or "")).glob(f"{folder}/checkpoints"))
+
+
+def _entries(value: Any) -> list[Mapping[str, Any]]:
+    values = value if isinstance(value, list) else [value]
+    return [entry for entry in values if isinstance(entry, Mapping)]
