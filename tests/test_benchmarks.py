@@ -123,3 +123,9 @@ def test_collectives() -> None:
         own = [row for row in table if row[0] == str(count)]
         for row in own:
             assert float(row[4]) == pytest.approx(float(row[3]) / float(own[0][3]), rel=0.05, abs=0.06)
+
+
+def test_nonfinite() -> None:
+    table = rows(output_of("benchmarks.nonfinite", "--rounds", "1", "--numel", "1024"))
+    assert [row[0] for row in table[:2]] == ["zscore_grads_", "zscore_grads_, error_if_nonfinite"]
+    assert float(table[0][2]) == 1.0

@@ -50,6 +50,11 @@ class Shard(ABC):
         """Process groups over whose ranks statistics are summed, one after the other; none if what is here suffices."""
         return self._groups(over) if _has_deviation(self.shape, over) else ()
 
+    @property
+    def holders(self) -> tuple["ProcessGroup", ...]:
+        """Process groups over whose ranks the gradient is spread, however few elements it has."""
+        return self._groups("tensor")
+
     def entries(self, over: Over) -> int:
         """Number of statistics that the ranks of :meth:`groups` share."""
         return self._rows if over == "row" else 1

@@ -70,7 +70,7 @@ class _Table:
     def __init__(self, groups: tuple["ProcessGroup", ...], shards: Sequence[Shard], method: AffineMethod) -> None:
         self.groups = groups
         self._method = method
-        device = _reachable_device(shards[0].device, groups)
+        device = reachable_device(shards[0].device, groups)
         sizes = tuple((shard.count(method.over), shard.entries(method.over)) for shard in shards)
         self._count = _counts(sizes, device)
         dtype = torch.complex128 if any(shard.is_complex for shard in shards) else torch.float64
@@ -179,7 +179,7 @@ def _all_reduce_(vectors: dict[_Table, Tensor]) -> None:
                 member.copy_(reduced)
 
 
-def _reachable_device(device: torch.device, groups: tuple["ProcessGroup", ...]) -> torch.device:
+def reachable_device(device: torch.device, groups: tuple["ProcessGroup", ...]) -> torch.device:
     """The device, or another if the groups' backends cannot communicate from there (NCCL cannot from the CPU)."""
     for group in groups:
         types = [reachable.type for reachable in group._device_types]
