@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from lightning_znorm.cli import main
+from lightning_znorm.cli.errors import sentence
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DIGITS = CONFIGS / "digits/resnet20.yaml"
@@ -221,7 +222,17 @@ def test_no_checkpoint(checkpoint, command: str, how: str, message: str, capsys:
     assert said.startswith(f"error: spoiled.ckpt {message}")
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_checkpoint_of_a_newer_lightning_warns(checkpoint) -> None:
     spoiled(checkpoint, "newer")
     with pytest.warns(UserWarning, match=r"produced with Lightning v99.0.0, which is newer than your current"):
         main(["test", "--config", str(DIGITS), *CPU, "--ckpt_path", "spoiled.ckpt"])
+
+
+def test_what_the_system_says_of_a_file() -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        Path("gone").stat()
+    assert sentence(caught.value) is None  # for all it knows, this test is at fault
+    assert caught.value.__traceback__ is not None
+    caught.value.__traceback__ = caught.value.__traceback__.tb_next
+    assert sentence(caught.value) == "gone: No such file or directory"
