@@ -8,13 +8,14 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_znorm.gradients import Centralization, GradientMethod, ZScore, transform_places_
+from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.methods import describe
 from lightning_znorm.gradients.sources import optimizer_places, parameter_places
 
 __all__ = ["attach", "centralize_grads_", "transform_grads_", "zscore_grads_"]
 
 
-def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10) -> None:
+def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10, error_if_nonfinite: bool = False) -> None:
     r"""Replaces each parameter's gradient by its z-score over all its elements, in place (ZNorm).
 
     .. math:: z = \frac{g - \mu}{\sigma + \epsilon}
@@ -46,11 +47,15 @@ def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10) -> 
     Args:
         parameters: Parameters, of any shape, whose ``.grad`` is replaced; an iterable of them or a single one.
         eps: Added to the standard deviation.
+        error_if_nonfinite: Whether to raise if a gradient holds an inf or NaN afterwards, as
+            :func:`torch.nn.utils.clip_grad_norm_` does; costs a pass over the gradients and one wait for the device.
 
     Raises:
         ValueError: If ``eps`` is negative, infinite or NaN.
         UnsupportedGradientError: If a gradient is sparse, or sharded by DeepSpeed or the first version of FSDP, whose
             parts only the callbacks put together; no gradient has been changed then.
+        NonFiniteGradientError: If a gradient holds an inf or NaN and ``error_if_nonfinite`` is set; all have been
+            replaced then.
 
     Example:
         >>> import torch
@@ -62,10 +67,10 @@ def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10) -> 
         tensor([[-1., -1.],
                 [ 1.,  1.]])
     """
-    transform_grads_(parameters, ZScore(eps))
+    transform_grads_(parameters, ZScore(eps), error_if_nonfinite)
 
 
-def centralize_grads_(parameters: Tensor | Iterable[Tensor]) -> None:
+def centralize_grads_(parameters: Tensor | Iterable[Tensor], error_if_nonfinite: bool = False) -> None:
     """Subtracts from each gradient its mean over all dimensions but the first, in place (Gradient Centralization).
 
     Gradients with fewer than two dimensions stay as they are. So does that of an ``(out, 1)`` weight, whose rows are
@@ -84,10 +89,13 @@ def centralize_grads_(parameters: Tensor | Iterable[Tensor]) -> None:
 
     Args:
         parameters: Parameters, of any shape, whose ``.grad`` is replaced; an iterable of them or a single one.
+        error_if_nonfinite: See :func:`zscore_grads_`.
 
     Raises:
         UnsupportedGradientError: If a gradient is sparse, or sharded by DeepSpeed or the first version of FSDP, whose
             parts only the callbacks put together; no gradient has been changed then.
+        NonFiniteGradientError: If a gradient holds an inf or NaN and ``error_if_nonfinite`` is set; all have been
+            replaced then.
 
     Example:
         >>> import torch
@@ -99,22 +107,26 @@ def centralize_grads_(parameters: Tensor | Iterable[Tensor]) -> None:
         tensor([[-1.,  1.],
                 [ 0.,  0.]])
     """
-    transform_grads_(parameters, Centralization())
+    transform_grads_(parameters, Centralization(), error_if_nonfinite)
 
 
-def transform_grads_(parameters: Tensor | Iterable[Tensor], method: GradientMethod) -> None:
+def transform_grads_(
+    parameters: Tensor | Iterable[Tensor], method: GradientMethod, error_if_nonfinite: bool = False
+) -> None:
     """Replaces each parameter's gradient by what a method makes of it, in place.
 
     Args:
         parameters: Parameters, of any shape, whose ``.grad`` is replaced; an iterable of them or a single one.
         method: A :class:`~lightning_znorm.gradients.AffineMethod`, or a function from a gradient to its replacement of
             the same shape.
+        error_if_nonfinite: See :func:`zscore_grads_`.
 
     Raises:
         TypeError: If ``method`` is no method, or ``parameters`` are none.
         UnsupportedGradientError: If a gradient is sparse, or sharded in a way that :func:`zscore_grads_` does not
             support, or a sharded DTensor and the method a function, and then before any is changed; or if a function
             returns anything but a tensor of its argument's shape, when those before it have been replaced.
+        NonFiniteGradientError: As in :func:`zscore_grads_`.
 
     Example:
         >>> import torch
@@ -130,10 +142,15 @@ def transform_grads_(parameters: Tensor | Iterable[Tensor], method: GradientMeth
     if isinstance(parameters, Tensor):
         parameters = [parameters]
     named = ((f"parameter {index}", parameter) for index, parameter in enumerate(parameters))
-    transform_places_(parameter_places(named), method)
+    places = parameter_places(named)
+    transform_places_(places, method)
+    if error_if_nonfinite:
+        check_finite(places)
 
 
-def attach(optimizer: Optimizer, method: GradientMethod | None = None) -> RemovableHandle:
+def attach(
+    optimizer: Optimizer, method: GradientMethod | None = None, error_if_nonfinite: bool = False
+) -> RemovableHandle:
     """Makes an optimizer apply a gradient method before each of its steps, in a loop without Lightning.
 
     Right under automatic mixed precision too: where ``GradScaler.step`` leaves it to the optimizer to unscale the
@@ -147,6 +164,7 @@ def attach(optimizer: Optimizer, method: GradientMethod | None = None) -> Remova
         optimizer: Any optimizer but LBFGS; parameter groups that are added later take part. All its parameters do: to
             leave some alone, give them an optimizer of their own.
         method: The method; ``None`` is ZNorm, :class:`~lightning_znorm.gradients.ZScore` with its default ``eps``.
+        error_if_nonfinite: See :func:`zscore_grads_`. A step that a ``GradScaler`` is going to skip is no error.
 
     Returns:
         A handle whose ``remove()`` detaches the method.
@@ -156,6 +174,7 @@ def attach(optimizer: Optimizer, method: GradientMethod | None = None) -> Remova
         ValueError: If the optimizer is LBFGS, which steps with a closure only.
         RuntimeError: In a step that is called with a closure, which computes the gradients too late for the method.
         UnsupportedGradientError: In a step, as in :func:`transform_grads_`.
+        NonFiniteGradientError: In a step, before the update, as in :func:`zscore_grads_`.
 
     Example:
         >>> import torch
@@ -186,7 +205,12 @@ def attach(optimizer: Optimizer, method: GradientMethod | None = None) -> Remova
                 f"{type(optimizer).__name__}.step was called with a closure, which computes the gradients after the "
                 f"attached {name} has run: compute them before the step, and call it without a closure"
             )
-        transform_places_(optimizer_places(optimizer), method, _loss_scale(optimizer, kwargs))
+        places = optimizer_places(optimizer)
+        transform_places_(places, method, _loss_scale(optimizer, kwargs))
+        # An optimizer that takes the scaler itself looks for inf and NaN itself, and skips the step.
+        if error_if_nonfinite and kwargs.get("grad_scaler") is None:
+            found_inf = getattr(optimizer, "found_inf", None)  # what the scaler hands to fused optimizers
+            check_finite(places, () if found_inf is None else (found_inf,))
 
     return optimizer.register_step_pre_hook(transform)
 

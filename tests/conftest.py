@@ -13,6 +13,8 @@ THIRD_PARTY = (
     r"ignore:The '\w+_dataloader' does not have many workers",
     # LightningCLI's own calls.
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
+    # matplotlib 3.8 with pyparsing 3.3.
+    r"ignore:'\w+' deprecated - use '\w+':DeprecationWarning",
     # Of machines with a GPU: tests choose the CPU.
     r"ignore:GPU available but not used",
 )

@@ -144,3 +144,9 @@ def test_large_gradient() -> None:
     assert errors["bfloat16"] <= 2**-8
     assert errors["float16"] <= 2**-11
     assert 0 < errors["float32"] < 1e-5
+
+
+def test_nonfinite() -> None:
+    table = rows(output_of("benchmarks.nonfinite", "--rounds", "1", "--numel", "1024"))
+    assert [row[0] for row in table[:2]] == ["zscore_grads_", "zscore_grads_, error_if_nonfinite"]
+    assert float(table[0][2]) == 1.0

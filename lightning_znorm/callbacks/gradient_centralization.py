@@ -21,11 +21,13 @@ class GradientCentralizationCallback(GradientTransform):
         min_ndim: Least number of dimensions of a parameter; 4 restricts it to convolutions, as in the authors'
             ``gc_conv_only``.
         allow_untested_strategy: See :class:`GradientTransform`.
+        error_if_nonfinite: See :class:`GradientTransform`.
 
     Raises:
         MisconfigurationException: Before training, if the strategy is not supported.
         ValueError: Before training, if a pattern matches no parameter or nothing is chosen.
         UnsupportedGradientError: Before a step, if a gradient is sparse, or sharded in an unknown way.
+        NonFiniteGradientError: Before a step, if a gradient holds an inf or NaN and ``error_if_nonfinite`` is set.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -39,5 +41,6 @@ class GradientCentralizationCallback(GradientTransform):
         exclude: str | Sequence[str] = (),
         min_ndim: int = 0,
         allow_untested_strategy: bool = False,
+        error_if_nonfinite: bool = False,
     ) -> None:
-        super().__init__(Centralization(), include, exclude, min_ndim, allow_untested_strategy)
+        super().__init__(Centralization(), include, exclude, min_ndim, allow_untested_strategy, error_if_nonfinite)

@@ -1,6 +1,7 @@
 """The callback behind every gradient method: applies it to the stepping optimizer's gradients."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,9 +12,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_znorm.callbacks.gradient_callback import GradientCallback
+from lightning_znorm.callbacks.overlap import warn_of_overlap
 from lightning_znorm.callbacks.strategies import check_strategy
 from lightning_znorm.gradients import GradientMethod, transform_places_
-from lightning_znorm.gradients.amp import take_over_scale_
+from lightning_znorm.gradients.amp import found_inf, take_over_scale_
+from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.methods import describe
 from lightning_znorm.gradients.sources import GradientSource
 
@@ -25,9 +28,9 @@ class GradientTransform(GradientCallback):
     accumulation, and the precisions 32, 64, bf16 and 16, true and mixed: the method always sees the true, unscaled
     gradients, and a step that a ``GradScaler`` skips stays skipped.
 
-    Several of these callbacks compose in the order of the list, and what runs later in the step (the module's own
-    ``on_before_optimizer_step``, ``gradient_clip_val``) sees the transformed gradients. In manual optimization,
-    ``self.clip_gradients`` comes before the step: the method undoes it.
+    Several of these callbacks compose in the order of the list, with a warning if they share parameters, and what runs
+    later in the step (the module's own ``on_before_optimizer_step``, ``gradient_clip_val``) sees the transformed
+    gradients. In manual optimization, ``self.clip_gradients`` comes before the step: the method undoes it.
 
     A step with neither a backward pass nor a ``zero_grad`` since the last one (that of the extra epoch in which
     :class:`~lightning.pytorch.callbacks.StochasticWeightAveraging` updates batch normalization) would repeat gradients
@@ -51,6 +54,10 @@ class GradientTransform(GradientCallback):
         allow_untested_strategy: Whether to trust, with a warning, that a strategy that is none of Lightning's tested
             ones, such as a subclass, leaves gradients where the class of Lightning's that it derives from does; or, if
             it derives from none of them, in the ``grad`` of each parameter.
+        error_if_nonfinite: Whether to raise, before the update and on all processes, if a gradient that the optimizer
+            is about to use holds an inf or NaN after the method, also one that is left out (unless it is sparse). Costs
+            a pass over the gradients and one wait for the device at each step. A step that a ``GradScaler`` is going to
+            skip is no error. By default they pass, as in :func:`torch.nn.utils.clip_grad_norm_`.
 
     Raises:
         TypeError: If ``method`` is no method.
@@ -58,6 +65,7 @@ class GradientTransform(GradientCallback):
             is a function.
         ValueError: Before training, if a pattern matches no parameter or nothing is chosen.
         UnsupportedGradientError: Before a step, if a gradient is sparse, or sharded in an unknown way.
+        NonFiniteGradientError: Before a step, if a gradient holds an inf or NaN and ``error_if_nonfinite`` is set.
 
     Example:
         A method of one's own (root mean square normalization) for all weights but the last layer's:
@@ -83,9 +91,11 @@ class GradientTransform(GradientCallback):
         exclude: str | Sequence[str] = (),
         min_ndim: int = 0,
         allow_untested_strategy: bool = False,
+        error_if_nonfinite: bool = False,
     ) -> None:
         super().__init__(include, exclude, min_ndim, allow_untested_strategy)
         self.method = method
+        self.error_if_nonfinite = error_if_nonfinite
         self._description = describe(method)
 
     @property
@@ -112,6 +122,10 @@ class GradientTransform(GradientCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        assert self._source is not None
+        others: Any = takewhile(lambda callback: callback is not self, getattr(trainer, "callbacks", ()))
+        earlier = [(other._name, other._filter) for other in others if isinstance(other, GradientTransform)]
+        warn_of_overlap(self._name, self._filter, earlier, self._source.places())
         if trainer.gradient_clip_val:
             rank_zero_info(
                 f"{self._name}: gradient clipping (gradient_clip_val={trainer.gradient_clip_val}) follows and bounds "
@@ -140,3 +154,7 @@ class GradientTransform(GradientCallback):
                 place.drop()
             return
         transform_places_(places, self.method, loss_scale)
+        # Where the optimizer divides by a scale itself, it also looks for inf and NaN itself, and skips the step.
+        if self.error_if_nonfinite and loss_scale is None:
+            own_scaler = getattr(trainer.precision_plugin, "scaler", None)
+            check_finite(source.places_of(optimizer), found_inf(own_scaler, optimizer), trainer.global_step)

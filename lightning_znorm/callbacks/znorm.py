@@ -34,11 +34,13 @@ class ZNormCallback(GradientTransform):
         exclude: Pattern or patterns whose matches are left alone.
         min_ndim: Least number of dimensions of a parameter; 2 leaves biases and normalization scales alone.
         allow_untested_strategy: See :class:`GradientTransform`.
+        error_if_nonfinite: See :class:`GradientTransform`.
 
     Raises:
         ValueError: If ``eps`` is negative, infinite or NaN, and as :class:`GradientTransform` does.
         MisconfigurationException: Before training, if the strategy is not supported.
         UnsupportedGradientError: Before a step, if a gradient is sparse, or sharded in an unknown way.
+        NonFiniteGradientError: Before a step, if a gradient holds an inf or NaN and ``error_if_nonfinite`` is set.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -53,5 +55,6 @@ class ZNormCallback(GradientTransform):
         exclude: str | Sequence[str] = (),
         min_ndim: int = 0,
         allow_untested_strategy: bool = False,
+        error_if_nonfinite: bool = False,
     ) -> None:
-        super().__init__(ZScore(eps), include, exclude, min_ndim, allow_untested_strategy)
+        super().__init__(ZScore(eps), include, exclude, min_ndim, allow_untested_strategy, error_if_nonfinite)

@@ -58,10 +58,25 @@ def read_config(name: str) -> ConfigFile:
     path = _find(name)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{name} is not valid YAML{line}: {error.problem}") from error
     except yaml.YAMLError as error:
+        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not text in UTF-8: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+    except (RecursionError, ValueError, TypeError) as error:  # PyYAML's, of a date that is none, say
         raise ValueError(f"{name} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name} holds no settings: write `key: value` lines into it (`trainer: {{}}` for none).")
+    try:
+        _check_keys(name, content)
+    except RecursionError:
+        raise ValueError(f"{name} holds settings within themselves, or nested too deeply.") from None
+    if not isinstance(content.get("trainer", {}), dict):
+        raise ValueError(f"{name} has trainer: {content['trainer']!r}, and `key: value` lines are expected there.")
     return ConfigFile(name, path, flatten(content))
 
 
@@ -80,6 +95,17 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             settings[f"{prefix}{key}"] = value
     return settings
+
+
+def _check_keys(name: str, value: Any) -> None:
+    """Refuse keys that are no text, which YAML allows, throughout."""
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"{name} has the key {key!r}, and settings have names: see that it is spelt right.")
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_keys(name, inner)
 
 
 def _find(name: str) -> Path:

@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,9 +17,11 @@ from typing_extensions import override
 import lightning_znorm.data
 import lightning_znorm.tasks  # noqa: F401
 from lightning_znorm.callbacks import GradientTransform
+from lightning_znorm.cli.checkpoint import check_checkpoint
 from lightning_znorm.cli.config_files import ConfigFile
 from lightning_znorm.cli.config_order import check_callbacks
 from lightning_znorm.cli.last_checkpoint import last_checkpoint
+from lightning_znorm.cli.parse_errors import explained
 from lightning_znorm.cli.resumed import changed_data, check_resumed, overridden
 
 _PROGRAM = "python -m lightning_znorm"
@@ -33,6 +35,17 @@ class SaveConfig(SaveConfigCallback):
         """Save, before the first step."""
         if trainer.loggers:
             super().setup(trainer, pl_module, stage)
+
+
+class Parser(LightningArgumentParser):
+    """Says in one sentence what is wrong with the settings."""
+
+    files: Sequence[ConfigFile] = ()
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End the program, unless a parser around this one makes something else of the error."""
+        super().error(explained(message, self.files) if self.exit_on_error else message, ex)
 
 
 class RunCLI(LightningCLI):
@@ -49,6 +62,7 @@ class RunCLI(LightningCLI):
         usages = {name: f"{_PROGRAM} {name} [--config FILE ...] [--KEY VALUE ...]" for name in self.subcommands()}
         super().__init__(
             args=[*args[:1], *_flags(str(file.path) for file in files), *args[1:]],
+            parser_class=Parser,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"prog": _PROGRAM, **{name: {"usage": usage} for name, usage in usages.items()}},
@@ -65,6 +79,14 @@ class RunCLI(LightningCLI):
         parser.add_instantiator(_undrawn, Callback)  # they are made before the model
 
     @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make the parser, or that of one command."""
+        parser = super().init_parser(**kwargs)
+        assert isinstance(parser, Parser)
+        parser.files = self.files
+        return parser
+
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and see that no gradient method was lost on the way."""
         assert isinstance(args, list)
@@ -75,6 +97,8 @@ class RunCLI(LightningCLI):
             [callback.as_dict() for callback in (callbacks if isinstance(callbacks, list) else [callbacks])],
             {method.__name__ for method in _subclasses(GradientTransform)},
         )
+        if checkpoint := self.config[self.config.subcommand].ckpt_path:
+            check_checkpoint(checkpoint)
 
     @override
     def _parse_ckpt_path(self) -> None:

@@ -29,9 +29,19 @@ class ArrayFile:
     shape: tuple[int, ...]
 
     def map(self) -> tuple[NDArray[np.uint8], mmap.mmap]:
-        """Return the array, read from the file when it is looked at and kept by the system alone, and its mapping."""
-        with self.path.open("rb") as file:
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        """Return the array, read from the file when it is looked at and kept by the system alone, and its mapping.
+
+        Raises:
+            OSError: If the file is not there any more, or not as it was.
+        """
+        try:
+            size = self.path.stat().st_size
+            with self.path.open("rb") as file:
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else None
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be read any more ({error.strerror}): put it back.") from error
+        if mapping is None or size < self.offset + prod(self.shape):
+            raise OSError(f"{self.path} has become shorter since it was opened: put it back as it was.")
         return np.frombuffer(mapping, np.uint8, prod(self.shape), self.offset).reshape(self.shape), mapping
 
 
@@ -72,7 +82,8 @@ def cached_array(
         state = source.stat()
         key.update(f"{source}\0{state.st_size}\0{state.st_mtime_ns}\0".encode(errors="surrogateescape"))
     array_file = ArrayFile(folder / f"{name}-{key.hexdigest()[:16]}.u8", 0, shape)
-    if not array_file.path.is_file():
+    # A machine that went down may have left it incomplete.
+    if not array_file.path.is_file() or array_file.path.stat().st_size != prod(shape):
         rank_zero_info(f"Decoding into {array_file.path} ({prod(shape) / 2**30:.1f} GiB), once for all runs.")
         _make(array_file, fill)
     return array_file
@@ -80,8 +91,11 @@ def cached_array(
 
 def _make(array_file: ArrayFile, fill: Callable[[NDArray[np.uint8]], None]) -> None:
     folder = array_file.path.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(".part", array_file.path.name, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, part = tempfile.mkstemp(".part", array_file.path.name, folder)
+    except OSError as error:
+        raise OSError(f"{folder} takes no files ({error.strerror}): let cache_dir name a folder that does.") from error
     try:
         with os.fdopen(descriptor, "r+b") as file:
             _reserve(file.fileno(), prod(array_file.shape), folder)

@@ -169,10 +169,20 @@ class ImageDataModule(LightningDataModule, ABC):
 
 
 def stratified_indices(labels: Labels, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Draw ``fraction`` of the indices, the same share of every class; return those that are left, and the drawn."""
+    """Draw ``fraction`` of the indices, the same share of every class; return those that are left, and the drawn.
+
+    Raises:
+        ValueError: If there are too few images.
+    """
     from sklearn.model_selection import train_test_split
 
-    rest, taken = train_test_split(np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=seed)
+    try:
+        rest, taken = train_test_split(np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=seed)
+    except ValueError as error:
+        raise ValueError(
+            f"{len(labels)} images of {len(np.unique(labels))} classes cannot be split so that a share of {fraction} "
+            "and what is left both hold images of every class: add images, or change the share."
+        ) from error
     return rest, taken
 
 

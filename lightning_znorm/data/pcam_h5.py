@@ -102,14 +102,20 @@ def _dataset(path: Path, name: str) -> Iterator[Any]:
     with _reading(path):
         file = h5py.File(path)
     with file:
-        if not isinstance(file.get(name), h5py.Dataset):
-            raise ValueError(f"{path} holds no data set {name!r}, but {sorted(file)}: {ADVICE}.")
-        yield file[name]
+        with _reading(path):
+            found = file.get(name)
+            names = sorted(file)
+        if not isinstance(found, h5py.Dataset):
+            raise ValueError(f"{path} holds no data set {name!r}, but {names}: {ADVICE}.")
+        with _reading(path):
+            # All that is asked of it later: a damaged head shows here.
+            found.shape, found.dtype, found.chunks, found.id.get_offset()
+        yield found
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError) as error:  # whichever h5py takes
+    except Exception as error:  # h5py takes whichever fits the part of the file that is damaged
         raise RuntimeError(f"{path} cannot be read ({error}): it is damaged or half downloaded; {ADVICE}.") from error

@@ -58,8 +58,12 @@ def read_kaggle(folder: Path, cache: Path) -> tuple[ArrayFile, Labels]:
 def _labels(path: Path) -> tuple[dict[str, int], list[str]]:
     labels: dict[str, int] = {}
     faults = []
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): unpack it again.") from error
+    rows = csv.DictReader(lines, strict=True)
+    try:
         if not {"id", "label"} <= set(rows.fieldnames or ()):
             raise ValueError(f"{path} begins with {rows.fieldnames}, and its columns must be id and label.")
         for row in rows:
@@ -70,6 +74,8 @@ def _labels(path: Path) -> tuple[dict[str, int], list[str]]:
                 faults.append(f"{path}: line {rows.line_num} names {name} again")
             else:
                 labels[name] = int(label)
+    except csv.Error as error:
+        raise ValueError(f"{path} cannot be read, for its line {rows.line_num} is no CSV ({error}).") from error
     if not labels and not faults:
         faults.append(f"{path}: holds no labels")
     return labels, faults

@@ -1,6 +1,6 @@
 """Where gradients live, and the methods and kernels that rewrite them. Needs torch alone."""
 
-from lightning_znorm.gradients.errors import UnsupportedGradientError
+from lightning_znorm.gradients.errors import NonFiniteGradientError, UnsupportedGradientError
 from lightning_znorm.gradients.methods import SING, AffineMethod, Centralization, GradientMethod, ZScore
 from lightning_znorm.gradients.statistics import Statistics
 from lightning_znorm.gradients.transform import transform_places_
@@ -10,6 +10,7 @@ __all__ = [
     "AffineMethod",
     "Centralization",
     "GradientMethod",
+    "NonFiniteGradientError",
     "Statistics",
     "UnsupportedGradientError",
     "ZScore",

@@ -18,6 +18,13 @@ def unscales_in_step(optimizer: Optimizer) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
+def found_inf(scaler: GradScaler | None, optimizer: Optimizer) -> list[Tensor]:
+    """What ``scaler.unscale_`` has found in the gradients of an optimizer: a scalar of each device, zero for no inf."""
+    if scaler is None or not scaler.is_enabled():
+        return []
+    return list(scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values())
+
+
 def take_over_scale_(scaler: GradScaler, optimizer: Optimizer) -> Tensor | None:
     """Prepares the gradients of an optimizer that unscales in its step for a method, which needs the true ones.
 

@@ -60,6 +60,11 @@ class Shard(ABC):
         """Whether the whole gradient has rows of several elements."""
         return _has_deviation(self.shape, "row")
 
+    @property
+    def holders(self) -> tuple["ProcessGroup", ...]:
+        """Process groups over whose ranks the gradient is spread, however few elements it has."""
+        return self._groups("tensor")
+
     def entries(self, over: Over) -> int:
         """Number of statistics that the ranks of :meth:`groups` share."""
         return self._rows if over == "row" else 1

@@ -113,8 +113,21 @@ class ClassificationTask(Task):
 
     @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
-        loss, _ = self._loss_and_logits(batch, batch_idx)
+        """Return the loss of a batch.
+
+        Raises:
+            ValueError: If batch normalization meets a batch of one image where its size is down to 1x1.
+        """
+        try:
+            loss, _ = self._loss_and_logits(batch, batch_idx)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                f"Batch {batch_idx} holds one image, and batch normalization needs two values of each channel, where "
+                f"{type(self.model).__name__} has made them 1x1: choose a batch_size that is not 1, and of which no "
+                "single image is left over at the end of an epoch."
+            ) from error
         self.log_loss("train/loss", loss, len(batch[1]))
         return loss
 

@@ -1,6 +1,7 @@
 """What the callback says, when, and how often."""
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -174,4 +175,24 @@ def test_manual_optimization_of_one_of_two_optimizers_is_silent(fit, warned) -> 
     net = network()
     module = ManualTraining(script, net=net, optimizer=lambda _: [SGD(layer.parameters(), LR) for layer in net[::2]])
     fit(module, batches(2), ZNormCallback())
+    assert warned() == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (ZNormCallback(), GradientCentralizationCallback(), "GradientCentralizationCallback transforms what ZNorm.*"),
+        (GradientCentralizationCallback(), ZNormCallback(), "ZNormCallback transforms what GradientCentr.*"),
+        (ZNormCallback(), ZNormCallback(1e-3, include="*weight"), "first.weight and 1 more"),
+        (ZNormCallback(include="*bias"), ZNormCallback(exclude="*weight"), "first.bias: the result is neither"),
+    ],
+)
+def test_two_methods_for_the_same_parameters_warn_once(fit, warned, first, second, message: str) -> None:
+    fit(Training(), batches(2), first, second, max_epochs=2)
+    (warning,) = warned()
+    assert re.search(message, warning)
+
+
+def test_two_methods_for_different_parameters_are_silent(fit, warned) -> None:
+    fit(Training(), batches(2), ZNormCallback(include="*bias"), GradientCentralizationCallback(exclude="*bias"))
     assert warned() == []

@@ -142,7 +142,7 @@ class _Table:
         self.groups = groups
         self.m2_groups = groups if pooled_over is None else pooled_over
         self._needs_std, self._read_only = needs_std, read_only
-        device = _reachable_device(shards[0].device, self.m2_groups)
+        device = reachable_device(shards[0].device, self.m2_groups)
         sizes = tuple((shard.count(over), shard.entries(over)) for shard in shards)
         self._count = _counts(sizes, device)
         wide = self._count.dtype
@@ -272,7 +272,7 @@ def _all_reduce_(vectors: Sequence[tuple[tuple["ProcessGroup", ...], Tensor]]) -
                 member.copy_(reduced)
 
 
-def _reachable_device(device: torch.device, groups: tuple["ProcessGroup", ...]) -> torch.device:
+def reachable_device(device: torch.device, groups: tuple["ProcessGroup", ...]) -> torch.device:
     """The device, or another if the groups' backends cannot communicate from there (NCCL cannot from the CPU)."""
     for group in groups:
         types = [reachable.type for reachable in group._device_types]
