@@ -20,6 +20,7 @@ class SINGCallback(GradientTransform):
         exclude: Pattern or patterns whose matches are left alone.
         min_ndim: Least number of dimensions of a parameter; 2 leaves biases and normalization scales alone.
         allow_untested_strategy: See :class:`GradientTransform`.
+        error_if_nonfinite: See :class:`GradientTransform`.
 
     Raises:
         ValueError: If ``eps`` is negative, infinite or NaN, and as :class:`GradientTransform` does.
@@ -39,5 +40,6 @@ class SINGCallback(GradientTransform):
         exclude: str | Sequence[str] = (),
         min_ndim: int = 0,
         allow_untested_strategy: bool = False,
+        error_if_nonfinite: bool = False,
     ) -> None:
-        super().__init__(SING(eps), include, exclude, min_ndim, allow_untested_strategy)
+        super().__init__(SING(eps), include, exclude, min_ndim, allow_untested_strategy, error_if_nonfinite)
