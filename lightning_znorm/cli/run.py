@@ -1,5 +1,6 @@
 """What a command does, once its config files are found to be in order."""
 
+import os
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import lightning_znorm.tasks  # noqa: F401
 from lightning_znorm.callbacks import GradientTransform
 from lightning_znorm.cli.config_files import ConfigFile
 from lightning_znorm.cli.config_order import check_callbacks, check_resumed
+from lightning_znorm.cli.processes import check_processes
 
 _PROGRAM = "python -m lightning_znorm"
 
@@ -84,7 +86,8 @@ class RunCLI(LightningCLI):
 
     @override
     def after_instantiate_classes(self) -> None:
-        """Say so if a model that was never trained is to be evaluated."""
+        """Refuse to leave processes on their own, and say so if a model that was never trained is to be evaluated."""
+        check_processes(os.environ, self.trainer.world_size)
         if self.subcommand != "fit" and not self.config[self.subcommand].ckpt_path:
             rank_zero_warn(f"{self.subcommand} without --ckpt_path uses the weights that the model starts with.")
 
