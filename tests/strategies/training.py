@@ -514,7 +514,8 @@ def alone(device: str, *names: str) -> dict[str, Scenario]:
     return {f"{device}-{name}": replace(SCENARIOS[name], device=device, processes=1, shares=1) for name in names}
 
 
-# FSDP1 does not shard what is a single process', and then fails to accumulate gradients of another type than weights.
+# FSDP1 does not shard what is a single process'. PyTorch then fails to accumulate gradients of another type than that
+# of the weights, and gives those of weights that are channels-last in a wrong order.
 ON_CUDA = alone(
     "cuda",
     *(
@@ -522,7 +523,7 @@ ON_CUDA = alone(
         for name, own in SCENARIOS.items()
         if own.processes <= 2
         and not name.startswith("checkpoint")
-        and not (own.kind == "FSDP" and own.computes_in is not None and own.accumulate > 1)
+        and not (own.kind == "FSDP" and (own.channels_last or (own.computes_in is not None and own.accumulate > 1)))
     ),
 )
 # Which needs a GPU to be moved from.
