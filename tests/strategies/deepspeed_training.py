@@ -36,8 +36,8 @@ class Scenario:
 
     stage: int = 2
     precision: str = "32-true"
-    device: str = "cpu"
     accumulate: int = 1
+    device: str = "cpu"
     zero: dict[str, Any] = field(default_factory=dict)
     """Of the section ``zero_optimization``."""
     config: dict[str, Any] = field(default_factory=dict)
