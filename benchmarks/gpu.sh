@@ -2,7 +2,8 @@
 # Runs all that there is to run on a machine with a CUDA device, and writes what it prints to the folder $OUT:
 #     OUT=benchmarks/results/<device> bash benchmarks/gpu.sh
 # Needs torch, torchvision, timm, lightning, pytest and hypothesis, and at most ten minutes. What fails does not keep the
-# rest from running.
+# rest from running. With the argument `strategies`, it trains under each strategy instead, DeepSpeed's too where it is
+# installed, in at most seven minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:?the folder to write to}"
@@ -26,7 +27,12 @@ run() {
 limit=20 run device nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv
 limit=30 run versions "$python" -c "import platform, torch, triton; print(platform.python_version(), torch.__version__, triton.__version__, torch.cuda.get_device_properties(0))"
 # Not by the project's settings: plugins of pytest that they name may be missing.
-limit=150 run tests "$python" -m pytest -c /dev/null --rootdir . -p no:cacheprovider -q -m gpu --durations=10 tests/gradients/test_cuda.py
+pytest=("$python" -m pytest -c /dev/null --rootdir . -p no:cacheprovider -q -m gpu --durations=10)
+if [ "${1:-}" = strategies ]; then
+    limit=370 run strategies "${pytest[@]}" tests/strategies/test_cuda.py
+    exit $status
+fi
+limit=150 run tests "${pytest[@]}" tests/gradients/test_cuda.py
 limit=100 run kernels "$python" -m benchmarks.kernels --device cuda --rounds 30
 limit=50 run kernels-bf16 "$python" -m benchmarks.kernels --device cuda --dtype bfloat16 --rounds 30 --models ViT-B/16 "transformer, 1 G"
 limit=240 run training_step "$python" -m benchmarks.training_step

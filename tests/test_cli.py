@@ -519,6 +519,43 @@ class TestErrors:
     def test_one_sentence(self, args, message):
         assert refusal("fit", *args).startswith(f"error: {message}")
 
+    @pytest.mark.parametrize(
+        ("environment", "message"),
+        [
+            (
+                {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"},
+                r"torchrun has started 2 processes \(WORLD_SIZE\), but the Trainer works with 1, so that each would "
+                r"train by itself .*--trainer\.num_nodes 2 --trainer\.devices 1,",
+            ),
+            ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, r"--trainer\.num_nodes 2 --trainer\.devices 8,"),
+            (
+                {"SLURM_STEP_NUM_TASKS": "6", "SLURM_NTASKS_PER_NODE": "2"},
+                r"srun has started 6 processes \(SLURM_STEP_NUM_TASKS\).*--trainer\.num_nodes 3 --trainer\.devices 2,",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("command", ["fit", "test"])
+    def test_processes_that_would_be_on_their_own(self, command, environment, message, monkeypatch, folder):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert re.search(message, refusal(command, *configs(DIGITS, ZNORM), *SHORT))
+        assert not list(folder.iterdir())
+
+    @pytest.mark.parametrize(
+        "environment",
+        [
+            {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
+            # A batch script that runs without srun, as for an evaluation, sees how many tasks the job could start.
+            {"SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8", "SLURM_NNODES": "2", "SLURM_PROCID": "0"}
+            | {"SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
+        ],
+        ids=["torchrun", "SLURM"],
+    )
+    def test_process_that_is_alone(self, environment, monkeypatch):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        main(["fit", *configs(DIGITS, ZNORM), *SHORT])
+
     def test_status_and_stderr(self):
         done = subprocess.run(
             [sys.executable, "-m", "lightning_znorm", "fit", *configs("configs/cifar10/resnet56.yaml")],

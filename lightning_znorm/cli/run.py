@@ -1,5 +1,6 @@
 """What a command does, once its config files are found to be in order."""
 
+import os
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from lightning_znorm.cli.config_files import ConfigFile
 from lightning_znorm.cli.config_order import check_callbacks
 from lightning_znorm.cli.last_checkpoint import last_checkpoint
 from lightning_znorm.cli.parse_errors import explained
+from lightning_znorm.cli.processes import check_processes
 from lightning_znorm.cli.resumed import changed_data, check_resumed, overridden
 
 _PROGRAM = "python -m lightning_znorm"
@@ -125,7 +127,8 @@ class RunCLI(LightningCLI):
 
     @override
     def after_instantiate_classes(self) -> None:
-        """Say so if a model that was never trained is to be evaluated."""
+        """Refuse to leave processes on their own, and say so if a model that was never trained is to be evaluated."""
+        check_processes(os.environ, self.trainer.world_size)
         if self.subcommand != "fit" and not self.config[self.subcommand].ckpt_path:
             rank_zero_warn(f"{self.subcommand} without --ckpt_path uses the weights that the model starts with.")
 

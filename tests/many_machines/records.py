@@ -21,6 +21,14 @@ def weights(folder: Path, rank: int) -> dict[str, Tensor]:
     return torch.load(folder / f"{rank}.pt", weights_only=True)
 
 
+def check_hosts(folder: Path, environment: str, main_address: str) -> None:
+    """Each process was alone on its host, and both trained together."""
+    for rank in range(2):
+        seen = facts(folder, rank)
+        assert (seen["environment"], seen["world_size"], seen["node"]) == (environment, 2, rank)
+        assert seen["main_address"] == main_address
+
+
 def check_same_weights(folder: Path, reference: Path | None = None) -> None:
     """Both processes have the same weights, to the bit, and those of another run, to rounding."""
     first, second = weights(folder, 0), weights(folder, 1)

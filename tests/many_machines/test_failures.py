@@ -12,7 +12,7 @@ import torch
 
 from tests.many_machines.documented import free_port, one_machine, timeout_flags, torchrun, witnessed
 from tests.many_machines.programs import Programs
-from tests.many_machines.records import WITNESS, check_same_weights, facts
+from tests.many_machines.records import WITNESS, check_hosts, check_same_weights, facts
 
 LOST = re.compile(r"RuntimeError: .*Connection (reset|closed) by peer")
 
@@ -44,9 +44,12 @@ def test_killed_and_resumed(tmp_path: Path, reference: Path) -> None:
         output = programs.end(timeout=120)
     assert programs.returncodes == [0, 0], output
     assert "Restored all states from the checkpoint" in output
+    assert "All distributed processes registered. Starting with 2 processes" in output
+    check_hosts(tmp_path, "TorchElasticEnvironment", "127.0.0.1")
     assert facts(tmp_path, 0)["epoch"] == facts(tmp_path, 1)["epoch"] == 1
     check_same_weights(tmp_path, reference)
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2 * saved["global_step"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     # What the document warns of.
     with (run / "metrics.csv").open() as file:
         assert {row["epoch"] for row in csv.DictReader(file)} == {"1"}

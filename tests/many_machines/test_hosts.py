@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.data.jpegs import write_image_folder
-from tests.many_machines.documented import SBATCH, free_port, torchrun, witnessed
+from tests.many_machines.documented import SBATCH, free_port, torchrun, with_values, witnessed
 from tests.many_machines.namespaces import ADDRESSES, INTERFACE, two_hosts
 from tests.many_machines.programs import Programs
-from tests.many_machines.records import WITNESS, check_same_weights, facts
+from tests.many_machines.records import WITNESS, check_hosts, check_same_weights
 
 
 def run(commands: Sequence[Sequence[str]], environment: Mapping[str, str], cwd: Path) -> str:
@@ -22,13 +22,6 @@ def run(commands: Sequence[Sequence[str]], environment: Mapping[str, str], cwd: 
     assert programs.returncodes == [0] * len(commands), output
     assert "All distributed processes registered. Starting with 2 processes" in output
     return output
-
-
-def check_hosts(folder: Path, environment: str, main_address: str) -> None:
-    for rank in range(2):
-        seen = facts(folder, rank)
-        assert (seen["environment"], seen["world_size"], seen["node"]) == (environment, 2, rank)
-        assert seen["main_address"] == main_address
 
 
 def test_two_network_namespaces(tmp_path: Path, reference: Path) -> None:
@@ -43,15 +36,17 @@ def test_two_network_namespaces(tmp_path: Path, reference: Path) -> None:
     check_same_weights(tmp_path, reference)
 
 
-def test_two_torchruns(tmp_path: Path, reference: Path) -> None:
-    port = free_port()
-    run([torchrun(node, "127.0.0.1", port, witnessed(tmp_path)) for node in range(2)], WITNESS, tmp_path)
-    check_hosts(tmp_path, "TorchElasticEnvironment", "127.0.0.1")
-    check_same_weights(tmp_path, reference)
-    assert sorted(path.name for path in (tmp_path / "logs/digits-resnet20/first/checkpoints").iterdir()) == [
-        "best.ckpt",
-        "last.ckpt",
-    ]
+def test_number_of_machines_forgotten(tmp_path: Path) -> None:
+    """Lightning would let each of two processes train by itself: here on one machine, where they start sooner."""
+    command = torchrun(0, "127.0.0.1", free_port(), [])
+    command = with_values(command, {"--nnodes": 1, "--nproc_per_node": 2})
+    at = command.index("--trainer.num_nodes")
+    del command[at : at + 2]
+    with Programs([command], [{}], tmp_path) as programs:
+        output = programs.end(timeout=120)
+    assert programs.returncodes == [1]
+    assert "error: torchrun has started 2 processes (WORLD_SIZE), but the Trainer works with 1" in output
+    assert not list(tmp_path.iterdir())
 
 
 def test_slurm(tmp_path: Path) -> None:

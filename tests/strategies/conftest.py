@@ -26,15 +26,15 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launch(directory, 2, *(f"{name}-without_callback" for name in WITHOUT_CALLBACK))
 
 
-# Some of these go on from checkpoints of two processes.
+# Some go on from checkpoints of more processes, or of fewer.
 @pytest.fixture(scope="session")
 def four_processes(two_processes: Path) -> Path:
     return launch(two_processes, 4)
 
 
 @pytest.fixture(scope="session")
-def one_process(two_processes: Path) -> Path:
-    return launch(two_processes, 1)
+def one_process(four_processes: Path) -> Path:
+    return launch(four_processes, 1)
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Scenario:
     stage: int = 2
     precision: str = "32-true"
     accumulate: int = 1
+    device: str = "cpu"
     zero: dict[str, Any] = field(default_factory=dict)
     """Of the section ``zero_optimization``."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -80,21 +81,23 @@ SCENARIOS = {
     "centralize_bf16_in_fp32": Scenario(1, "bf16-true", config=FP32, centralize=True),
     **{f"clip_stage_{stage}": Scenario(stage, clip=0.5) for stage in range(4)},
     "clip_bf16_in_fp32": Scenario(1, "bf16-true", config=FP32, clip=0.5),
-    **{
-        f"{clip}offload_stage_{stage}": Scenario(stage, accumulate=2, offload=True, clip=0.5 if clip else None)
-        for clip in ("", "clip_")
-        for stage in (1, 2, 3)
-    },
+    **{f"clip_offload_stage_{stage}": Scenario(stage, accumulate=2, offload=True, clip=0.5) for stage in (1, 2, 3)},
+    "offload_stage_2": Scenario(2, offload=True),
+    # To DeepSpeed the same as true half precision, but for the weights that it starts with.
+    "bf16_mixed_stage_0": Scenario(0, "bf16-mixed"),
+    "bf16_mixed_stage_2": Scenario(2, "bf16-mixed"),
+    "fp16_mixed_stage_1": Scenario(1, "16-mixed", config=FP16, overflowing_batch=1),
+    "fp16_mixed_stage_3": Scenario(3, "16-mixed", config=FP16, overflowing_batch=1),
     "offload_bf16_stage_2": Scenario(2, "bf16-true", offload=True),
     "offload_bf16_stage_3": Scenario(3, "bf16-true", offload=True),
     "offload_parameters": Scenario(
         3, offload=True, zero={"offload_param": {"device": "cpu"}, "stage3_param_persistence_threshold": 0}
     ),
-    **{f"filter_stage_{stage}": Scenario(stage, options={"min_ndim": 2, "exclude": "*head*"}) for stage in range(4)},
+    **{f"filter_stage_{stage}": Scenario(stage, options={"min_ndim": 2, "exclude": "*head*"}) for stage in (0, 2, 3)},
     **{f"two_groups_stage_{stage}": Scenario(stage, two_groups=True) for stage in range(4)},
     "two_groups_bf16_in_fp32": Scenario(1, "bf16-true", config=FP32, two_groups=True),
-    **{f"fused_stage_{stage}": Scenario(stage, fused=True) for stage in range(4)},
-    **{f"manual_stage_{stage}": Scenario(stage, manual=True) for stage in range(4)},
+    **{f"fused_stage_{stage}": Scenario(stage, fused=True) for stage in (0, 2, 3)},
+    **{f"manual_stage_{stage}": Scenario(stage, manual=True) for stage in (0, 2, 3)},
     **{f"round_robin_stage_{stage}": Scenario(stage, zero={"round_robin_gradients": True}) for stage in (1, 2)},
     "overlap_stage_2": Scenario(2, zero={"overlap_comm": True}, accumulate=2),
     "overlap_stage_3": Scenario(3, zero={"overlap_comm": True}, accumulate=2),
@@ -126,11 +129,15 @@ SCENARIOS = {
         for stage in (1, 2, 3)
     },
 }
+MATRIX = [name for name in SCENARIOS if name.startswith(("32_", "bf16_", "fp16_", "offload_", "clip_", "fused_"))]
+"""A precision with a stage, and what a GPU could change about it."""
+ON_CUDA = {f"cuda_{name}": replace(SCENARIOS[name], device="cuda") for name in MATRIX}
+ALONE = ["32_stage_2_accumulate_1", "bf16_stage_1_accumulate_4", "clip_offload_stage_3", "fp16_stage_3"]
+"""Run by one process too, as those on a GPU are."""
 UNEVEN = [
     *(f"{precision}_stage_{stage}_accumulate_4" for precision in ("32", "bf16_in_fp32") for stage in (1, 2, 3)),
     *(f"centralize_stage_{stage}" for stage in (1, 2, 3)),
-    *(f"clip_stage_{stage}" for stage in (1, 2, 3)),
-    *(f"offload_stage_{stage}" for stage in (1, 2, 3)),
+    *(f"clip_offload_stage_{stage}" for stage in (1, 2, 3)),
     *(f"fp16_stage_{stage}" for stage in (1, 2, 3)),
 ]
 """Run by three processes too."""
@@ -217,7 +224,9 @@ class Training(LightningModule):
         self.scales: list[float] = []
 
     def training_step(self, number: Tensor) -> Tensor:
-        inputs, labels = batch_of(int(number), self.global_rank)
+        inputs, labels = (
+            tensor.to(self.trainer.strategy.root_device) for tensor in batch_of(int(number), self.global_rank)
+        )
         dtype = next(self.parameters()).dtype
         self.network.head.overflows = (
             int(number) == self.scenario.overflowing_batch and self.global_rank == self.trainer.world_size - 1
@@ -263,12 +272,12 @@ class Training(LightningModule):
         weights, rounded = {}, {}
         for name, param in self.network.named_parameters():
             with zero.GatheredParameters([param], enabled=hasattr(param, "ds_id")):
-                rounded[name] = param.detach().clone()
+                rounded[name] = param.detach().cpu().clone()
             if not param.requires_grad or param.dtype == torch.float32:
                 weights[name] = rounded[name]
             else:
                 copy = of_copies[param] if param in of_copies else safe_get_full_fp32_param(param)
-                weights[name] = copy.detach().clone().view(rounded[name].shape)
+                weights[name] = copy.detach().cpu().clone().view(rounded[name].shape)
         self.weights.append(weights)
         self.rounded.append(rounded)
         self.scales.append(float(getattr(optimizer, "loss_scale", 1.0)))
@@ -289,7 +298,7 @@ class BeforeTheCallback(Callback):
         from deepspeed.utils import safe_get_full_grad
 
         named = {name: param for name, param in pl_module.network.named_parameters() if param.requires_grad}
-        self.grads.append({name: safe_get_full_grad(param).clone() for name, param in named.items()})
+        self.grads.append({name: safe_get_full_grad(param).cpu().clone() for name, param in named.items()})
 
 
 class CountingCollectives:
@@ -349,12 +358,13 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
         return engine, deepspeed_optimizer
 
 
-def strategy_of(scenario: Scenario) -> CPUDeepSpeedStrategy:
-    strategy = CPUDeepSpeedStrategy(
+def strategy_of(scenario: Scenario) -> DeepSpeedStrategy:
+    on_cpu = scenario.device == "cpu"
+    strategy = (CPUDeepSpeedStrategy if on_cpu else DeepSpeedStrategy)(
         stage=scenario.stage,
         offload_optimizer=scenario.offload,
         overlap_comm=False,
-        process_group_backend="gloo",
+        process_group_backend="gloo" if on_cpu else None,
     )
     strategy.config["zero_optimization"].update(scenario.zero)
     # The optimizer of the tests is plain SGD, of which DeepSpeed has no version of its own.
@@ -365,12 +375,12 @@ def strategy_of(scenario: Scenario) -> CPUDeepSpeedStrategy:
 
 
 def trainer_of(scenario: Scenario, processes: int, *callbacks: Callback, **kwargs: Any) -> Trainer:
-    if scenario.precision == "16-true":
+    if scenario.precision in ("16-true", "16-mixed") and scenario.device == "cpu":
         from deepspeed.accelerator import get_accelerator
 
         get_accelerator().is_fp16_supported = lambda: True  # by PyTorch on a CPU; not by DeepSpeed's kernels
     return Trainer(
-        accelerator="cpu",
+        accelerator=scenario.device,
         devices=processes,
         strategy=strategy_of(scenario),
         precision=scenario.precision,
@@ -394,7 +404,7 @@ def batches(scenario: Scenario) -> DataLoader:
 
 
 def train(name: str, processes: int, directory: Path) -> None:
-    scenario = SCENARIOS[name]
+    scenario = (SCENARIOS | ON_CUDA)[name]
     module, before, counting = Training(scenario), BeforeTheCallback(), CountingCollectives()
     start, stop = counting.callbacks
     trainer = trainer_of(scenario, processes, before, start, scenario.callback, stop)
@@ -441,7 +451,7 @@ def resume(name: str, processes: int, directory: Path) -> None:
 def main(directory: str, processes: str, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
     for name in names:
-        run = train if name in SCENARIOS else resume if name in RESUMED else refuse
+        run = resume if name in RESUMED else refuse if name in REFUSED else train
         run(name, int(processes), Path(directory))
 
 

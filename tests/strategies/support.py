@@ -14,7 +14,6 @@ class Support(NamedTuple):
 
 YES = Support(True)
 REFUSED = Support(False, "refused by Lightning")
-UNTESTED = Support(False, "not tested")
 
 # The kinds of scenarios, under the names that the README gives them.
 NAMES = {
@@ -34,8 +33,8 @@ SUPPORT: dict[str, dict[str, Support]] = {
         "64-true": REFUSED,
         "bf16-true": YES,
         "16-true": Support(True, "ZeRO 1 to 3"),
-        "bf16-mixed": UNTESTED,
-        "16-mixed": UNTESTED,
+        "bf16-mixed": YES,
+        "16-mixed": Support(True, "ZeRO 1 to 3"),
     },
 }
 

@@ -1,5 +1,6 @@
 """A run that is resumed, by as many processes or others, goes on as the reference does, with the callback."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,15 @@ import torch
 
 from tests.strategies.conftest import WITHOUT_CALLBACK
 from tests.strategies.reference import check, records
-from tests.strategies.training import SCENARIOS
+from tests.strategies.training import SCENARIOS, Weights
 
 RESUMED = [name for name, scenario in SCENARIOS.items() if scenario.resumes is not None]
+
+
+@cache
+def momentum_of(directory: Path, name: str) -> Weights:
+    """What a run that is right leaves to the one that goes on."""
+    return check(name, SCENARIOS[name], records(directory, name, 1)[0])
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -18,8 +25,7 @@ def test_goes_on(directory: Path, name: str) -> None:
     saved, resumed = records(directory, scenario.resumes, 1)[0], records(directory, name, 1)[0]
     for key, weight in saved["weights"][-1].items():
         assert torch.equal(weight, resumed["weights"][0][key]), key
-    momentum = check(scenario.resumes, SCENARIOS[scenario.resumes], saved)
-    check(name, scenario, resumed, momentum)
+    check(name, scenario, resumed, momentum_of(directory, scenario.resumes))
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -40,6 +46,6 @@ def test_would_miss_the_callback(directory: Path, name: str) -> None:
 @pytest.mark.parametrize("name", WITHOUT_CALLBACK)
 def test_without_the_callback_the_reference_differs(directory: Path, name: str) -> None:
     scenario = SCENARIOS[name]
-    momentum = check(scenario.resumes, SCENARIOS[scenario.resumes], records(directory, scenario.resumes, 1)[0])
+    momentum = momentum_of(directory, scenario.resumes)
     with pytest.raises(AssertionError, match="more than allowed"):
         check(name, scenario, records(directory, f"{name}-without_callback", 1)[0], momentum)

@@ -1,8 +1,6 @@
 """Normalization under DeepSpeed: every step is that of one process which sees the union of the processes' batches."""
 
-import itertools
 import math
-from collections.abc import Iterator
 from importlib.metadata import requires, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,36 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from packaging.requirements import Requirement
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_znorm.gradients import UnsupportedGradientError
 from lightning_znorm.gradients.deepspeed import DeepSpeedSource
-from tests.gradients.reference import centralized, zscore
+from tests.gradients.reference import zscore
 from tests.processes import run_python
-from tests.strategies.deepspeed_training import (
-    LEARNING_RATE,
-    REFUSED,
-    RESUMED,
-    SCENARIOS,
-    SECOND_LEARNING_RATE,
-    STEPS,
-    UNEVEN,
-    Network,
-    Scenario,
-    batch_of,
-    is_in_second_group,
-)
+from tests.strategies.deepspeed_reference import check, records, true_grads, updates_of
+from tests.strategies.deepspeed_training import ALONE, REFUSED, RESUMED, SCENARIOS, STEPS, UNEVEN
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.timeout(900)  # the first run compiles an extension of DeepSpeed's
 
 SCRIPT = Path(__file__).with_name("deepspeed_training.py")
-RUNS = [(name, 2) for name in SCENARIOS] + [(name, 3) for name in UNEVEN]
-
-Weights = dict[str, Tensor]
-Record = dict[str, Any]
+RUNS = [(name, 2) for name in SCENARIOS] + [(name, 3) for name in UNEVEN] + [(name, 1) for name in ALONE]
 
 
 def run(directory: Path, processes: int, *names: str) -> Path:
@@ -52,106 +35,14 @@ def run(directory: Path, processes: int, *names: str) -> Path:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the processes wrote down in all scenarios, which they run one after the other."""
     directory = tmp_path_factory.mktemp("deepspeed")
-    run(directory, 2, *SCENARIOS)
-    return run(directory, 3, *UNEVEN)
+    run(directory, 2, *SCENARIOS, *RESUMED)
+    run(directory, 3, *UNEVEN)
+    return run(directory, 1, *ALONE, *REFUSED)
 
 
-def records(directory: Path, name: str, processes: int) -> list[Record]:
-    """What each process wrote down."""
-    return [torch.load(directory / f"{name}-{processes}-{rank}.pt", weights_only=True) for rank in range(processes)]
-
-
-def true_grads(scenario: Scenario, rounded: Weights, step: int, processes: int) -> Weights:
-    """The gradients of a step's batches of all processes, in float64.
-
-    Divided twice by the number of batches that each process accumulates: by Lightning 2.6, and by DeepSpeed. The
-    methods make up for it, and one-element parameters do not.
-    """
-    network = Network().double()
-    network.load_state_dict(rounded, strict=False)  # the shared weight has one of its names
-    losses = []
-    for batch in range(step * scenario.accumulate, (step + 1) * scenario.accumulate):
-        for rank in range(processes):
-            inputs, labels = batch_of(batch, rank)
-            losses.append(F.cross_entropy(network(inputs.double()), labels))
-    (torch.stack(losses).mean() / scenario.accumulate).backward()
-    return {
-        name: torch.zeros_like(param) if param.grad is None else param.grad
-        for name, param in network.named_parameters()
-        if param.requires_grad
-    }
-
-
-def updates_of(scenario: Scenario, grads: Weights) -> Weights:
-    """What the method makes of gradients, clipped, in float64."""
-    updates = {}
-    for name, grad in grads.items():
-        chosen = not scenario.options or (grad.ndim >= 2 and "head" not in name)
-        if not chosen or grad.numel() == 1:
-            updates[name] = grad.double()
-        elif scenario.centralize:
-            updates[name] = centralized(grad) if grad.ndim > 1 else grad.double()
-        else:
-            updates[name] = zscore(grad)
-    if scenario.clip is not None:
-        norm = math.sqrt(sum(update.square().sum().item() for update in updates.values()))
-        assert norm > 2 * scenario.clip
-        updates = {name: update * scenario.clip / (norm + 1e-6) for name, update in updates.items()}
-    return updates
-
-
-def stepped(scenario: Scenario, before: Weights, updates: Weights) -> Weights:
-    after = {}
-    for name, weight in before.items():
-        slow = scenario.two_groups and is_in_second_group(name)
-        after[name] = weight.double()
-        if name in updates:
-            after[name] = after[name] - (SECOND_LEARNING_RATE if slow else LEARNING_RATE) * updates[name]
-    return after
-
-
-def steps(scenario: Scenario, record: Record) -> Iterator[tuple[int, Weights, Weights]]:
-    """The number of each step, the weights before it, and those after it; of the steps that are taken."""
-    assert len(record["weights"]) == STEPS + 1
-    for step, (before, after) in enumerate(itertools.pairwise(record["weights"])):
-        if scenario.overflowing_batch is None or scenario.overflowing_batch // scenario.accumulate != step:
-            yield step, before, after
-
-
-def assert_weights(actual: Weights, expected: Weights, atol: float, rtol: float = 0.0, what: str = "") -> None:
-    assert list(actual) == list(expected)
-    for name, weight in expected.items():
-        torch.testing.assert_close(
-            actual[name].double(), weight, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{what}, {name}: {text}"
-        )
-
-
-@pytest.mark.parametrize(("name", "processes"), [run for run in RUNS if SCENARIOS[run[0]].precision == "32-true"])
+@pytest.mark.parametrize(("name", "processes"), RUNS)
 def test_steps_are_those_of_one_process(runs: Path, name: str, processes: int) -> None:
-    scenario, record = SCENARIOS[name], records(runs, name, processes)[0]
-    for step, before, after in steps(scenario, record):
-        updates = updates_of(scenario, true_grads(scenario, before, step, processes))
-        assert_weights(after, stepped(scenario, before, updates), atol=2e-6, what=f"step {step}")
-
-
-@pytest.mark.parametrize(("name", "processes"), [run for run in RUNS if SCENARIOS[run[0]].precision != "32-true"])
-def test_steps_in_half_precision(runs: Path, name: str, processes: int) -> None:
-    scenario, record = SCENARIOS[name], records(runs, name, processes)[0]
-    # Offloaded gradients are in float32, and those in float16 are widened for the loss scale.
-    # DeepSpeed before 0.19 accumulates those of stage 2 in float32, and then rounds them.
-    is_exact = scenario.offload or scenario.precision == "16-true" or (scenario.config and scenario.stage != 2)
-    for step, before, after in steps(scenario, record):
-        grads = {key: grad.double() / record["scales"][step] for key, grad in record["grads"][step].items()}
-        # The gradients that the callback saw are those of all batches, within the rounding of the network.
-        for key, true in true_grads(scenario, record["rounded"][step], step, processes).items():
-            if true.ndim > 1:  # those of vectors may be small differences of large numbers
-                assert (grads[key] - true).norm() <= 0.1 * true.norm(), key
-        # From the same gradients, the step is exact: relative to the update, where that is stored in bfloat16.
-        updates = updates_of(scenario, grads)
-        moved = {key: (before[key].double() - after[key].double()) for key in updates}
-        zero = {key: torch.zeros_like(weight) for key, weight in before.items() if key in updates}
-        expected = {key: -value for key, value in stepped(scenario, zero, updates).items()}
-        assert_weights(moved, expected, atol=2e-6, rtol=1e-6 if is_exact else 2**-8, what=f"step {step}")
+    check(SCENARIOS[name], records(runs, name, processes)[0], processes)
 
 
 @pytest.mark.parametrize(("name", "processes"), RUNS)
@@ -186,7 +77,7 @@ def test_overflow_in_one_process_skips_the_step_in_all(runs: Path, name: str, pr
 @pytest.mark.parametrize(("name", "processes"), RUNS)
 def test_number_of_collectives(runs: Path, name: str, processes: int) -> None:
     scenario = SCENARIOS[name]
-    is_whole = scenario.stage == 0 or "bf16_in_fp32_stage_1" in name or name.endswith("bf16_in_fp32")
+    is_whole = processes == 1 or scenario.stage == 0 or "bf16_in_fp32_stage_1" in name or name.endswith("bf16_in_fp32")
     each = 0 if is_whole else 1 if scenario.centralize else 2
     counts = records(runs, name, processes)[0]["collectives"]
     before_the_step = [0] * (scenario.accumulate - 1)
@@ -210,14 +101,9 @@ def test_clipping_of_what_was_there_before_would_show(runs: Path) -> None:
     assert norm < ours * 10  # with a factor from this norm, the step would be several times as long
 
 
-@pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("resumed"), 2, *RESUMED)
-
-
 @pytest.mark.parametrize("name", RESUMED)
-def test_resumed_run_goes_on_as_if_it_had_not_ended(resumed: Path, name: str) -> None:
-    for record in records(resumed, name, 2):
+def test_resumed_run_goes_on_as_if_it_had_not_ended(runs: Path, name: str) -> None:
+    for record in records(runs, name, 2):
         for part, start in (("half", 0), ("rest", STEPS)):
             for ours, theirs in zip(record["whole"][start : start + STEPS + 1], record[part], strict=True):
                 assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -225,20 +111,15 @@ def test_resumed_run_goes_on_as_if_it_had_not_ended(resumed: Path, name: str) ->
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_resuming_without_the_callback_warns(resumed: Path, name: str) -> None:
-    messages = records(resumed, name, 2)[0]["warnings"]
+def test_resuming_without_the_callback_warns(runs: Path, name: str) -> None:
+    messages = records(runs, name, 2)[0]["warnings"]
     assert any("ZNormCallback" in message and "checkpoint" in message for message in messages)
 
 
-@pytest.fixture(scope="module")
-def refused(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("refused"), 1, *REFUSED)
-
-
 @pytest.mark.parametrize("name", REFUSED)
-def test_configuration_is_refused_before_the_first_step(refused: Path, name: str) -> None:
+def test_configuration_is_refused_before_the_first_step(runs: Path, name: str) -> None:
     _, message = REFUSED[name]
-    steps, _, reason = (refused / f"{name}.txt").read_text().partition(" ")
+    steps, _, reason = (runs / f"{name}.txt").read_text().partition(" ")
     assert steps == "0"
     with pytest.raises(UnsupportedGradientError, match=f"under DeepSpeed {message}"):
         raise UnsupportedGradientError(reason)

@@ -6,8 +6,10 @@ A strategy is added by adding scenarios, and, if weights are found in a way of i
 """
 
 import sys
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +30,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.fsdp.wrap import enable_wrap, wrap
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -106,10 +109,11 @@ class Scenario:
 
     Attributes:
         kind: The row of the table of supported strategies (support.py) that this is an example of.
-        strategy: Makes the Trainer's strategy for a number of processes.
+        strategy: Makes the Trainer's strategy for a number of processes and a kind of device.
         gather: Returns the whole weights by name, on every process.
         precision: The Trainer's.
-        plugin: Makes the precision plugin, where the precision's name alone does not do on a CPU.
+        plugin: Makes the precision plugin for a kind of device, where the precision's name alone does not do on a CPU.
+        device: Kind of device.
         computes_in: Type in which the forward and backward pass are computed, if not that of the weights.
         autocast: Whether that is autocast's doing, which leaves gradients in the weights' type, or the weights are cast
             and gradients averaged in that type too.
@@ -123,6 +127,8 @@ class Scenario:
         accumulate: Number of batches in a step.
         fused: Whether SGD is.
         momentum: Of SGD.
+        two_optimizers: Whether :class:`Tied` has one of its own, which skips every other step, and optimization is
+            manual.
         callback: Which one of :data:`CALLBACKS`.
         options: Its arguments.
         monitored: Whether a GradientMonitor is there too, of which the record then keeps what it logs.
@@ -134,10 +140,11 @@ class Scenario:
     """
 
     kind: str
-    strategy: Callable[[int], Any]
+    strategy: Callable[[int, str], Any]
     gather: Callable[["Training"], Weights]
     precision: str = "32-true"
-    plugin: Callable[[], Any] | None = None
+    plugin: Callable[[str], Any] | None = None
+    device: str = "cpu"
     computes_in: torch.dtype | None = None
     autocast: bool = False
     processes: int = 2
@@ -150,6 +157,7 @@ class Scenario:
     accumulate: int = 1
     fused: bool = False
     momentum: float = 0.0
+    two_optimizers: bool = False
     callback: Literal["znorm", "centralization", "sing"] = "znorm"
     options: dict[str, Any] = field(default_factory=dict)
     monitored: bool = False
@@ -172,9 +180,7 @@ class Scenario:
 def whole_parameters(module: "Training") -> Weights:
     """The weights of plain tensors and DTensors."""
     named = module.network.named_parameters(remove_duplicate=False)
-    return {
-        name: (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone() for name, param in named
-    }
+    return {name: (param.full_tensor() if isinstance(param, DTensor) else param) for name, param in named}
 
 
 def fsdp1_weights(module: "Training") -> Weights:
@@ -184,7 +190,7 @@ def fsdp1_weights(module: "Training") -> Weights:
         wrapper, StateDictType.FULL_STATE_DICT, FullStateDictConfig(rank0_only=False)
     ):
         state = wrapper.state_dict()
-    return {name.removeprefix("network."): weight.clone() for name, weight in state.items()}
+    return {name.removeprefix("network."): weight for name, weight in state.items()}
 
 
 # Strategies
@@ -199,31 +205,44 @@ class CPUFSDPStrategy(FSDPStrategy):
         if mesh is not None:  # which Lightning makes for CUDA devices
             self.kwargs["device_mesh"] = init_device_mesh("cpu", mesh)
 
-    def _setup_model(self, model: nn.Module) -> nn.Module:
-        return FullyShardedDataParallel(
-            model,
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        with enable_wrap(
+            wrapper_cls=FullyShardedDataParallel,
             cpu_offload=self.cpu_offload,
             mixed_precision=self.mixed_precision_config,
             sharding_strategy=self.sharding_strategy,
             device_id=torch.device("cpu"),
             **self.kwargs,
-        )
+        ):
+            yield
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            return model
+        with self.model_sharded_context():
+            return wrap(model)
 
 
-def fsdp1(nested: bool = True, **kwargs: Any) -> Callable[[int], FSDPStrategy]:
+def fsdp1(nested: bool = True, **kwargs: Any) -> Callable[[int, str], FSDPStrategy]:
     # Of the shards of the layer norm's flat parameter, one is the weight and one the bias.
     policy = {nn.Conv2d, nn.LayerNorm, Tied, Frozen} if nested else {Frozen}
-    return lambda processes: CPUFSDPStrategy(auto_wrap_policy=policy, **kwargs)
+
+    def make(processes: int, device: str) -> FSDPStrategy:
+        cls = CPUFSDPStrategy if device == "cpu" else FSDPStrategy
+        return cls(auto_wrap_policy=policy, **kwargs)
+
+    return make
 
 
-def sharded_scaler() -> FSDPPrecision:
+def sharded_scaler(device: str) -> FSDPPrecision:
     plugin = FSDPPrecision("16-mixed")
-    plugin.scaler = ShardedGradScaler("cpu", init_scale=INIT_SCALE)  # its own is for CUDA devices
+    plugin.scaler = ShardedGradScaler(device, init_scale=INIT_SCALE)  # its own is for CUDA devices
     return plugin
 
 
-def scaler() -> MixedPrecision:
-    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=INIT_SCALE))
+def scaler(device: str) -> MixedPrecision:
+    return MixedPrecision("16-mixed", device, scaler=torch.amp.GradScaler(device, init_scale=INIT_SCALE))
 
 
 def shard(network: Network, mesh: DeviceMesh, **kwargs: Any) -> None:
@@ -255,14 +274,20 @@ def both(network: Network, mesh: DeviceMesh) -> None:
     shard(network, mesh["data_parallel"])
 
 
-def model_parallel(tensor: int = 1, **kwargs: Any) -> Callable[[int], ModelParallelStrategy]:
-    return lambda processes: ModelParallelStrategy(processes // tensor, tensor, **kwargs)
+def model_parallel(tensor: int = 1, **kwargs: Any) -> Callable[[int, str], ModelParallelStrategy]:
+    """Tensor parallelism over this many processes, or all if they are fewer, and data parallelism over the rest."""
+
+    def make(processes: int, device: str) -> ModelParallelStrategy:
+        size = min(tensor, processes)
+        return ModelParallelStrategy(processes // size, size, **kwargs)
+
+    return make
 
 
 # Scenarios
 
-SINGLE = Scenario("single device", lambda processes: "auto", whole_parameters, processes=1, shares=1)
-DDP = Scenario("DDP", lambda processes: "ddp", whole_parameters)
+SINGLE = Scenario("single device", lambda *_: "auto", whole_parameters, processes=1, shares=1)
+DDP = Scenario("DDP", lambda *_: "ddp", whole_parameters)
 FSDP1 = Scenario("FSDP", fsdp1(), fsdp1_weights, gain_ndim=1)  # FSDP refuses a parameter of no dimension
 FLAT = replace(FSDP1, strategy=fsdp1(use_orig_params=False), flat_parameters=True)
 FSDP2 = Scenario(
@@ -310,36 +335,40 @@ def by_precision(base: Scenario, name: str, *settings: dict[str, Any], fused: bo
     return made
 
 
-def overflowing(base: Scenario, name: str, setting: dict[str, Any]) -> dict[str, Scenario]:
-    """An inf in one process' batch, in the second of three steps."""
-    base = replace(base, **setting, overflowing_batch=1)
-    return {
-        f"{name}-overflow": base,
-        f"{name}-overflow-fused": replace(base, fused=True),
-        f"{name}-overflow-of_all-fused": replace(base, fused=True, overflowing="all parameters"),
-        f"{name}-overflow-accumulate": replace(base, overflowing_batch=5, accumulate=4),
-    }
-
-
-def resumed(base: Scenario, name: str, *sizes: int) -> dict[str, Scenario]:
+def resumed(base: Scenario, name: str, *sizes: int, shares: int | None = None) -> dict[str, Scenario]:
     """A run with momentum, and runs that go on from its checkpoint with other numbers of processes."""
     base = replace(base, momentum=0.9)
     made = {f"{name}-save": replace(base, saves=True)}
     for size in sizes:
-        made[f"{name}-resume-{size}"] = replace(base, processes=size, shares=size, resumes=f"{name}-save")
+        made[f"{name}-resume-{size}"] = replace(
+            base,
+            processes=size,
+            shares=shares or max(1, size * base.shares // base.processes),
+            resumes=f"{name}-save",
+        )
     return made
 
 
-FULL_CHECKPOINT = replace(FSDP2, strategy=model_parallel(save_distributed_checkpoint=False))
+def in_one_file(base: Scenario, tensor: int = 1) -> Scenario:
+    """With checkpoints that the first process writes."""
+    return replace(base, strategy=model_parallel(tensor, save_distributed_checkpoint=False))
+
 
 SCENARIOS: dict[str, Scenario] = {
     **by_precision(SINGLE, "single", {}, FLOAT64, AUTOCAST_BF16, TRUE_BF16, AUTOCAST_FP16, TRUE_FP16),
     **by_precision(DDP, "ddp", {}, FLOAT64, AUTOCAST_BF16, TRUE_BF16, AUTOCAST_FP16, TRUE_FP16),
-    **overflowing(DDP, "ddp", AUTOCAST_FP16),
+    "ddp-overflow": replace(DDP, **AUTOCAST_FP16, overflowing_batch=1),
     # FSDP1 with the parameters as they are, which is Lightning's default
     **by_precision(FSDP1, "fsdp", {}, CAST_BF16, TRUE_BF16, CAST_FP16, TRUE_FP16),
-    **overflowing(FSDP1, "fsdp", CAST_FP16),
-    **{f"fsdp-{name}": replace(FSDP1, **choice) for name, choice in CHOICES.items()},
+    # An inf in one process' batch, in the second of three steps.
+    "fsdp-overflow": replace(FSDP1, **CAST_FP16, overflowing_batch=1),
+    "fsdp-overflow-fused": replace(FSDP1, **CAST_FP16, overflowing_batch=1, fused=True),
+    "fsdp-overflow-of_all-fused": replace(
+        FSDP1, **CAST_FP16, overflowing_batch=1, fused=True, overflowing="all parameters"
+    ),
+    "fsdp-overflow-accumulate": replace(FSDP1, **CAST_FP16, overflowing_batch=5, accumulate=4),
+    "fsdp-min_ndim": replace(FSDP1, **CHOICES["min_ndim"]),
+    "fsdp-exclude": replace(FSDP1, **CHOICES["exclude"]),
     "fsdp-accumulate": replace(FSDP1, accumulate=4),
     "fsdp-bf16-mixed-accumulate": replace(FSDP1, **CAST_BF16, accumulate=4),
     "fsdp-16-mixed-accumulate": replace(FSDP1, **CAST_FP16, accumulate=4),
@@ -359,7 +388,10 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     # FSDP1 with flat parameters
     **by_precision(FLAT, "fsdp-flat", {}, CAST_BF16, TRUE_BF16, CAST_FP16, TRUE_FP16),
-    **overflowing(FLAT, "fsdp-flat", CAST_FP16),
+    "fsdp-flat-overflow": replace(FLAT, **CAST_FP16, overflowing_batch=1),
+    "fsdp-flat-overflow-of_all-fused": replace(
+        FLAT, **CAST_FP16, overflowing_batch=1, fused=True, overflowing="all parameters"
+    ),
     **{f"fsdp-flat-{name}": replace(FLAT, **choice) for name, choice in CHOICES.items()},
     "fsdp-flat-accumulate": replace(FLAT, accumulate=4),
     "fsdp-flat-one_flat_parameter": replace(FLAT, strategy=fsdp1(nested=False, use_orig_params=False)),
@@ -380,19 +412,34 @@ SCENARIOS: dict[str, Scenario] = {
             shares=4,
             **setting,
         )
-        for name, base, setting in [
-            ("hybrid", FSDP1, {}),
-            ("hybrid-bf16-mixed", FSDP1, CAST_BF16),
-            ("hybrid-centralization", FSDP1, CENTRALIZATION),
-            ("hybrid-overflow", FSDP1, CAST_FP16 | {"overflowing_batch": 1, "fused": True}),
-            ("hybrid-flat", FLAT, {"accumulate": 4}),
+        for name, base, setting, shards in [
+            ("hybrid", FSDP1, {}, "HYBRID_SHARD"),
+            ("hybrid", FSDP1, {}, "_HYBRID_SHARD_ZERO2"),
+            ("hybrid-bf16-mixed", FSDP1, CAST_BF16, "HYBRID_SHARD"),
+            ("hybrid-centralization", FSDP1, CENTRALIZATION, "HYBRID_SHARD"),
+            ("hybrid-overflow", FSDP1, CAST_FP16 | {"overflowing_batch": 1, "fused": True}, "HYBRID_SHARD"),
+            ("hybrid-overflow", FSDP1, CAST_FP16 | {"overflowing_batch": 1, "fused": True}, "_HYBRID_SHARD_ZERO2"),
+            ("hybrid-flat", FLAT, {"accumulate": 4}, "HYBRID_SHARD"),
         ]
-        for shards in ("HYBRID_SHARD", "_HYBRID_SHARD_ZERO2")
     },
     "fsdp-four": replace(FSDP1, processes=4, shares=4),
+    # Several optimizers
+    **{
+        f"{name}-two_optimizers": replace(base, two_optimizers=True)
+        for name, base in [
+            ("ddp", DDP),
+            ("fsdp", FSDP1),
+            ("fsdp-16-mixed", replace(FSDP1, **CAST_FP16)),
+            ("fsdp-16-mixed-fused", replace(FSDP1, **CAST_FP16, fused=True)),
+            ("fsdp-flat", FLAT),
+            ("fsdp2", FSDP2),
+            ("tp", TP),
+            ("fsdp2-tp", TWO_D),
+        ]
+    },
     # FSDP2 and tensor parallelism; DTensors have no fused SGD
     **by_precision(FSDP2, "fsdp2", {}, AUTOCAST_BF16, TRUE_BF16, TRUE_FP16, fused=False),
-    **{f"fsdp2-{name}": replace(FSDP2, **choice) for name, choice in CHOICES.items()},
+    "fsdp2-include": replace(FSDP2, **CHOICES["include"]),
     "fsdp2-accumulate": replace(FSDP2, accumulate=4),
     "fsdp2-bf16-mixed-accumulate": replace(FSDP2, **AUTOCAST_BF16, accumulate=4),
     "fsdp2-centralization": replace(FSDP2, **CENTRALIZATION),
@@ -416,7 +463,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "fsdp2-four": replace(FSDP2, processes=4, shares=4),
     **by_precision(TP, "tp", {}, AUTOCAST_BF16, TRUE_BF16, TRUE_FP16, fused=False),
-    **{f"tp-{name}": replace(TP, **choice) for name, choice in CHOICES.items()},
+    "tp-min_ndim": replace(TP, **CHOICES["min_ndim"]),
     "tp-accumulate": replace(TP, accumulate=4),
     "tp-centralization": replace(TP, **CENTRALIZATION),
     **by_precision(TWO_D, "fsdp2-tp", {}, AUTOCAST_BF16, fused=False),
@@ -452,8 +499,40 @@ SCENARIOS: dict[str, Scenario] = {
         replace(FLAT, strategy=fsdp1(state_dict_type="sharded", use_orig_params=False)), "checkpoint-fsdp-flat", 2, 4
     ),
     **resumed(FSDP2, "checkpoint-fsdp2", 2, 4),
-    **resumed(FULL_CHECKPOINT, "checkpoint-fsdp2-full", 2, 4),
+    **resumed(in_one_file(FSDP2), "checkpoint-fsdp2-full", 2, 4),
+    **resumed(TP, "checkpoint-tp", 2, 1),
+    **resumed(in_one_file(TP, 2), "checkpoint-tp-full", 2, 1),
+    **resumed(replace(TP, strategy=model_parallel(4)), "checkpoint-tp-wider", 4, shares=1),
+    **resumed(TWO_D, "checkpoint-fsdp2-tp", 4, 1),
+    **resumed(in_one_file(TWO_D, 2), "checkpoint-fsdp2-tp-full", 4, 1),
+    **resumed(replace(TWO_D, processes=2, shares=1), "checkpoint-fsdp2-tp-wider", 4),
 }  # fmt: skip
+
+
+def alone(device: str, *names: str) -> dict[str, Scenario]:
+    """What a single process makes of scenarios on its device."""
+    return {f"{device}-{name}": replace(SCENARIOS[name], device=device, processes=1, shares=1) for name in names}
+
+
+# FSDP1 does not shard what is a single process'. PyTorch then fails to accumulate gradients of another type than that
+# of the weights, and gives those of weights that are channels-last in a wrong order.
+ON_CUDA = alone(
+    "cuda",
+    *(
+        name
+        for name, own in SCENARIOS.items()
+        if own.processes <= 2
+        and not name.startswith("checkpoint")
+        and not (own.kind == "FSDP" and (own.channels_last or (own.computes_in is not None and own.accumulate > 1)))
+    ),
+)
+# Which needs a GPU to be moved from.
+ON_CUDA |= {
+    f"{name}-cpu_offload": replace(ON_CUDA[name], strategy=fsdp1(cpu_offload=True, use_orig_params="flat" not in name))
+    for name in ("cuda-fsdp-32-true", "cuda-fsdp-flat-32-true", "cuda-fsdp-bf16-mixed")
+}
+# A GPU's scenarios, on a CPU.
+SCENARIOS |= alone("cpu", "ddp-16-mixed-fused", "fsdp-32-true", "fsdp-flat-16-mixed", "fsdp2-bf16-mixed", "tp-32-true")
 
 
 def batch_of(scenario: Scenario, number: int, share: int) -> tuple[Tensor, Tensor]:
@@ -470,10 +549,10 @@ def loss_of(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 class Training(LightningModule):
-    def __init__(self, name: str, directory: Path) -> None:
+    def __init__(self, scenario: Scenario) -> None:
         super().__init__()
-        self.name, self.directory = name, directory
-        self.scenario = SCENARIOS[name]
+        self.scenario = scenario
+        self.automatic_optimization = not scenario.two_optimizers
         self.network = self.scenario.network()
         self.weights: list[Weights] = []
         self.scales: list[float] = []
@@ -483,23 +562,40 @@ class Training(LightningModule):
     def configure_model(self) -> None:
         if self.scenario.parallelize is not None:
             self.scenario.parallelize(self.network, self.device_mesh)
+        elif not self.automatic_optimization:
+            # Where Lightning wraps this module, FSDP cannot take a backward pass in the midst of its forward pass.
+            self.network = wrap(self.network)
 
     def training_step(self, number: Tensor) -> Tensor:
         scenario = self.scenario
         batch = self.current_epoch * STEPS * scenario.accumulate + int(number)
         share = self.global_rank * scenario.shares // scenario.processes
-        loss = loss_of(self.network, *batch_of(scenario, batch, share))
+        images, labels = (tensor.to(self.trainer.strategy.root_device) for tensor in batch_of(scenario, batch, share))
+        loss = loss_of(self.network, images, labels)
         if batch == scenario.overflowing_batch and self.global_rank == scenario.processes - 1:
             if scenario.overflowing == "all parameters":
                 return loss * 1e38
             loss = loss + 1e38 * self.network.head.bias.float().sum()
+        if scenario.two_optimizers:
+            first, second = self.optimizers()
+            first.zero_grad()
+            second.zero_grad()
+            self.manual_backward(loss)
+            first.step()
+            if batch % 2 == 1:
+                second.step()
         return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        module = self.trainer.model if self.scenario.flat_parameters else self
-        return torch.optim.SGD(
-            module.parameters(), LEARNING_RATE, momentum=self.scenario.momentum, fused=self.scenario.fused
-        )
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        scenario = self.scenario
+        module = self.trainer.model if scenario.flat_parameters else self
+        tied = list(self.network.tied.parameters()) if scenario.two_optimizers else []
+        parts = [[param for param in module.parameters() if param not in set(tied)], tied]
+        return [
+            torch.optim.SGD(part, LEARNING_RATE, momentum=scenario.momentum, fused=scenario.fused)
+            for part in parts
+            if part
+        ]
 
     def on_after_backward(self) -> None:
         grads = [param.grad for param in self.trainer.model.parameters() if param.grad is not None]
@@ -513,7 +609,7 @@ class Training(LightningModule):
         self.write_down()
 
     def write_down(self) -> None:
-        self.weights.append(self.scenario.gather(self))
+        self.weights.append({key: weight.detach().cpu().clone() for key, weight in self.scenario.gather(self).items()})
         own_scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         self.scales.append(1.0 if own_scaler is None else own_scaler.get_scale())
         self.metrics.append({name: float(value) for name, value in self.trainer.callback_metrics.items()})
@@ -521,20 +617,20 @@ class Training(LightningModule):
 
 def train(name: str, directory: Path, with_callback: bool = True) -> None:
     """Trains in one scenario, and writes what each process has seen into a file."""
-    scenario = SCENARIOS[name]
+    scenario = (SCENARIOS | ON_CUDA)[name]
     untested = scenario.kind == "FSDP"
     callbacks: list[Callback] = [CALLBACKS[scenario.callback](allow_untested_strategy=untested, **scenario.options)]
     if scenario.monitored:
         callbacks.append(GradientMonitor(per_parameter=True, allow_untested_strategy=untested))
-    module = Training(name, directory)
+    module = Training(scenario)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = Trainer(
-            accelerator="cpu",
+            accelerator=scenario.device,
             devices=scenario.processes,
-            strategy=scenario.strategy(scenario.processes),
+            strategy=scenario.strategy(scenario.processes, scenario.device),
             precision=scenario.precision if scenario.plugin is None else None,
-            plugins=None if scenario.plugin is None else [scenario.plugin()],
+            plugins=None if scenario.plugin is None else [scenario.plugin(scenario.device)],
             accumulate_grad_batches=scenario.accumulate,
             use_distributed_sampler=False,  # each process gets all numbers of batches, and makes its own images
             max_epochs=1 if scenario.resumes is None else 2,
@@ -557,8 +653,15 @@ def train(name: str, directory: Path, with_callback: bool = True) -> None:
 
 
 def main(directory: str, names: Sequence[str]) -> None:
+    torch.backends.cudnn.allow_tf32 = False  # the reference has more digits
     for name in names:
-        train(name.removesuffix("-without_callback"), Path(directory), not name.endswith("-without_callback"))
+        try:
+            train(name.removesuffix("-without_callback"), Path(directory), not name.endswith("-without_callback"))
+        except Exception:
+            if name not in ON_CUDA:
+                raise
+            # Nobody waits for a process that is alone.
+            torch.save({"error": traceback.format_exc()}, Path(directory) / f"{name}-0.pt")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,37 @@
+"""Processes that torchrun or srun has started must train together, not each by itself."""
+
+from collections.abc import Mapping
+
+# Who starts processes, and in which variables it says how many: in all, and on each machine.
+# With SLURM those of the step, because a batch script that runs without srun sees those of the whole job.
+_LAUNCHERS = {
+    "torchrun": ("WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS_PER_NODE"),
+}
+
+
+def check_processes(environment: Mapping[str, str], world_size: int) -> None:
+    """Refuse to train in fewer processes than there are.
+
+    Lightning compares the two as well, but not where each process has a single device and is the only one of its
+    machine as far as the Trainer knows: then all of them would train by themselves, and write to the same folder.
+
+    Args:
+        environment: Of this process.
+        world_size: Number of processes that the Trainer works with.
+
+    Raises:
+        ValueError: If a launcher has started more.
+
+    Example:
+        >>> check_processes({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, world_size=16)
+    """
+    for launcher, (total, on_each_machine) in _LAUNCHERS.items():
+        started = int(environment.get(total, 1))
+        if started > world_size:
+            devices = int(environment.get(on_each_machine, 1))
+            raise ValueError(
+                f"{launcher} has started {started} processes ({total}), but the Trainer works with {world_size}, so "
+                "that each would train by itself and write to the same folder: name them all with "
+                f"--trainer.num_nodes {-(-started // devices)} --trainer.devices {devices}, or start fewer."
+            )
