@@ -15,10 +15,10 @@ _COLOURS = torch.tensor(
     [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167), (0, 114, 178)],
     dtype=torch.uint8,
 )
-_LEAST_SIZE = 256  # pixels; smaller images are drawn larger, so that outlines are thin and captions fit
-_GAP = 6
-_FONT_SIZE = 13
-_LINE = 20
+LEAST_SIZE = 512  # pixels; smaller images are drawn larger, so that outlines leave of a small structure what is in them
+GAP = 8
+LINE = 28
+_FONT_SIZE = 20
 
 
 @dataclass(frozen=True)
@@ -44,32 +44,33 @@ def grid(cases: Sequence[Case], columns: int = 2) -> "Image":
 
     font = ImageFont.load_default(_FONT_SIZE)
     tiles = [torch.cat([_panel(case, masks) for masks in (None, case.truth, case.preds)], dim=1) for case in cases]
-    width = max(tile.shape[1] for tile in tiles) + _GAP
-    height = max(tile.shape[0] for tile in tiles) + _LINE + _GAP
+    width = max(tile.shape[1] for tile in tiles) + GAP
+    height = max(tile.shape[0] for tile in tiles) + LINE + GAP
     columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)
-    picture = Image.new("RGB", (columns * width + _GAP, rows * height + _LINE + _GAP), "white")
+    picture = Image.new("RGB", (columns * width + GAP, rows * height + LINE + GAP), "white")
     draw = ImageDraw.Draw(picture)
     for number, (case, tile) in enumerate(zip(cases, tiles, strict=True)):
-        left, top = _GAP + number % columns * width, _LINE + number // columns * height
+        left, top = GAP + number % columns * width, LINE + number // columns * height
         picture.paste(Image.fromarray(tile.numpy()), (left, top))
         draw.text((left, top + tile.shape[0] + 2), case.caption, fill="black", font=font)
         if number < columns:
             for position, title in enumerate(("image", "truth", "prediction")):
-                draw.text((left + position * (tile.shape[1] + _GAP) // 3, 3), title, fill="black", font=font)
+                draw.text((left + position * (tile.shape[1] + GAP) // 3, 3), title, fill="black", font=font)
     return picture
 
 
 def _panel(case: Case, masks: Tensor | None) -> Tensor:
     """An image with the outlines of masks, shape ``(H, W, 3)``, uint8; white to the right of it."""
-    factor = -(-_LEAST_SIZE // max(case.image.shape[-2:]))
+    factor = -(-LEAST_SIZE // max(case.image.shape[-2:]))
     pixels = _enlarged(_visible(case.image), factor)
     for mask, colour in zip([] if masks is None else masks, _COLOURS.repeat(-(-len(case.truth) // 7), 1), strict=False):
         mask = _enlarged(mask, factor)
         edge = outline(mask)
+        pixels[:, _grown(mask) & ~mask] = 0  # a dark line around it, else it would be lost where the image is bright
         pixels[:, edge | outline(mask & ~edge)] = colour.unsqueeze(1)  # two pixels wide
     panel = pixels.movedim(0, -1).contiguous()
-    return torch.cat([panel, panel.new_full((len(panel), _GAP, 3), 255)], dim=1)
+    return torch.cat([panel, panel.new_full((len(panel), GAP, 3), 255)], dim=1)
 
 
 def outline(mask: Tensor) -> Tensor:
@@ -77,6 +78,12 @@ def outline(mask: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(mask, (1, 1, 1, 1))  # a mask that reaches the border has its outline there
     inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask & ~inside
+
+
+def _grown(mask: Tensor) -> Tensor:
+    """A mask and its side neighbours."""
+    padded = torch.nn.functional.pad(mask, (1, 1, 1, 1))
+    return mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
 
 
 def _visible(image: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
@@ -17,8 +18,8 @@ class MaskOverlay(Callback):
     """Draws chosen cases after each validation and test: image, true outline, predicted outline, Dice and Hausdorff.
 
     The picture goes to each TensorBoard or Weights & Biases logger there is, and otherwise to a PNG file in ``masks``
-    beside the logs. Of several processes, the first draws cases of its own. Of a volume, the slice with most of the
-    true structure is drawn.
+    beside the logs: ``val-epoch=N.png`` in training, ``val.png`` and ``test.png`` outside of it. Of several processes,
+    the first draws cases of its own. Of a volume, the slice with most of the true structure is drawn.
 
     Works with :class:`~lightning_znorm.tasks.SegmentationTask`, and with any module whose ``validation_step`` and
     ``test_step`` return a mapping with ``"preds"`` and ``"target"``: masks of shape ``(N, K, H, W)`` or
@@ -27,9 +28,10 @@ class MaskOverlay(Callback):
     Source: the kind of picture is Figure 2 of Yun, "ZNorm: Z-Score Gradient Normalization", arXiv 2408.01215.
 
     Args:
-        num_cases: Number of cases to draw: the first whose true mask is not empty.
+        num_cases: Number of cases to draw, spread evenly over those whose true mask is not empty: neighbours, such as
+            the slices of one scan, look alike.
         cases: Numbers of the cases to draw instead, in the order of the loader, from 0.
-        every_n_epochs: Draws after the validation of every n-th epoch; always after a test.
+        every_n_epochs: In training, draws after the validation of every n-th epoch; outside of it, always.
 
     Raises:
         ValueError: If ``num_cases`` or ``every_n_epochs`` is less than 1, or a case is negative.
@@ -51,8 +53,13 @@ class MaskOverlay(Callback):
         self.num_cases = num_cases
         self.cases = None if cases is None else set(cases)
         self.every_n_epochs = every_n_epochs
-        self._drawn: list[Case] = []
-        self._seen = 0
+        self._folder = Path()
+        self._begin()
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Here, where every process is: `log_dir` is agreed upon by all, and one that asks alone waits for ever.
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "masks"
 
     @override
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -72,7 +79,8 @@ class MaskOverlay(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if not trainer.sanity_checking and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if not trainer.sanity_checking and (due or not _fitting(trainer)):
             self._collect(trainer, outputs, batch)
 
     @override
@@ -96,11 +104,14 @@ class MaskOverlay(Callback):
         self._draw(trainer, "test")
 
     def _begin(self) -> None:
-        self._drawn, self._seen = [], 0
+        self._kept: list[Case] = []
+        self._seen = 0
+        # Every how many-th of the cases whose mask is not empty is kept, and how many of those there were.
+        self._stride, self._marked = 1, 0
 
     def _collect(self, trainer: pl.Trainer, outputs: Any, batch: Any) -> None:
         """Keeps the chosen cases of a batch."""
-        if not trainer.is_global_zero or (self.cases is None and len(self._drawn) == self.num_cases):
+        if not trainer.is_global_zero:
             return
         if not isinstance(outputs, Mapping) or not {"preds", "target"} <= outputs.keys():
             raise TypeError(
@@ -109,24 +120,46 @@ class MaskOverlay(Callback):
             )
         preds, target = outputs["preds"], outputs["target"]
         first, self._seen = self._seen, self._seen + len(target)
+
+        def keep(index: int) -> None:
+            self._kept.append(_case(batch[0][index], target[index], preds[index], first + index))
+
         if self.cases is not None:
-            chosen = [number - first for number in sorted(self.cases) if first <= number < self._seen]
-        else:
-            marked = target.flatten(1).any(dim=1).nonzero().squeeze(1)
-            chosen = marked[: self.num_cases - len(self._drawn)].tolist()
-        for index in chosen:
-            self._drawn.append(_case(batch[0][index], target[index], preds[index], first + index))
+            for number in sorted(self.cases):
+                if first <= number < self._seen:
+                    keep(number - first)
+            return
+        for index in target.flatten(1).any(dim=1).nonzero().squeeze(1).tolist():
+            if self._marked % self._stride == 0:
+                keep(index)
+            self._marked += 1
+            # How many there will be is not known: whenever there are too many, every second one is dropped.
+            if len(self._kept) == 2 * self.num_cases:
+                self._kept, self._stride = self._kept[::2], 2 * self._stride
+
+    def _drawn(self) -> list[Case]:
+        """The kept cases that are drawn, from the middle of as many equal parts."""
+        count = len(self._kept)
+        if self.cases is not None or count <= self.num_cases:
+            return self._kept
+        return [self._kept[(2 * part + 1) * count // (2 * self.num_cases)] for part in range(self.num_cases)]
 
     def _draw(self, trainer: pl.Trainer, stage: str) -> None:
-        if not self._drawn:
+        cases = self._drawn()
+        self._begin()
+        if not cases:
             return
         name = f"{stage}/masks"
-        picture = grid(self._drawn)
-        self._begin()
+        picture = grid(cases)
         if not log_picture(trainer, name, picture):
-            folder = Path(trainer.log_dir or trainer.default_root_dir) / "masks"
-            folder.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"{stage}-epoch={trainer.current_epoch}.png")
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # A checkpoint that is judged outside of training does not say of which epoch it is.
+            epoch = f"-epoch={trainer.current_epoch}" if _fitting(trainer) else ""
+            picture.save(self._folder / f"{stage}{epoch}.png")
+
+
+def _fitting(trainer: pl.Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING
 
 
 def _case(image: Tensor, truth: Tensor, preds: Tensor, number: int) -> Case:
@@ -141,8 +174,9 @@ def _case(image: Tensor, truth: Tensor, preds: Tensor, number: int) -> Case:
             for metric in (DiceScore(), HausdorffDistance())
         )
         scores = f"Dice {dice:.3f}   Hausdorff {hausdorff:.1f} px"
-    image, truth, preds = image.cpu(), truth.bool().cpu(), preds.bool().cpu()
     if truth.ndim == 4:
         depth = int(truth.sum(dim=(0, 2, 3)).argmax())
         image, truth, preds = image[:, depth], truth[:, depth], preds[:, depth]
+    # Copies: a view would keep its whole batch.
+    image, truth, preds = (part.to("cpu", copy=True) for part in (image, truth.bool(), preds.bool()))
     return Case(image, truth, preds, f"case {number}   {scores}")

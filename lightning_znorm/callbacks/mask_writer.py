@@ -47,7 +47,6 @@ class MaskWriter(BasePredictionWriter):
         self.dirpath = None if dirpath is None else Path(dirpath).expanduser()
         self.format = format
         self._folder = Path()
-        self._taken: set[Path] = set()
         self._numbered = 0
 
     @override
@@ -65,7 +64,7 @@ class MaskWriter(BasePredictionWriter):
             )
         trainer.strategy.barrier()  # before any process fills it
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._taken, self._numbered = set(), trainer.global_rank
+        self._numbered = trainer.global_rank
         with self._scores(trainer).open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(_COLUMNS)
 
@@ -92,10 +91,11 @@ class MaskWriter(BasePredictionWriter):
         probabilities = prediction.cpu()
         rows = []
         for index in range(len(masks)):
-            image, base = self._named(trainer, None if names is None else names[index])
+            numbers = [f"_{number}" for number in range(len(masks[index]))] if len(masks[index]) > 1 else [""]
+            ends = [f"_mask{number}.{self.format}" for number in numbers]
+            image, base = self._named(trainer, None if names is None else names[index], ends[0])
             for number, (mask, probability) in enumerate(zip(masks[index], probabilities[index], strict=True)):
-                suffix = f"_{number}" if len(masks[index]) > 1 else ""
-                file = base.with_name(f"{base.name}_mask{suffix}.{self.format}")
+                file = base.with_name(base.name + ends[number])
                 _write(mask, self._folder / file)
                 marked = int(mask.sum())
                 rows.append(
@@ -115,7 +115,7 @@ class MaskWriter(BasePredictionWriter):
     def _scores(self, trainer: pl.Trainer) -> Path:
         return self._folder / ("scores.csv" if trainer.world_size == 1 else f"scores-{trainer.global_rank}.csv")
 
-    def _named(self, trainer: pl.Trainer, name: Any) -> tuple[str, Path]:
+    def _named(self, trainer: pl.Trainer, name: Any, end: str) -> tuple[str, Path]:
         """An image's name, and what the paths of its masks begin with, in the folder: no two alike."""
         if name is None:
             name = f"{self._numbered:06d}"
@@ -124,11 +124,20 @@ class MaskWriter(BasePredictionWriter):
         # Relative paths keep their folders, so that images of one name in several folders stay apart.
         path = Path(path.name) if path.is_absolute() or ".." in path.parts else path
         base, count = path.with_suffix(""), 1
-        while base in self._taken:  # a.tif beside a.png
+        while not _claim(self._folder / base.with_name(base.name + end)):  # a.tif beside a.png
             count += 1
             base = path.with_name(f"{path.stem}-{count}")
-        self._taken.add(base)
         return str(name), base
+
+
+def _claim(path: Path) -> bool:
+    """Makes an empty file; False if there is one already, of this process or another."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _write(mask: Tensor, path: Path) -> None:
@@ -136,7 +145,6 @@ def _write(mask: Tensor, path: Path) -> None:
     from PIL import Image
 
     pages = [Image.fromarray(page.numpy().astype("uint8") * 255) for page in (mask if mask.ndim == 3 else [mask])]
-    path.parent.mkdir(parents=True, exist_ok=True)
     if len(pages) > 1:
         pages[0].save(path, save_all=True, append_images=pages[1:])
     else:

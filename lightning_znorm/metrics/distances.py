@@ -118,8 +118,9 @@ def _squared_distances(masks: Tensor, spacing: Sequence[float]) -> Tensor:
     squared = torch.where(masks, 0.0, torch.inf)
     for axis, step in enumerate(spacing, start=1):
         n = masks.shape[axis]
-        position = torch.arange(n, dtype=torch.float32, device=masks.device) * step
-        along = (position.unsqueeze(1) - position).square()
+        position = torch.arange(n, dtype=torch.float32, device=masks.device)
+        # The difference first: that of whole numbers is exact.
+        along = ((position.unsqueeze(1) - position) * step).square()
         rows = squared.movedim(axis, -1)
         shape = rows.shape
         chunks = torch.split(rows.reshape(-1, n), max(1, _CHUNK // n**2))

@@ -108,7 +108,7 @@ class MaskMetric(Metric):
             self._require_fitting_values(misfits)
         preds, target = self._marked(preds).flatten(0, 1), target.bool().flatten(0, 1)
 
-        predicted, true = preds.flatten(1).any(dim=1), target.flatten(1).any(dim=1)
+        predicted, true = _not_empty(preds), _not_empty(target)
         scores = torch.where(predicted & true, self.scores(preds, target), self.worst(preds.shape[1:]))
         counted = predicted | true
         numbers = torch.cat([torch.stack([counted.sum(), (~counted).sum()]), misfits])
@@ -211,6 +211,14 @@ class MaskMetric(Metric):
             "leaves nothing to score.",
             UserWarning,
         )
+
+
+def _not_empty(masks: Tensor) -> Tensor:
+    if masks.device.type == "cpu":
+        # By NumPy, in one thread: torch divides the search among threads, which then wait for one another, and on a
+        # busy machine for far longer than the search takes.
+        return torch.from_numpy(masks.flatten(1).numpy().any(axis=1))
+    return masks.flatten(1).any(dim=1)
 
 
 def _leaves_unit_interval(values: Tensor) -> Tensor:

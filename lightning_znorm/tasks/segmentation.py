@@ -24,7 +24,7 @@ class SegmentationTask(Task):
     Batches are pairs of images, ``(N, C, H, W)`` or ``(N, C, D, H, W)``, and masks of the same size:
 
     - with ``activation="sigmoid"``, one mask of zeros and ones for each class, ``(N, num_classes, ...)``; classes may
-      overlap;
+      overlap. A value between trains as it is, and is scored as one from 0.5 on;
     - with ``activation="softmax"``, the class of each pixel, ``(N, 1, ...)``, from 0 (background) to
       ``num_classes`` - 1.
 
@@ -38,7 +38,9 @@ class SegmentationTask(Task):
     and cross entropy holds the rest of the pixels at zero.
 
     Note:
-        - A network may return several outputs (deep supervision): all are trained, and the last is scored.
+        - A network may return several outputs (deep supervision): all are trained, and the last is scored. So
+          ``train/loss`` is a mean over the outputs, and ``val/loss`` that of the last.
+        - The loss is computed in float32 or more, whatever the precision of the network.
         - The networks by name have biases in front of normalization layers, whose true gradient is zero; what is found
           there becomes unit size under ZNorm. It changes nothing in the output. ``min_ndim=2`` of the callback leaves
           them alone.
@@ -136,7 +138,7 @@ class SegmentationTask(Task):
         if batch_idx == 0:
             self._check_masks(images, masks)
         outputs = self._outputs(images)
-        loss = torch.stack([self.criterion(logits, masks) for logits in outputs]).mean()
+        loss = torch.stack([self._loss(logits, masks) for logits in outputs]).mean()
         self.log_loss("train/loss", loss, len(images))
         return loss
 
@@ -162,7 +164,7 @@ class SegmentationTask(Task):
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the probability of each class at each pixel, same shape as the logits, at least in float32."""
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        logits = _at_least_float32(logits)
         return logits.sigmoid() if self.activation == "sigmoid" else logits.softmax(dim=1)
 
     def marked(self, probabilities: Tensor) -> Tensor:
@@ -173,7 +175,12 @@ class SegmentationTask(Task):
 
     def truth(self, masks: Tensor) -> Tensor:
         """Return masks in the form of :meth:`marked`: bool, ``(N, num_classes, ...)``."""
-        return masks > 0 if self.activation == "sigmoid" else self._one_hot(masks.long())
+        return masks >= 0.5 if self.activation == "sigmoid" else self._one_hot(masks.long())
+
+    def _loss(self, logits: Tensor, masks: Tensor) -> Tensor:
+        # In half precision the sum over the pixels of a batch, which Dice takes, is infinite or has two digits.
+        loss: Tensor = self.criterion(_at_least_float32(logits), _at_least_float32(masks))
+        return loss
 
     def _one_hot(self, classes: Tensor) -> Tensor:
         numbers = torch.arange(self.num_classes, device=classes.device)
@@ -200,7 +207,7 @@ class SegmentationTask(Task):
         if batch_idx == 0:
             self._check_masks(images, masks)
         logits = self(images)
-        self.log_loss(loss_name, self.criterion(logits, masks), len(images))
+        self.log_loss(loss_name, self._loss(logits, masks), len(images))
         preds, target = self.marked(self.probabilities(logits)), self.truth(masks)
         if self.activation == "softmax":  # without the background
             preds, target = preds[:, 1:], target[:, 1:]
@@ -218,8 +225,12 @@ class SegmentationTask(Task):
                 f"activation={self.activation!r} and num_classes={self.num_classes} ask for {expected}."
             )
         smallest, largest = (float(bound) for bound in masks.aminmax())
-        if smallest < 0 or largest > last:
+        if not (smallest >= 0 and largest <= last):  # NaN neither
             raise ValueError(
                 f"Masks run from {smallest:g} to {largest:g} in a batch, and activation={self.activation!r} with "
                 f"num_classes={self.num_classes} allows 0 to {last}: change one of them or the masks."
             )
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -1,5 +1,7 @@
 """Pictures of masks: what is drawn, where it goes, and of which cases."""
 
+import csv
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_znorm import MaskOverlay
 from lightning_znorm.callbacks import mask_overlay
-from lightning_znorm.callbacks.drawing import Case, grid, outline
+from lightning_znorm.callbacks.drawing import GAP, LEAST_SIZE, LINE, Case, grid, outline
 from lightning_znorm.tasks import SegmentationTask
+from tests.processes import run_python
 from tests.trainers import trainer
 
 ORANGE, BLUE = (230, 159, 0), (86, 180, 233)
@@ -47,18 +50,27 @@ class TestDrawing:
     def test_outline_at_the_border(self):
         assert outline(torch.ones(3, 3, dtype=torch.bool)).sum() == 8
 
-    @pytest.mark.parametrize("size", [256, 100])
+    @pytest.mark.parametrize("size", [512, 256, 100])
     def test_truth_and_prediction_stand_in_their_panels(self, size: int):
-        factor = -(-256 // size)
+        factor = -(-LEAST_SIZE // size)
         case = Case(torch.randn(3, size, size), square(size, 10, 20, 30), square(size, 40, 50, 20), "case 0")
         places = Outlines(grid([case])).of(ORANGE)
-        panel = size * factor + 6
-        truth = places[places[:, 1] < 6 + 2 * panel]
-        preds = places[places[:, 1] >= 6 + 2 * panel]
+        panel = size * factor + GAP
+        truth = places[places[:, 1] < GAP + 2 * panel]
+        preds = places[places[:, 1] >= GAP + 2 * panel]
         for drawn, number, (top, left, side) in ((truth, 1, (10, 20, 30)), (preds, 2, (40, 50, 20))):
-            origin = np.array([20, 6 + number * panel])
+            origin = np.array([LINE, GAP + number * panel])
             assert (drawn.min(axis=0) - origin == factor * np.array([top, left])).all()
             assert (drawn.max(axis=0) - origin == factor * (np.array([top, left]) + side) - 1).all()
+
+    def test_outlines_are_seen_on_a_bright_image_and_leave_small_structures_open(self):
+        image, mask = torch.linspace(0, 1, 256**2).view(1, 256, 256), square(256, 250, 100, 3)
+        pixels = np.asarray(grid([Case(image, mask, mask, "")]))
+        truth = pixels[LINE : LINE + 512, GAP + (512 + GAP) :][:, :512]
+        assert (truth[500:506, 200:206][2:4, 2:4] > 200).all()  # what is inside of it
+        assert (truth[500:506, 200:206][[0, 1, 4, 5]] == ORANGE).all()
+        assert (truth[499, 200:206] == 0).all()
+        assert (truth[500:506, [199, 206]] == 0).all()
 
     def test_a_colour_for_each_class(self):
         truth = torch.cat([square(256, 10, 10, 20), square(256, 100, 100, 20)])
@@ -69,7 +81,7 @@ class TestDrawing:
     def test_any_range_and_number_of_channels(self, channels: int):
         image = torch.linspace(-50, 700, 256).expand(channels, 256, 256)
         empty = torch.zeros(1, 256, 256, dtype=torch.bool)
-        pixels = np.asarray(grid([Case(image, empty, empty, "")]))[20:276, 6:262]
+        pixels = np.asarray(grid([Case(image, empty, empty, "")]))[LINE : LINE + LEAST_SIZE, GAP : GAP + LEAST_SIZE]
         assert pixels.min() == 0
         assert pixels.max() == 255
         assert (np.diff(pixels[0, :, 0].astype(int)) >= 0).all()
@@ -81,8 +93,9 @@ class TestDrawing:
     def test_captions_differ(self):
         empty = torch.zeros(1, 256, 256, dtype=torch.bool)
         first, second = (np.asarray(grid([Case(torch.zeros(1, 256, 256), empty, empty, text)])) for text in "ab")
-        assert (first[:276] == second[:276]).all()
-        assert (first[276:] != second[276:]).any()
+        below = LINE + LEAST_SIZE
+        assert (first[:below] == second[:below]).all()
+        assert (first[below:] != second[below:]).any()
 
 
 class Copies(nn.Module):
@@ -116,11 +129,35 @@ def captions(monkeypatch) -> list[list[str]]:
 
 
 class TestCases:
-    def test_first_whose_mask_is_not_empty(self, tmp_path: Path, captions):
+    def test_spread_over_those_whose_mask_is_not_empty(self, tmp_path: Path, captions):
         trainer(callbacks=[MaskOverlay(num_cases=3)], default_root_dir=tmp_path).test(
             SegmentationTask(Copies()), data(), verbose=False
         )
-        assert captions == [[f"case {number}   Dice 1.000   Hausdorff 0.0 px" for number in (1, 3, 4)]]
+        assert captions == [[f"case {number}   Dice 1.000   Hausdorff 0.0 px" for number in (1, 4, 6)]]
+
+    @pytest.mark.parametrize(("num_cases", "count"), [(1, 20), (4, 3), (4, 7), (4, 8), (3, 24)])
+    def test_spread_evenly(self, tmp_path: Path, captions, num_cases: int, count: int):
+        overlay = MaskOverlay(num_cases)
+        run = trainer(callbacks=[overlay], default_root_dir=tmp_path)
+        for _ in range(2):  # the same ones every time
+            run.test(SegmentationTask(Copies()), data(count, empty=()), verbose=False)
+        assert captions[0] == captions[1]
+        drawn = [int(caption.split()[1]) for caption in captions[0]]
+        assert drawn == sorted(set(drawn))
+        assert len(drawn) == min(num_cases, count)
+        steps = [after - before for before, after in itertools.pairwise(drawn)]
+        assert not steps or max(steps) <= 2 * min(steps)
+        assert drawn[-1] + (max(steps) if steps else count) >= count - 1
+
+    def test_keeps_no_batch(self, tmp_path: Path, monkeypatch):
+        drawn: list[Case] = []
+        monkeypatch.setattr(mask_overlay, "grid", lambda cases: drawn.extend(cases) or grid(cases))
+        trainer(callbacks=[MaskOverlay()], default_root_dir=tmp_path).test(
+            SegmentationTask(Copies()), data(), verbose=False
+        )
+        for case in drawn:
+            for part in (case.image, case.truth, case.preds):
+                assert part.untyped_storage().nbytes() == part.nbytes
 
     def test_chosen(self, tmp_path: Path, captions):
         trainer(callbacks=[MaskOverlay(cases=[6, 0])], default_root_dir=tmp_path).test(
@@ -152,6 +189,12 @@ class TestCases:
         run.fit(SegmentationTask(Copies()), data(), data())
         assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["val-epoch=1.png", "val-epoch=3.png"]
 
+    def test_always_outside_of_training(self, tmp_path: Path, captions):
+        run = trainer(callbacks=[MaskOverlay(every_n_epochs=10)], default_root_dir=tmp_path)
+        run.validate(SegmentationTask(Copies()), data(), verbose=False)
+        run.test(SegmentationTask(Copies()), data(), verbose=False)
+        assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["test.png", "val.png"]
+
     def test_slice_of_a_volume(self, tmp_path: Path, monkeypatch):
         drawn: list[Case] = []
         monkeypatch.setattr(mask_overlay, "grid", lambda cases: drawn.extend(cases) or grid(cases))
@@ -181,8 +224,9 @@ class TestDestinations:
         self.fit(False, tmp_path)
         assert (tmp_path / "masks" / "val-epoch=0.png").is_file()
 
-    def test_tensorboard(self, tmp_path: Path, monkeypatch):
-        logger = TensorBoardLogger(tmp_path)
+    @pytest.mark.parametrize("kind", [TensorBoardLogger, type("Own", (TensorBoardLogger,), {})])
+    def test_tensorboard(self, tmp_path: Path, monkeypatch, kind: type[TensorBoardLogger]):
+        logger = kind(tmp_path)
         images: list[tuple[Any, ...]] = []
         monkeypatch.setattr(logger.experiment, "add_image", lambda *args: images.append(args))
         self.fit(logger, tmp_path)
@@ -201,6 +245,23 @@ class TestDestinations:
         self.fit(logger, tmp_path)
         assert logger.logged == ("val/masks", 1, 3)
         assert not list(tmp_path.rglob("*.png"))
+
+
+def test_two_processes(tmp_path: Path):
+    """One draws, and none waits for the other for ever; each writes the masks of its own images."""
+    finished = run_python(Path(__file__).with_name("ddp_masks.py"), tmp_path, timeout=240)
+    assert finished.returncode == 0, finished.stdout
+    drawn = sorted(path.name for path in (tmp_path / "logs" / "masks").iterdir())
+    assert drawn == ["test.png", "val-epoch=0.png", "val-epoch=1.png"]
+    written = tmp_path / "written"
+    rows: list[dict[str, str]] = []
+    for rank in (0, 1):
+        with (written / f"scores-{rank}.csv").open(newline="", encoding="utf-8") as table:
+            rows += csv.DictReader(table)
+    expected = [f"patient {index}/image.tif" for index in range(3)] + [f"/scans/{index}/image.tif" for index in (3, 4)]
+    assert sorted(row["image"] for row in rows) == sorted(expected)
+    assert len({row["mask"] for row in rows}) == 5
+    assert all((written / row["mask"]).is_file() for row in rows)
 
 
 class TestOwnModule:

@@ -116,6 +116,12 @@ def test_a_hole_counts() -> None:
     assert HausdorffDistance(percentile=100)(batch(full), batch(ring)).item() == monais(full, ring, 100, (1, 1)) == 0
 
 
+@BOTH_PATHS
+def test_neighbours_far_from_the_origin(path: Path) -> None:
+    preds, target = box((1, 6000), (0, 1), (5000, 5001)), box((1, 6000), (0, 1), (5001, 5002))
+    assert ours(path, preds, target, (1.0, 0.7)) == pytest.approx(0.7, rel=1e-6)
+
+
 def test_mean_over_images_and_channels() -> None:
     preds, target = noise(3, 2, 20, 24, share=0.01), noise(3, 2, 20, 24, share=0.01, seed=1)
     expected = np.mean([scipys(p, t, (2, 1)) for p, t in zip(preds.flatten(0, 1), target.flatten(0, 1), strict=True)])
