@@ -34,8 +34,13 @@ def write_cifar10(root: Path, images_per_batch: int = 40, seed: int = 0) -> dict
 @pytest.fixture
 def fake_cifar10(tmp_path, monkeypatch) -> Path:
     """Root of 200 + 40 random images, in place of CIFAR-10's 50,000 + 10,000."""
-    root = tmp_path / "my data"
-    sums = write_cifar10(root)
+    return put_in_place_of_cifar10(tmp_path, monkeypatch)
+
+
+def put_in_place_of_cifar10(folder: Path, monkeypatch: pytest.MonkeyPatch, images_per_batch: int = 40) -> Path:
+    """Write random images that torchvision takes for CIFAR-10, and return their root."""
+    root = folder / "my data"
+    sums = write_cifar10(root, images_per_batch)
     monkeypatch.setattr(CIFAR10, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
