@@ -164,7 +164,7 @@ ROOMS = [
 LIBRARIES = {
     "cli": {"jsonargparse", "lightning", "yaml"},
     "compare": {"lightning", "numpy", "rich", "yaml"},
-    "tasks": {"lightning", "torchmetrics"},
+    "tasks": {"lightning", "numpy", "torchmetrics"},
     "data": {"lightning", "numpy"},
     "metrics": {"numpy", "torchmetrics"},
     "callbacks": {"lightning"},
