@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    before = dict(os.environ)
+    before, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     cluster.add_node(num_cpus=1)
@@ -30,6 +31,7 @@ def address() -> Iterator[str]:
     yield cluster.address
     ray.shutdown()
     cluster.shutdown()
+    signal.signal(signal.SIGTERM, handler)  # Ray has put its own in its place
     os.environ.clear()
     os.environ.update(before)
 

