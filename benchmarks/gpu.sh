@@ -29,7 +29,7 @@ limit=30 run versions "$python" -c "import platform, torch, triton; print(platfo
 # Not by the project's settings: plugins of pytest that they name may be missing.
 pytest=("$python" -m pytest -c /dev/null --rootdir . -p no:cacheprovider -q -m gpu --durations=10)
 if [ "${1:-}" = strategies ]; then
-    limit=370 run strategies "${pytest[@]}" tests/strategies/test_cuda.py
+    limit=370 run strategies "${pytest[@]}" tests/strategies/test_one_gpu.py
     exit $status
 fi
 limit=150 run tests "${pytest[@]}" tests/gradients/test_cuda.py
