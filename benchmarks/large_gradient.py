@@ -1,6 +1,7 @@
 """Z-scores one gradient of more than 2^31 elements, and compares it with sums in double precision.
 
-``python -m benchmarks.large_gradient``: needs 2 bytes an element in bfloat16, 4 in float32, and a little more.
+``python -m benchmarks.large_gradient``: needs 6 bytes an element in half precision, of which a float32
+copy is made, 4 in float32, and a little more.
 """
 
 import argparse
