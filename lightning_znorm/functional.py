@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 from lightning_znorm.gradients import Centralization, GradientMethod, ZScore, transform_places_
 from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.methods import describe
-from lightning_znorm.gradients.sources import optimizer_places, parameter_places
+from lightning_znorm.gradients.places import NumberedPlaces
+from lightning_znorm.gradients.sources import optimizer_places
 
 __all__ = ["attach", "centralize_grads_", "transform_grads_", "zscore_grads_"]
 
@@ -139,10 +140,7 @@ def transform_grads_(
     """
     if isinstance(parameters, nn.Module):
         raise TypeError(f"{type(parameters).__name__} is a module: give its parameters()")
-    if isinstance(parameters, Tensor):
-        parameters = [parameters]
-    named = ((f"parameter {index}", parameter) for index, parameter in enumerate(parameters))
-    places = parameter_places(named)
+    places = NumberedPlaces([parameters] if isinstance(parameters, Tensor) else parameters)
     transform_places_(places, method)
     if error_if_nonfinite:
         check_finite(places)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_znorm.gradients.kernels import measure_shards
-from lightning_znorm.gradients.places import ParameterPlace, Place, has_dtensors
+from lightning_znorm.gradients.places import Place, find_all
 from lightning_znorm.gradients.shards import Shard, whole_shard
 from lightning_znorm.gradients.statistics import ROUNDING_UNITS, Statistics
 
@@ -32,13 +32,8 @@ def measure_places(places: Iterable[Place], loss_scale: Tensor | None = None) ->
         UnsupportedGradientError: If a gradient is sparse, or cannot be put together from the processes.
     """
     places = list(places)
-    if has_dtensors():
-        from lightning_znorm.gradients.dtensor import replicate_partial_grads_
-
-        replicate_partial_grads_(place.parameter for place in places if isinstance(place, ParameterPlace))
     found: dict[Shard, Place] = {}
-    for place in places:
-        grad = place.find()
+    for place, grad in zip(places, find_all(places), strict=True):
         if grad is not None and grad.shape.numel() > 0:
             found[grad if isinstance(grad, Shard) else whole_shard(grad)] = place
     if not found:

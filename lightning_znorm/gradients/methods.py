@@ -58,7 +58,10 @@ class AffineMethod(ABC):
 
     @abstractmethod
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
-        """Returns shift and scale, each of shape ``(S,)`` like the statistics, or ``None`` for no shift or no scale."""
+        """Returns shift and scale, each of shape ``(S,)`` like the statistics, or ``None`` for no shift or no scale.
+
+        Called without autograd, on a CPU in inference mode: what a method keeps of the statistics is to be read only.
+        """
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())

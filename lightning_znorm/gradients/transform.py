@@ -1,19 +1,21 @@
 """Applies a method to gradients, wherever they are."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_znorm.gradients.errors import UnsupportedGradientError
-from lightning_znorm.gradients.kernels import affine_, affine_shards_
+from lightning_znorm.gradients.kernels import affine_shards_, affine_wholes_
 from lightning_znorm.gradients.methods import AffineMethod, GradientMethod, describe
-from lightning_znorm.gradients.places import ParameterPlace, Place, has_dtensors
-from lightning_znorm.gradients.shards import Shard, whole_pieces, whole_shard
+from lightning_znorm.gradients.places import NumberedPlaces, Place, find_all
+from lightning_znorm.gradients.shards import Shard, whole_shard
 
 
 @torch.no_grad()
-def transform_places_(places: Iterable[Place], method: GradientMethod, loss_scale: Tensor | None = None) -> None:
+def transform_places_(
+    places: Sequence[Place] | NumberedPlaces, method: GradientMethod, loss_scale: Tensor | None = None
+) -> None:
     """Replaces the gradients at some places by the method's, in place.
 
     Where gradients are sharded, all processes that hold a part must call this with the same places in the same order.
@@ -31,30 +33,21 @@ def transform_places_(places: Iterable[Place], method: GradientMethod, loss_scal
             its argument's shape.
     """
     name = describe(method)
-    places = list(places)
-    if has_dtensors():
-        from lightning_znorm.gradients.dtensor import replicate_partial_grads_
-
-        replicate_partial_grads_(place.parameter for place in places if isinstance(place, ParameterPlace))
-    wholes: list[Tensor] = []
-    shards: list[Shard] = []
-    for place in places:
-        grad = place.find()
-        if isinstance(grad, Tensor):
-            wholes.append(grad)
-        elif grad is not None:
-            if not isinstance(method, AffineMethod):
-                raise UnsupportedGradientError(
-                    f"the gradient of {place.names[0]} is sharded over processes, and {name} is a function of whole "
-                    "gradients: write it as an AffineMethod, which works with their statistics"
-                )
-            shards.append(grad)
+    grads = find_all(places)
+    wholes = [grad for grad in grads if isinstance(grad, Tensor)]
+    shards = [grad for grad in grads if isinstance(grad, Shard)] if len(wholes) < len(grads) else []
+    if shards and not isinstance(method, AffineMethod):
+        name_of_first = next(place.names[0] for place, grad in zip(places, grads, strict=True) if grad is shards[0])
+        raise UnsupportedGradientError(
+            f"the gradient of {name_of_first} is sharded over processes, and {name} is a function of whole "
+            "gradients: write it as an AffineMethod, which works with their statistics"
+        )
     if isinstance(method, AffineMethod):
         if method.pooled:
             # Shards of which everything is here, for their table knows which rows are of one tensor.
             shards = [*map(whole_shard, wholes), *shards]
         else:
-            affine_(whole_pieces(wholes, method.over), method, loss_scale)
+            affine_wholes_(wholes, method, loss_scale)
         if shards:
             affine_shards_(shards, method, loss_scale)
             for place in places:

@@ -9,9 +9,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_znorm.functional import transform_grads_
 from lightning_znorm.gradients import AffineMethod, ZScore
 from lightning_znorm.gradients.kernels import affine_, blockwise, one_pass, segments
 from lightning_znorm.gradients.shards import whole_pieces
+from lightning_znorm.gradients.statistics import Statistics
 from tests.gradients.reference import wide, zscore
 from tests.gradients.test_methods import Counted, HalfCentered, RMSNorm
 
@@ -82,6 +84,44 @@ def test_chunks_and_vectors_end_where_tensors_do(monkeypatch: pytest.MonkeyPatch
     affine_(whole_pieces(grads, "tensor"), ZScore())
     for got, expected in zip(grads, want, strict=True):
         torch.testing.assert_close(wide(got), expected, rtol=0, atol=2e-5)
+
+
+class Tagged(Tensor):
+    """A subclass of Tensor, which inference mode need not suit."""
+
+
+def test_subclasses_are_left(left: list[Tensor]) -> None:
+    grads = [randn(numel).as_subclass(Tagged) for numel in (40, 2_000)]
+    want = [zscore(grad.as_subclass(Tensor)) for grad in grads]
+    affine_(whole_pieces(grads, "tensor"), ZScore())
+    assert len(left) == 2
+    for grad, expected in zip(grads, want, strict=True):
+        torch.testing.assert_close(wide(grad.as_subclass(Tensor)), expected, rtol=0, atol=2e-5)
+
+
+class Keeping(ZScore):
+    """Keeps the deviations that it has seen."""
+
+    kept: list[Tensor]
+
+    def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
+        self.kept = [*getattr(self, "kept", []), stats.std]
+        return super().affine(stats)
+
+
+@pytest.mark.parametrize("numel", [40, 2_000])
+def test_the_gradient_is_none_of_inference_mode_and_what_is_kept_can_be_read(numel: int) -> None:
+    method, weight = Keeping(), torch.nn.Parameter(torch.zeros(numel))
+    (2 * weight).sum().backward()
+    assert weight.grad is not None
+    weight.grad.add_(randn(numel))
+    version = weight.grad._version
+    transform_grads_([weight], method)
+    assert not weight.grad.is_inference()
+    assert weight.grad._version > version  # autograd sees that it has changed
+    assert float(method.kept[0] * 2) > 0
+    loss = (weight * weight.grad).sum()
+    loss.backward()
 
 
 class Allocations(TorchDispatchMode):

@@ -15,7 +15,7 @@ from lightning_znorm.functional import zscore_grads_
 from lightning_znorm.gradients import Statistics, measure
 from lightning_znorm.gradients.kernels import measure_shards
 from lightning_znorm.gradients.measure import measure_places
-from lightning_znorm.gradients.sources import parameter_places
+from lightning_znorm.gradients.places import NumberedPlaces
 from lightning_znorm.gradients.summary import GradientSummary
 from tests.gradients.reference import wide
 from tests.gradients.simulated import Group, on_ranks
@@ -37,8 +37,8 @@ def parameters(dtype: torch.dtype = torch.float32, shift: float = 0.3) -> list[n
 
 
 def measured(params: list[nn.Parameter], loss_scale: Tensor | None = None) -> Statistics:
-    places, stats = measure_places(parameter_places((str(i), p) for i, p in enumerate(params)), loss_scale)
-    assert [int(place.names[0]) for place in places] == [
+    places, stats = measure_places(NumberedPlaces(params), loss_scale)
+    assert [int(place.names[0].removeprefix("parameter ")) for place in places] == [
         i for i, p in enumerate(params) if p.grad is not None and p.grad.numel() > 0
     ]
     return stats

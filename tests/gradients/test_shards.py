@@ -297,8 +297,8 @@ def test_no_less_exact_than_one_process(method: AffineMethod, dtype: torch.dtype
         expected = reference(grad, method)
         ours, theirs = ((wide(result) - expected).abs().max().item() for result in (got, alone))
         # In float64, one process is the reference of most methods, and its rounding is not seen: a dot product's was up
-        # to 19 units.
-        units = 32 if dtype == torch.float64 else 1
+        # to 19 units, with one thread to 39.
+        units = 64 if dtype == torch.float64 else 1
         assert ours <= 2 * theirs + units * torch.finfo(dtype).eps * expected.abs().max().item()
 
 

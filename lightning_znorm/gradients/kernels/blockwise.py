@@ -1,13 +1,12 @@
 """The affine kernel in PyTorch operations: right on every device, fast on the CPU, where blocks stay in cache."""
 
-from collections import defaultdict
 from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from lightning_znorm.gradients.kernels import one_pass, segments
+from lightning_znorm.gradients.kernels import one_pass
 from lightning_znorm.gradients.kernels.layout import workspaces
 from lightning_znorm.gradients.kernels.maps import residual_map
 from lightning_znorm.gradients.methods import AffineMethod
@@ -24,9 +23,8 @@ _DEVICE_BLOCK = 2**30
 def affine_(pieces: Iterable[Piece], method: AffineMethod, loss_scale: Tensor | None = None) -> None:
     """Replaces each entry ``g`` of the pieces by ``(g - shift) * scale`` with the method's shift and scale, in place.
 
-    On a CPU, whole contiguous tensors go to the kernels of :mod:`~lightning_znorm.gradients.kernels.segments` and
-    :mod:`~lightning_znorm.gradients.kernels.one_pass`. All else takes two passes: the mean is subtracted in place and
-    the squared deviation taken of what remains, so that a large mean costs no digits.
+    Takes two passes: the mean is subtracted in place and the squared deviation taken of what remains, so that a large
+    mean costs no digits.
 
     Args:
         pieces: Memory of whole tensors or rows, on any devices, of floating-point or complex types.
@@ -34,34 +32,9 @@ def affine_(pieces: Iterable[Piece], method: AffineMethod, loss_scale: Tensor | 
         loss_scale: Factor by which the gradients are larger than the true ones because the optimizer will divide by it,
             a scalar tensor. The result is the true gradients' one, larger by the same factor.
     """
-    tiny, singles, rest = _sorted(pieces, method.needs_std)
-    if tiny:
-        segments.affine_(tiny, method, loss_scale)
-    for tensors in singles.values():
-        one_pass.affine_(tensors, method, loss_scale)
-    for chunk in workspaces(rest):
+    for chunk in workspaces(pieces):
         count, sums, m2 = center_(chunk.works, method.needs_std)
         rewrite_(chunk.works, *residual_map(Statistics(count, sums / count, m2), method, loss_scale))
-
-
-def _sorted(
-    pieces: Iterable[Piece], needs_std: bool
-) -> tuple[list[Tensor], dict[torch.dtype, list[Tensor]], list[Piece]]:
-    """Whole tensors on a CPU for the kernel of tiny ones, others by type for that of one pass, and all other pieces."""
-    tiny: list[Tensor] = []
-    singles: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
-    rest: list[Piece] = []
-    for piece in pieces:
-        tensor, by_row, _ = piece
-        if by_row or not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_neg():
-            rest.append(piece)
-        elif tensor.numel() <= segments.MAX_NUMEL and tensor.dtype in segments.TYPES:
-            tiny.append(tensor)
-        elif needs_std and tensor.dtype in one_pass.TYPES:
-            singles[tensor.dtype].append(tensor)
-        else:
-            rest.append(piece)
-    return tiny, singles, rest
 
 
 def center_(works: list[Tensor], needs_std: bool) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_znorm.gradients.kernels import blockwise
+from lightning_znorm.gradients.kernels import blockwise, cpu
 from lightning_znorm.gradients.methods import AffineMethod, Centralization, ZScore
 from lightning_znorm.gradients.pieces import Piece
+from lightning_znorm.gradients.shards import whole_pieces
 
 if TYPE_CHECKING:
     from lightning_znorm.gradients.kernels.pointer_table import Table
 
 
-@torch.no_grad()
 def affine_(pieces: Iterable[Piece], method: AffineMethod, loss_scale: Tensor | None = None) -> None:
     """Replaces each entry ``g`` of the pieces by ``(g - shift) * scale`` with the method's shift and scale, in place.
 
@@ -26,9 +26,27 @@ def affine_(pieces: Iterable[Piece], method: AffineMethod, loss_scale: Tensor | 
             a scalar tensor. The result is the true gradients' one, larger by the same factor.
     """
     tables, rest = tables_of(pieces)
-    for table in tables:
-        table.transform_(method, loss_scale)
-    blockwise.affine_(rest, method, loss_scale)
+    with torch.no_grad():
+        for table in tables:
+            table.transform_(method, loss_scale)
+    left = cpu.affine_([piece.tensor for piece in rest if not piece.by_row], method, loss_scale)
+    blockwise.affine_([*map(Piece, left), *(piece for piece in rest if piece.by_row)], method, loss_scale)
+
+
+def affine_wholes_(grads: Iterable[Tensor], method: AffineMethod, loss_scale: Tensor | None = None) -> None:
+    """Applies a method to whole gradients, but for those of less than two elements, or with rows of single elements.
+
+    Args:
+        grads: Each has one entry of the statistics, or one for each row: see ``method.over``.
+        method: As for :func:`affine_`.
+        loss_scale: As there.
+    """
+    grads = list(grads)
+    # One device mostly has them all. On a CPU, small models feel the time that it takes to make pieces.
+    if method.over == "tensor" and grads and grads[0].is_cpu and "cpu" not in DEVICE_TYPES:
+        grads = cpu.affine_(grads, method, loss_scale)
+    if grads:
+        affine_(whole_pieces(grads, method.over), method, loss_scale)
 
 
 def tables_of(pieces: Iterable[Piece]) -> tuple[list["Table"], list[Piece]]:

@@ -25,8 +25,8 @@ def affine_(tensors: list[Tensor], method: AffineMethod, loss_scale: Tensor | No
     """Applies a method, as :func:`~lightning_znorm.gradients.kernels.blockwise.affine_` does.
 
     Args:
-        tensors: On a CPU, contiguous, of the ``TYPES``, of no more than ``MAX_NUMEL`` elements; each has one entry of
-            the statistics, in this order.
+        tensors: On a CPU, contiguous, all of one of the ``TYPES``, of no more than ``MAX_NUMEL`` elements; each has one
+            entry of the statistics, in this order.
         method: As there.
         loss_scale: As there.
     """
@@ -38,17 +38,17 @@ def affine_(tensors: list[Tensor], method: AffineMethod, loss_scale: Tensor | No
 def _affine_(tensors: list[Tensor], method: AffineMethod, loss_scale: Tensor | None) -> None:
     flats = [tensor if tensor.ndim == 1 else tensor.view(-1) for tensor in tensors]
     sizes = [flat.numel() for flat in flats]
-    lengths, count = _lengths(tuple(sizes))
+    lengths, count, numbers = _lengths(tuple(sizes))
     vector = torch.cat(flats).double()
     mean = _sums(vector, lengths) / count
-    vector.sub_(mean.repeat_interleave(lengths))
+    vector.sub_(mean.index_select(0, numbers))
     m2 = _sums(vector.square(), lengths).float() if method.needs_std else None
     offset, scale = residual_map(Statistics(count, mean.float(), m2), method, loss_scale)
     if offset is not None:
-        vector.add_(offset.repeat_interleave(lengths))
+        vector.add_(offset.index_select(0, numbers))
     if scale is not None:
-        vector.mul_(scale.repeat_interleave(lengths))
-    torch._foreach_copy_(flats, torch.split(vector, sizes))
+        vector.mul_(scale.index_select(0, numbers))
+    torch.split_with_sizes_copy(vector.to(flats[0].dtype), sizes, out=flats)
 
 
 def _sums(vector: Tensor, lengths: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def _sums(vector: Tensor, lengths: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _lengths(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Lengths of segments, to count with and to compute with."""
+def _lengths(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Lengths of segments, to count with and to compute with, and the number of each element's segment."""
     lengths = torch.tensor(sizes)
-    return lengths, lengths.float()
+    return lengths, lengths.float(), torch.arange(len(sizes)).repeat_interleave(lengths)
