@@ -3,7 +3,8 @@
 The gradients are DTensors cut along their rows, as FSDP2 leaves them, over processes on the CPU (gloo). Beside ours:
 the obvious loop with ``DTensor.mean`` and ``DTensor.std``, and one that gathers each gradient, normalizes it and keeps
 its own part. Every row works on the same gradients, each in its turn; the ratio is that of the first process' medians.
-A collective is any operation of ``torch.distributed``, as ``CommDebugMode`` counts them.
+A collective is any operation of ``torch.distributed``, as ``CommDebugMode`` counts them. ``--plot FILE`` draws both
+over the number of parameters.
 """
 
 import argparse
@@ -11,11 +12,13 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -95,6 +98,8 @@ def work(rank: int, store: str, args: argparse.Namespace) -> None:
         )
         print(f"| parameters | {'function':19} | collectives | {'ms':>8} | of zscore_grads_ |")
         print(f"| ---------: | {'-' * 19} | ----------: | {'-' * 7}: | ---------------: |")
+    times: defaultdict[str, list[float]] = defaultdict(list)
+    counts: defaultdict[str, list[int]] = defaultdict(list)
     for count in args.parameters:
         functions = functions_of(parameters_of(count, mesh, args.rows, args.columns))
         collectives = {name: collectives_of(function) for name, function in functions.items()}
@@ -102,13 +107,33 @@ def work(rank: int, store: str, args: argparse.Namespace) -> None:
         if rank == 0:
             for name, seconds in medians.items():
                 ratio = seconds / medians["zscore_grads_"]
+                times[name].append(seconds * 1e3)
+                counts[name].append(collectives[name])
                 row = f"| {count:10} | {name:19} | {collectives[name]:11} | {seconds * 1e3:8.2f} | {ratio:16.2f} |"
                 print(row, flush=True)
+    if rank == 0 and args.plot:
+        plot(args.plot, args.parameters, times, counts)
     dist.barrier()  # gloo aborts a process whose partner has left in mid-talk
     dist.destroy_process_group()
     # Without taking the interpreter down, in which a thread of gloo's that is still running aborts the process.
     sys.stdout.flush()
     os._exit(0)
+
+
+def plot(
+    file: Path, parameters: list[int], times: Mapping[str, list[float]], collectives: Mapping[str, list[int]]
+) -> None:
+    """Draws time and collectives over the number of parameters, both axes logarithmic."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, values, label in ((left, times, "milliseconds"), (right, collectives, "collectives")):
+        for (name, own), marker in zip(values.items(), "os^D", strict=True):
+            if any(own):  # none has no place on a logarithmic axis
+                axes.plot(parameters, own, marker=marker, label=name)
+        axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel=label)
+        axes.grid(alpha=0.3)
+    left.legend(frameon=False)
+    figure.savefig(file)
 
 
 def main() -> None:
@@ -118,6 +143,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="rows of each parameter (default: 64)")
     parser.add_argument("--columns", type=int, default=64, help="columns of each matrix (default: 64)")
     parser.add_argument("--rounds", type=int, default=11, help="timed calls of each row (default: 11)")
+    parser.add_argument("--plot", type=Path, help="file for a drawing, .png or .svg")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(work, (str(Path(folder, "store")), args), nprocs=args.processes)

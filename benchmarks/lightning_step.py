@@ -6,10 +6,14 @@ find their batches ready, as normalized tensors; ours are picked and normalized 
 
 The four train in turns, a few steps each, with a fresh network. Times are medians over all steps but the first two of
 each turn: of the process on all cores, which other programs on the machine disturb least, and on the wall.
+
+``--profile`` also prints what Lightning's profiler says of a step with all our parts: medians of the calls that there
+is one of in each step, which may contain each other.
 """
 
 import argparse
 import logging
+import re
 import statistics
 import time
 import warnings
@@ -20,6 +24,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.profilers import SimpleProfiler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -89,7 +94,13 @@ def by_hand(network: nn.Module, criterion: nn.Module, batches: list[Batch], stop
         stopwatch.tick()
 
 
-def fit(module: LightningModule, data: ImageDataModule | list[Batch], steps: int, *callbacks: Callback) -> None:
+def fit(
+    module: LightningModule,
+    data: ImageDataModule | list[Batch],
+    steps: int,
+    *callbacks: Callback,
+    profiler: SimpleProfiler | None = None,
+) -> None:
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -99,6 +110,7 @@ def fit(module: LightningModule, data: ImageDataModule | list[Batch], steps: int
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=list(callbacks),
+        profiler=profiler,
     )
     trainer.fit(module, data if isinstance(data, ImageDataModule) else DataLoader(data, batch_size=None))
 
@@ -120,6 +132,18 @@ def turns(task: Task, data: ImageDataModule, steps: int) -> dict[str, Callable[[
     }
 
 
+def profile(task: Task, data: ImageDataModule, steps: int) -> dict[str, float]:
+    """Median milliseconds of each call that takes place in every step and lasts for more than ten microseconds."""
+    profiler = SimpleProfiler()
+    fit(deepcopy(task), data, steps, ZNormCallback(), profiler=profiler)
+    medians = {
+        re.sub(r"\{.*\}", "", name): 1e3 * statistics.median(seconds[WARMUP:])
+        for name, seconds in profiler.recorded_durations.items()
+        if len(seconds) == steps
+    }
+    return {name: ms for name, ms in sorted(medians.items(), key=lambda item: -item[1]) if ms > 0.01}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="A training step through Lightning, with and without our parts.")
     parser.add_argument("--cifar10", help="root of CIFAR-10 (default: random images of its size)")
@@ -128,6 +152,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="steps of each turn (default: 12)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each row (default: 5)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--profile", action="store_true", help="print the calls of a step, too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -161,6 +186,12 @@ def main() -> None:
             figures = f"{watch.process * 1e3:13.2f} | {watch.process / plain.process:16.3f}"
             figures += f" | {watch.wall * 1e3:14.2f} | {watch.wall / plain.wall:16.3f}"
             print(f"| {workload:20} | {data.hparams['batch_size']:5} | {name:30} | {figures} |", flush=True)
+    for workload, (task, data) in workloads.items() if args.profile else ():
+        medians = profile(task, data, args.steps)
+        print(f"\n| {workload + ', calls of a step':70} | {'ms':>9} | {'of the step':>11} |")
+        print(f"| {'-' * 70} | {'-' * 8}: | {'-' * 10}: |")
+        for name, ms in medians.items():
+            print(f"| {name:70} | {ms:9.3f} | {ms / medians['run_training_batch']:11.4f} |")
 
 
 if __name__ == "__main__":

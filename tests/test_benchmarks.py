@@ -58,9 +58,12 @@ def test_training_step() -> None:
 
 
 def test_lightning_step() -> None:
-    table = rows(
-        output_of("benchmarks.lightning_step", "--batch-size", "2", "--steps", "4", "--rounds", "1", "--threads", "1")
-    )
+    arguments = ("--batch-size", "2", "--steps", "4", "--rounds", "1", "--threads", "1", "--profile")
+    output = output_of("benchmarks.lightning_step", *arguments)
+    table = [row for row in rows(output) if len(row) == 7]
+    calls = {row[0]: float(row[1]) for row in rows(output) if len(row) == 3 and row[1][-1].isdigit()}
+    assert calls["[Callback]ZNormCallback.on_before_optimizer_step"] > 0
+    assert max(calls, key=lambda name: calls[name]) == "run_training_batch"
     assert [row[2] for row in table] == [
         "loop by hand",
         "Trainer without our parts",
@@ -105,8 +108,11 @@ def test_metrics() -> None:
     assert all(float(milliseconds) > 0 for _, _, milliseconds, _ in table)
 
 
-def test_collectives() -> None:
-    table = rows(output_of("benchmarks.collectives", "--parameters", "3", "30", "--rounds", "2", "--processes", "2"))
+def test_collectives(tmp_path: Path) -> None:
+    arguments = ("--parameters", "3", "30", "--rounds", "2", "--processes", "2", "--plot", str(tmp_path / "curve.svg"))
+    table = rows(output_of("benchmarks.collectives", *arguments))
+    drawn = re.findall(r"<!-- (.*) -->", (tmp_path / "curve.svg").read_text())
+    assert {"zscore_grads_", "DTensor by DTensor", "collectives", "milliseconds"} <= set(drawn)
     assert [row[:2] for row in table] == [
         [count, name]
         for count in ("3", "30")
