@@ -68,7 +68,7 @@ def _affine_(flats: list[Tensor], method: AffineMethod, loss_scale: Tensor | Non
     scales = [1.0] * len(flats)
     if scale is not None:
         offset, scales = offset * scale, scale.tolist()
-    for flat, own_offset, own_scale in zip(flats, torch.split(offset, 1), scales, strict=True):
+    for flat, own_offset, own_scale in zip(flats, offset.unbind(), scales, strict=True):
         torch.add(own_offset, flat, alpha=own_scale, out=flat)
 
 
