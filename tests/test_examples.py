@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.cpu_streams import LACK_EVENTS
+from tests.gradients.dtensor_gradients import FSDP2_RUNS_ON_CPU
 from tests.processes import run_python
 
-needs_fsdp2_on_cpu = pytest.mark.skipif(LACK_EVENTS, reason="FSDP2 of this torch does not run on a CPU")
+needs_fsdp2_on_cpu = pytest.mark.skipif(not FSDP2_RUNS_ON_CPU, reason="FSDP2 of this torch does not run on a CPU")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

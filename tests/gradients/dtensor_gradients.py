@@ -31,12 +31,10 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from lightning_znorm.functional import attach, centralize_grads_, transform_grads_, zscore_grads_
 from lightning_znorm.gradients import Centralization, UnsupportedGradientError, ZScore
-from tests.cpu_streams import give_events
 
 PROCESSES = 4
 LR = 0.1
-
-give_events()
+FSDP2_RUNS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # torch 2.6's asks its streams for more than they have
 
 line: DeviceMesh
 square: DeviceMesh
@@ -404,6 +402,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Tensor], C
     "tensor_parallel": (lambda: tensor_parallel(line), tokens, lambda rank: 0, 1),
     "fsdp_and_tensor_parallel": (fsdp_and_tensor_parallel, tokens, lambda rank: rank // 2, 2),
 }
+if not FSDP2_RUNS_ON_CPU:
+    MODELS = {"tensor_parallel": MODELS["tensor_parallel"]}
 STEPS = 2
 
 
@@ -462,8 +462,9 @@ def scenarios() -> dict[str, Callable[[], Any]]:
     for name, way in product(MODELS, ("called zscore", "attached zscore", "attached centralized")):
         result[f"{name} {way}"] = lambda name=name, way=way: trained(name, way)
     result["refused"] = refused
-    result["scaled"] = lambda: scaled(False)
-    result["overflow"] = lambda: scaled(True)
+    if FSDP2_RUNS_ON_CPU:
+        result["scaled"] = lambda: scaled(False)
+        result["overflow"] = lambda: scaled(True)
     return result
 
 

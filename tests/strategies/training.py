@@ -42,14 +42,11 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.data import DataLoader
 
 from lightning_znorm import GradientCentralizationCallback, GradientMonitor, SINGCallback, ZNormCallback
-from tests.cpu_streams import give_events
 
 BATCH_SIZE = 4  # of each process
 STEPS = 3  # of each run
 LEARNING_RATE = 0.1
 INIT_SCALE = 2.0**10  # the usual one overflows in float16, in which FSDP adds gradients up
-
-give_events()
 
 Weights = dict[str, Tensor]
 
