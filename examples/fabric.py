@@ -4,6 +4,8 @@ Fabric has no callbacks of its own; the loop is yours. ``attach(optimizer)``, be
 normalizes the gradients at each step: DDP's averages, and FSDP2's shards with the statistics of the whole.
 
     python examples/fabric.py
+
+On a CPU, FSDP2 needs a newer torch than 2.6.
 """
 
 from collections.abc import Callable

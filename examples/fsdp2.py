@@ -6,6 +6,8 @@ with twice the batch.
 
     python examples/fsdp2.py
 
+On a CPU, FSDP2 needs a newer torch than 2.6.
+
 On GPUs: start one process for each with ``torchrun``, initialize "nccl", and make the mesh of "cuda".
 """
 

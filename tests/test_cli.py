@@ -71,6 +71,15 @@ def resolved(capsys: pytest.CaptureFixture[str], *args: str) -> dict:
     return yaml.safe_load(capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("stage", ["train", "val", "test", "predict"])
+def test_one_batch_is_not_every_batch(capsys, stage):
+    """Under some versions typing reorders Lightning's Union[int, float]."""
+    for text, limit in (("1", 1), ("2", 2), ("1.0", 1.0), ("0.5", 0.5)):
+        config = resolved(capsys, "fit", *configs(DIGITS), f"--trainer.limit_{stage}_batches", text)
+        got = config["trainer"][f"limit_{stage}_batches"]
+        assert (got, type(got)) == (limit, type(limit))
+
+
 def callbacks(config: dict) -> list[str]:
     return [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
 

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.gradients.dtensor_gradients import FSDP2_RUNS_ON_CPU
 from tests.processes import run_python
 
+needs_fsdp2_on_cpu = pytest.mark.skipif(not FSDP2_RUNS_ON_CPU, reason="FSDP2 of this torch does not run on a CPU")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -98,6 +100,7 @@ def test_ddp(tmp_path: Path) -> None:
     assert numbers(r"validation accuracy ([\d.]+)", output)[0] > 0.9
 
 
+@needs_fsdp2_on_cpu
 def test_fsdp2(tmp_path: Path) -> None:
     output = output_of("fsdp2.py", tmp_path)
     processes = re.findall(r"process (\d) of 2: holds (\d+) weights, test accuracy ([\d.]+)", output)
@@ -107,6 +110,7 @@ def test_fsdp2(tmp_path: Path) -> None:
     assert float(processes[0][2]) > 0.93
 
 
+@needs_fsdp2_on_cpu
 def test_fabric(tmp_path: Path) -> None:
     output = output_of("fabric.py", tmp_path)
     accuracies = dict(re.findall(r"(DDP|FSDP2), process 0 of 2: test accuracy ([\d.]+)", output))

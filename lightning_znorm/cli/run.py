@@ -25,6 +25,7 @@ from lightning_znorm.cli.last_checkpoint import last_checkpoint
 from lightning_znorm.cli.parse_errors import explained
 from lightning_znorm.cli.processes import check_processes
 from lightning_znorm.cli.resumed import changed_data, check_resumed, overridden
+from lightning_znorm.cli.trainer import CommandTrainer
 
 _PROGRAM = "python -m lightning_znorm"
 
@@ -65,6 +66,7 @@ class RunCLI(LightningCLI):
         super().__init__(
             args=[*args[:1], *_flags(str(file.path) for file in files), *args[1:]],
             parser_class=Parser,
+            trainer_class=CommandTrainer,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"prog": _PROGRAM, **{name: {"usage": usage} for name, usage in usages.items()}},

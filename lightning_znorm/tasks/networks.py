@@ -71,8 +71,8 @@ def create_segmenter(
 
     Example:
         >>> import torch
-        >>> len(create_segmenter("unetpp")(torch.zeros(1, 3, 32, 32)))
-        4
+        >>> create_segmenter("attention_unet")(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 1, 32, 32])
     """
     if name not in _SEGMENTERS:
         raise ValueError(f"No segmentation network is called {name!r}: choose one of {', '.join(_SEGMENTERS)}.")

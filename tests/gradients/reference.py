@@ -20,6 +20,11 @@ def centralized(grad: Tensor) -> Tensor:
     return grad - grad.mean(dim=tuple(range(1, grad.ndim)), keepdim=True)
 
 
+def rms_normalized(grad: Tensor) -> Tensor:
+    grad = wide(grad)
+    return grad / grad.abs().square().mean().sqrt()
+
+
 def sing(grad: Tensor, eps: float = 1e-8) -> Tensor:
     centered = centralized(grad) if grad.ndim > 1 and grad[0].numel() > 1 else wide(grad)
     return centered / (centered.abs().square().sum().sqrt() + eps)

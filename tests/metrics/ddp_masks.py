@@ -56,7 +56,9 @@ def process(rank: int, directory: Path) -> None:
                 record[name] = {"value": value.item(), "own": own, "synchronised": synchronised}
         record["warnings"] = [str(w.message) for w in caught if "before the ``update``" not in str(w.message)]
         (directory / f"{scenario}-{rank}.json").write_text(json.dumps(record))
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()  # gloo aborts a process whose partner has left in mid-talk
+    # The group is not destroyed: torch 2.6 may hang there, as it holds the GIL and joins a thread that needs it to free
+    # the tensors of a collective.
 
 
 if __name__ == "__main__":

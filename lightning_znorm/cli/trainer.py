@@ -1,0 +1,38 @@
+"""The Trainer that a command makes."""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+
+class CommandTrainer(Trainer):
+    """Lightning's Trainer, for which ``limit_train_batches: 1`` is one batch on the command line and in YAML.
+
+    Lightning's own annotation is ``Optional[Union[int, float]]``. ``typing`` may give for it the equal
+    ``Optional[Union[float, int]]`` that it keeps in a cache from somewhere else: numbers are then read as floats, 1 as
+    everything, and 2 is refused. What is written with ``|`` is in no cache.
+
+    Args:
+        limit_train_batches: How much of the training data to take: a number of batches, or a share.
+        limit_val_batches: The same of the validation data.
+        limit_test_batches: The same of the test data.
+        limit_predict_batches: The same of the data to predict.
+        **kwargs: Further arguments of `lightning.pytorch.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            **kwargs,
+        )
