@@ -14,7 +14,6 @@ import signal
 import socket
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
@@ -27,6 +26,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
 
+from benchmarks.kills import Kill, KillWhileSaving
 from lightning_znorm import GradientCentralizationCallback, ZNormCallback
 from lightning_znorm.data import DigitsDataModule, LGGDataModule
 from lightning_znorm.data.augmentation import random_crop_and_flip
@@ -65,42 +65,6 @@ class Setup:
 class AugmentedDigits(DigitsDataModule):
     def augment_batch(self, images: Tensor) -> Tensor:
         return random_crop_and_flip(images, padding=1)
-
-
-class Kill(Callback):
-    """Ends all processes of the training, as a power cut does, in the middle of a batch.
-
-    Args:
-        batch: Which one.
-        rank: Process that gets there first.
-    """
-
-    def __init__(self, batch: int, rank: int) -> None:
-        self.batch = batch
-        self.rank = rank
-
-    def on_before_optimizer_step(self, trainer: pl.Trainer, *_: object) -> None:
-        if trainer.fit_loop.total_batch_idx == self.batch and trainer.global_rank == self.rank:
-            os.killpg(os.getpgid(0), signal.SIGKILL)
-
-
-class KillWhileSaving(Callback):
-    """Ends all processes of the training while a checkpoint is written, or a moment before or after.
-
-    Args:
-        save: Which one, counted from 1.
-        delay: Seconds from the moment when its content is collected.
-    """
-
-    def __init__(self, save: int, delay: float) -> None:
-        self.save = save
-        self.delay = delay
-
-    def on_save_checkpoint(self, *_: object) -> None:
-        self.save -= 1
-        if self.save == 0 and not os.fork():  # a process of its own, for a thread would wait for this one to write
-            time.sleep(self.delay)
-            os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
 def make(setup: Setup, data: Path) -> tuple[pl.LightningModule, pl.LightningDataModule]:

@@ -124,10 +124,12 @@ class Task(LightningModule):
         state = states[self.global_rank] if len(states) == self.trainer.world_size else None
         if state is not None:
             set_random_state(state, self.device)
-        elif states:
+        # Every process looks at all of them: the first, which warns, may have its own where others have none.
+        known = sum(each is not None for each in states)
+        if states and (state is None or known < len(states)):
             rank_zero_warn(
-                f"The checkpoint holds the random numbers of {sum(each is not None for each in states)} processes, and "
-                f"{self.trainer.world_size} go on: dropout and augmentations draw others than they would have."
+                f"The checkpoint holds the random numbers of {known} processes, and {self.trainer.world_size} go on: "
+                "dropout and augmentations draw others than they would have."
             )
 
     def log_loss(self, name: str, loss: Tensor, batch_size: int) -> None:

@@ -1,6 +1,12 @@
 """Files that are damaged, gone, unreadable or too few: an error that names them, or a right run."""
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +63,37 @@ def test_damaged_file(name: str, damage: Callable[[Path], None], tmp_path: Path)
         assert found in (RUN, SENTENCE)
     else:
         assert found == SENTENCE
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="other permissions")
+@pytest.mark.parametrize("name", [name for name in TARGETS if "YAML" not in name])
+def test_unreadable_file(name: str) -> None:
+    target = TARGETS[name]
+    with tempfile.TemporaryDirectory() as made:  # not tmp_path, where others than its owner see nothing at all
+        os.chmod(made, 0o777)
+        folder = Path(made)
+        path = target.make(folder)
+        assert outcome(target, folder, path) == RUN  # which imports what others may not be allowed to read
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+        path.chmod(0)
+
+        def read(folder: Path) -> None:
+            with as_somebody_else():
+                target.read(folder)
+
+        assert outcome(dataclasses.replace(target, read=read), folder, path) == SENTENCE
+
+
+@contextlib.contextmanager
+def as_somebody_else() -> Iterator[None]:
+    """For root may read everything."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if "YAML" in name])

@@ -143,6 +143,17 @@ class TestTask:
         with pytest.warns(UserWarning, match="random numbers of 2 processes, and 1 go on"):
             fit(tmp_path, ckpt_path=path)
 
+    def test_a_process_whose_random_numbers_were_not_to_be_had(self):
+        """The process that warns, the first, is the one that has its own."""
+        module = task()
+        module._trainer = SimpleNamespace(world_size=2, global_rank=0)
+        random.seed(1)
+        module._random_states = [random_state(CPU), None]
+        first = draws()
+        with pytest.warns(UserWarning, match="random numbers of 1 processes, and 2 go on"):
+            module.on_train_start()
+        assert draws() == first
+
     @pytest.mark.parametrize("case", ["interrupted", "requeued", "neither"])
     def test_who_is_not_there_is_not_waited_for(self, monkeypatch, case):
         gathered = []
