@@ -125,6 +125,8 @@ def main(kills: int, seed: int, processes: list[int]) -> int:
             (last,) = run.rglob("last.ckpt")
             step = torch.load(last, weights_only=True)["global_step"]
             alike = same(completed(run, count, "--ckpt_path", "last"), whole[count])
+            if f"Restored all states from the checkpoint at {last.relative_to(run)}" not in (run / "log").read_text():
+                raise RuntimeError(f"fit did not go on from {last}: {(run / 'log').read_text()[-2000:]}")
             exact += alike
             row = (count, batch, f"step {step}", "the same bits" if alike else "DIFFERENT")
             print("| " + " | ".join(map(str, row)) + " |", flush=True)

@@ -468,6 +468,12 @@ class TestLastCheckpoint:
     def test_none(self):
         assert last_checkpoint({}) is None
 
+    @pytest.mark.parametrize("where", ["here", "lightning_logs/version_0/checkpoints"])
+    def test_of_two_callbacks_one_names_a_folder(self, where):
+        named = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "here"}}
+        write(f"{where}/last.ckpt", "")
+        assert last_checkpoint({"callbacks": [{"class_path": "ModelCheckpoint"}, named]}) == Path(where, "last.ckpt")
+
     def test_the_newest(self):
         for age, run in enumerate((2, 10, 1)):
             path = write(f"lightning_logs/version_{run}/checkpoints/last.ckpt", "")

@@ -24,9 +24,13 @@ def last_checkpoint(trainer: Mapping[str, Any]) -> Path | None:
 
 def _folders(trainer: Mapping[str, Any]) -> list[Path]:
     checkpoints = [entry for entry in _entries(trainer.get("callbacks")) if "ModelCheckpoint" in str(entry)]
-    named = [entry["init_args"].get("dirpath") for entry in checkpoints if entry.get("init_args")]
-    if any(named):
-        return [Path(folder) for folder in named if folder]
+    dirpaths = [(entry.get("init_args") or {}).get("dirpath") for entry in checkpoints]
+    named = [Path(folder) for folder in dirpaths if folder]
+    # One that names no folder keeps its checkpoints beside the logs, whatever another names.
+    return named if named and all(dirpaths) else [*named, *_beside_logs(trainer)]
+
+
+def _beside_logs(trainer: Mapping[str, Any]) -> list[Path]:
     root = Path(trainer.get("default_root_dir") or ".")
     if trainer.get("logger") is False:
         return [root / "checkpoints"]
