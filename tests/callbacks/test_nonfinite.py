@@ -13,7 +13,10 @@ from torch.optim import SGD
 from lightning_znorm import GradientCentralizationCallback, GradientTransform, ZNormCallback
 from lightning_znorm.gradients import NonFiniteGradientError
 from tests.callbacks.training import LR, OPTIMIZERS, ManualTraining, Training, amp, batches, loss_of, weights_of
+from tests.gradients.dtensor_gradients import FSDP2_RUNS_ON_CPU
 from tests.processes import run_python
+
+needs_fsdp2_on_cpu = pytest.mark.skipif(not FSDP2_RUNS_ON_CPU, reason="FSDP2 of this torch does not run on a CPU")
 
 NAMES = ["net.first.weight", "net.first.bias", "net.last.weight"]
 CALLBACKS = [ZNormCallback, GradientCentralizationCallback, partial(GradientTransform, torch.neg)]
@@ -141,7 +144,7 @@ def test_many_parameters_are_counted(fit) -> None:
         fit(Spoiled(torch.nan, net=net), batches(4), ZNormCallback(error_if_nonfinite=True))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("fsdp2", marks=needs_fsdp2_on_cpu)])
 def test_two_processes_stop_together(tmp_path: Path, strategy: str) -> None:
     """In a sharded model, only one of them sees the NaN."""
     script = Path(__file__).with_name("nonfinite_training.py")

@@ -14,7 +14,7 @@ from tests.gradients.reference import sing, wide, zscore
 
 class RMSNorm(AffineMethod):
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
-        return None, (stats.std.square() + stats.mean.square()).rsqrt()
+        return None, (stats.std.square() + stats.mean.abs().square()).rsqrt()  # a mean may be complex
 
 
 class RowZScore(AffineMethod):
