@@ -124,15 +124,15 @@ def plot(
     file: Path, parameters: list[int], times: Mapping[str, list[float]], collectives: Mapping[str, list[int]]
 ) -> None:
     """Draws time and collectives over the number of parameters, both axes logarithmic."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, values, label in ((left, times, "milliseconds"), (right, collectives, "collectives")):
-        for (name, own), marker in zip(values.items(), "os^D", strict=True):
+        for (name, own), marker, color in zip(values.items(), "os^D", ("C0", "C1", "C2", "C3"), strict=True):
             if any(own):  # none has no place on a logarithmic axis
-                axes.plot(parameters, own, marker=marker, label=name)
+                axes.plot(parameters, own, color, marker=marker, label=name)
         axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel=label)
         axes.grid(alpha=0.3)
-    left.legend(frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(file)
 
 
