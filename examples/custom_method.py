@@ -24,7 +24,7 @@ class UnitNorm(AffineMethod):
     """Divides each gradient by its norm."""
 
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
-        mean_square = stats.std.square() + stats.mean.square()
+        mean_square = stats.std.square() + stats.mean.abs().square()
         norm = (stats.count * mean_square).sqrt()
         return None, 1 / (norm + 1e-10)
 

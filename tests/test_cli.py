@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import NoneType
 
 import own_module
 import pytest
@@ -17,6 +18,7 @@ from lightning_znorm.cli import main
 from lightning_znorm.cli.config_files import flatten, read_config, shipped_configs
 from lightning_znorm.cli.errors import sentence
 from lightning_znorm.cli.last_checkpoint import last_checkpoint
+from lightning_znorm.cli.trainer import CommandTrainer
 from lightning_znorm.tasks import ClassificationTask
 from tests.medical import write_lgg
 
@@ -73,7 +75,9 @@ def resolved(capsys: pytest.CaptureFixture[str], *args: str) -> dict:
 
 @pytest.mark.parametrize("stage", ["train", "val", "test", "predict"])
 def test_one_batch_is_not_every_batch(capsys, stage):
-    """Under some versions typing reorders Lightning's Union[int, float]."""
+    """Typing may reorder Lightning's Union[int, float], by what else was imported, and then 1 is read as 1.0."""
+    annotation = CommandTrainer.__init__.__annotations__[f"limit_{stage}_batches"]
+    assert annotation.__args__ == (int, float, NoneType)
     for text, limit in (("1", 1), ("2", 2), ("1.0", 1.0), ("0.5", 0.5)):
         config = resolved(capsys, "fit", *configs(DIGITS), f"--trainer.limit_{stage}_batches", text)
         got = config["trainer"][f"limit_{stage}_batches"]

@@ -74,7 +74,7 @@ class GradientTransform(GradientCallback):
         >>> from lightning_znorm.gradients import AffineMethod
         >>> class RMSNorm(AffineMethod):
         ...     def affine(self, stats):
-        ...         return None, (stats.std.square() + stats.mean.square()).rsqrt()
+        ...         return None, (stats.std.square() + stats.mean.abs().square()).rsqrt()
         >>> callback = GradientTransform(RMSNorm(), exclude="*.fc.*", min_ndim=2)
     """
 

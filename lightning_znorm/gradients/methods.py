@@ -37,7 +37,7 @@ class AffineMethod(ABC):
         >>> from lightning_znorm.gradients import AffineMethod
         >>> class RMSNorm(AffineMethod):
         ...     def affine(self, stats):
-        ...         return None, (stats.std.square() + stats.mean.square()).rsqrt()
+        ...         return None, (stats.std.square() + stats.mean.abs().square()).rsqrt()
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> weight.grad = torch.tensor([1.0, 7.0])
         >>> transform_grads_(weight, RMSNorm())
@@ -58,10 +58,7 @@ class AffineMethod(ABC):
 
     @abstractmethod
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
-        """Returns shift and scale, each of shape ``(S,)`` like the statistics, or ``None`` for no shift or no scale.
-
-        Called without autograd, on a CPU in inference mode: what a method keeps of the statistics is to be read only.
-        """
+        """Returns shift and scale, each of shape ``(S,)`` like the statistics, or ``None`` for no shift or no scale."""
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())

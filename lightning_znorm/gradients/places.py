@@ -97,13 +97,15 @@ class NumberedPlaces:
     """The places of parameters that have no names: iterable, and made only then, as most steps need none.
 
     Args:
-        groups: The parameters, of one group or of several; one that occurs twice counts once.
+        groups: The parameters; one that occurs twice counts once.
+        are_an_optimizers: Whether to name the group of each.
 
     Raises:
         TypeError: If something is given that is not a tensor.
     """
 
-    def __init__(self, *groups: Iterable[Tensor]) -> None:
+    def __init__(self, *groups: Iterable[Tensor], are_an_optimizers: bool = False) -> None:
+        self._names_groups = are_an_optimizers
         self._groups = [list(group) for group in groups]
         every = [parameter for group in self._groups for parameter in group]
         if not set(map(type, every)) <= _ORDINARY:
@@ -122,7 +124,7 @@ class NumberedPlaces:
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for number, group in enumerate(self._groups):
-            of_group = f" of group {number}" if len(self._groups) > 1 else ""
+            of_group = f" of group {number}" if self._names_groups else ""
             for index, parameter in enumerate(group):
                 yield f"parameter {index}{of_group}", parameter
 
@@ -137,7 +139,7 @@ def find_all(places: Sequence[Place] | NumberedPlaces) -> list[Tensor | Shard | 
         parameters, all_in_parameters = places.parameters, True
     else:
         parameters = [place.parameter for place in places if isinstance(place, ParameterPlace)]
-        all_in_parameters = len(parameters) == len(places)
+        all_in_parameters = set(map(type, places)) <= {ParameterPlace}
     if all_in_parameters and (grads := _ordinary_grads(parameters)) is not None:
         return grads
     if _has_dtensors():

@@ -59,7 +59,7 @@ class GradientSource:
 
 def optimizer_places(optimizer: Optimizer) -> NumberedPlaces:
     """The places of an optimizer's parameters, named by their numbers."""
-    return NumberedPlaces(*[group["params"] for group in optimizer.param_groups])
+    return NumberedPlaces(*[group["params"] for group in optimizer.param_groups], are_an_optimizers=True)
 
 
 def clean_name(name: str) -> str:

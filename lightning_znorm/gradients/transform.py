@@ -1,6 +1,6 @@
 """Applies a method to gradients, wherever they are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from lightning_znorm.gradients.shards import Shard, whole_shard
 
 
 @torch.no_grad()
-def transform_places_(
-    places: Sequence[Place] | NumberedPlaces, method: GradientMethod, loss_scale: Tensor | None = None
-) -> None:
+def transform_places_(places: Iterable[Place], method: GradientMethod, loss_scale: Tensor | None = None) -> None:
     """Replaces the gradients at some places by the method's, in place.
 
     Where gradients are sharded, all processes that hold a part must call this with the same places in the same order.
@@ -33,6 +31,8 @@ def transform_places_(
             its argument's shape.
     """
     name = describe(method)
+    if not isinstance(places, NumberedPlaces):
+        places = list(places)
     grads = find_all(places)
     wholes = [grad for grad in grads if isinstance(grad, Tensor)]
     shards = [grad for grad in grads if isinstance(grad, Shard)] if len(wholes) < len(grads) else []

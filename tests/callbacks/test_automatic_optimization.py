@@ -30,7 +30,7 @@ class RMSNorm(AffineMethod):
     """Ten lines of a user's own."""
 
     def affine(self, stats):
-        return None, (stats.std.square() + stats.mean.square()).rsqrt()
+        return None, (stats.std.square() + stats.mean.abs().square()).rsqrt()
 
 
 def rms_normalized(grad: Tensor) -> Tensor:

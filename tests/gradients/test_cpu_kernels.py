@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_znorm.functional import transform_grads_
+from lightning_znorm.functional import zscore_grads_
 from lightning_znorm.gradients import AffineMethod, ZScore
 from lightning_znorm.gradients.kernels import affine_, blockwise, one_pass, segments
 from lightning_znorm.gradients.shards import whole_pieces
@@ -99,29 +99,47 @@ def test_subclasses_are_left(left: list[Tensor]) -> None:
         torch.testing.assert_close(wide(grad.as_subclass(Tensor)), expected, rtol=0, atol=2e-5)
 
 
-class Keeping(ZScore):
-    """Keeps the deviations that it has seen."""
+class Running(AffineMethod):
+    """Keeps a running deviation, which a user may reset and use in a loss."""
 
-    kept: list[Tensor]
+    running: Tensor | None = None
 
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
-        self.kept = [*getattr(self, "kept", []), stats.std]
-        return super().affine(stats)
+        std = stats.std.mean().double()
+        if self.running is None:
+            self.running = std
+        else:
+            self.running.lerp_(std, 0.5)
+        self.count = stats.count
+        return None, stats.count / stats.count
+
+
+def test_a_method_may_keep_and_change_what_it_is_given_whatever_the_gradients() -> None:
+    for order in itertools.permutations(
+        [randn(2_000), randn(40), randn(30, 20).t(), randn(700).bfloat16(), randn(30).half()]
+    ):
+        method = Running()
+        for grad in order:
+            affine_(whole_pieces([grad], "tensor"), ZScore())  # which may have made what is cached
+            affine_(whole_pieces([grad], "tensor"), method)
+        assert method.running is not None
+        method.running.zero_()
+        weight = torch.nn.Parameter(torch.ones(1))
+        (weight * method.running + weight * method.count).sum().backward()
+        assert weight.grad is not None
 
 
 @pytest.mark.parametrize("numel", [40, 2_000])
-def test_the_gradient_is_none_of_inference_mode_and_what_is_kept_can_be_read(numel: int) -> None:
-    method, weight = Keeping(), torch.nn.Parameter(torch.zeros(numel))
+def test_the_gradient_is_none_of_inference_mode(numel: int) -> None:
+    weight = torch.nn.Parameter(torch.zeros(numel))
     (2 * weight).sum().backward()
     assert weight.grad is not None
     weight.grad.add_(randn(numel))
     version = weight.grad._version
-    transform_grads_([weight], method)
+    zscore_grads_([weight])
     assert not weight.grad.is_inference()
     assert weight.grad._version > version  # autograd sees that it has changed
-    assert float(method.kept[0] * 2) > 0
-    loss = (weight * weight.grad).sum()
-    loss.backward()
+    (weight * weight.grad).sum().backward()
 
 
 class Allocations(TorchDispatchMode):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_znorm.gradients import ZScore, transform_places_
 from lightning_znorm.gradients.errors import UnsupportedGradientError
 from lightning_znorm.gradients.places import NumberedPlaces, ParameterPlace, find_all
 
@@ -28,6 +29,37 @@ ORDINARY = {
     "transposed": lambda: torch.randn(3, 2).t(),
     "of a subclass": lambda: torch.randn(2, 3).as_subclass(Subclass),
 }
+
+
+def test_ordinary_gradients_are_found_without_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [param(torch.randn(2, 3)), param(None), param(torch.randn(3, 2).t())]
+
+    def refuse(place: ParameterPlace) -> None:
+        pytest.fail(f"{place.names} was looked at")
+
+    places = named(params)
+    monkeypatch.setattr(ParameterPlace, "find", refuse)
+    for together in (places, NumberedPlaces(params)):
+        for found, own in zip(find_all(together), params, strict=True):
+            assert found is own.grad
+
+
+def test_a_place_of_its_own_kind_finds_for_itself() -> None:
+    class Elsewhere(ParameterPlace):
+        def find(self) -> Tensor:
+            return torch.ones(2)
+
+    found, other = find_all([Elsewhere(("weight",), param(torch.randn(2, 3))), *named([param(None)])])
+    assert isinstance(found, Tensor)
+    assert found.tolist() == [1, 1]
+    assert other is None
+
+
+def test_places_may_come_one_by_one() -> None:
+    params = [param(torch.tensor([[1.0, 1, 1], [3, 3, 3]])), param(None)]
+    transform_places_((place for place in named(params)), ZScore())
+    assert params[0].grad is not None
+    assert params[0].grad.tolist() == [[-1, -1, -1], [1, 1, 1]]
 
 
 @pytest.mark.parametrize("also", ORDINARY)
@@ -69,7 +101,7 @@ def test_refused_by_name(attribute: str | None, grad: Tensor, message: str) -> N
 def test_numbers_are_those_of_the_first_occurrence() -> None:
     first, second, third = (param(torch.randn(2, 3)) for _ in range(3))
     assert [place.names for place in NumberedPlaces([first, first, second])] == [("parameter 0",), ("parameter 2",)]
-    places = NumberedPlaces([first, second], [second, third])
+    places = NumberedPlaces([first, second], [second, third], are_an_optimizers=True)
     assert [place.names for place in places] == [
         ("parameter 0 of group 0",),
         ("parameter 1 of group 0",),

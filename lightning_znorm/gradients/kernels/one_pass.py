@@ -81,5 +81,6 @@ def _measure(flat: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # for whoever asks next
 def _counts(sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.tensor(sizes, dtype=dtype)

@@ -17,7 +17,7 @@ TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 # From here on it is faster to work on a tensor of its own.
 MAX_NUMEL = 512
-# Elements in a vector, of 8 bytes each, of which there are three at a time.
+# Elements in a vector, of 8 bytes each, of which there are four at a time.
 _VECTOR = 2**16
 
 
@@ -55,7 +55,8 @@ def _sums(vector: Tensor, lengths: Tensor) -> Tensor:
     return torch.segment_reduce(vector, "sum", lengths=lengths, unsafe=True)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)  # of half a MiB at most each
+@torch.inference_mode(False)  # for whoever asks next
 def _lengths(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Lengths of segments, to count with and to compute with, and the number of each element's segment."""
     lengths = torch.tensor(sizes)
