@@ -94,7 +94,7 @@ def test_gan(tmp_path: Path) -> None:
 
 def test_ddp(tmp_path: Path) -> None:
     output = output_of("ddp.py", tmp_path)
-    first, second = re.findall(r"process (\d) of 2: sum of the weights (\S+)", output)
+    first, second = re.findall(r"process (\d) of 2: sum of the weights (-?\d+\.\d{12})", output)
     assert {first[0], second[0]} == {"0", "1"}
     assert first[1] == second[1]
     assert numbers(r"validation accuracy ([\d.]+)", output)[0] > 0.9
