@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.gradients.dtensor_gradients import FSDP2_RUNS_ON_CPU
+from tests.fsdp2 import needs_fsdp2_on_cpu
 from tests.processes import run_python
 
-needs_fsdp2_on_cpu = pytest.mark.skipif(not FSDP2_RUNS_ON_CPU, reason="FSDP2 of this torch does not run on a CPU")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

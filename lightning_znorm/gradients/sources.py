@@ -40,7 +40,7 @@ class GradientSource:
     def places_of(self, optimizer: Optimizer) -> Iterator[Place]:
         """Those of the parameters that an optimizer steps, named by their numbers if they are not the model's."""
         # An optimizer may hold a parameter twice.
-        stepped = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
+        stepped = dict.fromkeys(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
         if not stepped.keys() <= self._index.keys():
             # The first step, or one after the model or the optimizer has grown.
             foreign: dict[int, list[Place]] = {id(place.parameter): [place] for place in optimizer_places(optimizer)}

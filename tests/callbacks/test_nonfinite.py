@@ -13,10 +13,8 @@ from torch.optim import SGD
 from lightning_znorm import GradientCentralizationCallback, GradientTransform, ZNormCallback
 from lightning_znorm.gradients import NonFiniteGradientError
 from tests.callbacks.training import LR, OPTIMIZERS, ManualTraining, Training, amp, batches, loss_of, weights_of
-from tests.gradients.dtensor_gradients import FSDP2_RUNS_ON_CPU
+from tests.fsdp2 import needs_fsdp2_on_cpu
 from tests.processes import run_python
-
-needs_fsdp2_on_cpu = pytest.mark.skipif(not FSDP2_RUNS_ON_CPU, reason="FSDP2 of this torch does not run on a CPU")
 
 NAMES = ["net.first.weight", "net.first.bias", "net.last.weight"]
 CALLBACKS = [ZNormCallback, GradientCentralizationCallback, partial(GradientTransform, torch.neg)]

@@ -40,6 +40,8 @@ def test_held_by_another_process(tmp_path):
 
 def test_a_crash_does_not_block(tmp_path):
     process = hold(tmp_path / "lock")
+    with pytest.raises(InUseError), locked(tmp_path / "lock"):
+        pass
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     with locked(tmp_path / "lock"):

@@ -329,7 +329,9 @@ class TestPatientsAreKept:
     def test_judged_by_its_own(self, trained, judge):
         data, path = trained
         for stage in ("fit", "validate", "test"):
-            getattr(judge, stage)(Segmenter(), datamodule=LGGDataModule(data.root, seed=3), ckpt_path=path)
+            module = Segmenter()
+            getattr(judge, stage)(module, datamodule=LGGDataModule(data.root, seed=3), ckpt_path=path)
+            assert module.seen[{"fit": "train", "validate": "val", "test": "test"}[stage]]
 
     def test_refuses_to_be_judged_by_patients_it_has_seen(self, trained, judge):
         data, path = trained
@@ -365,7 +367,9 @@ class TestPatientsAreKept:
         data, path = trained
         write_lgg(tmp_path / "others", patients=2)
         for given in (LGGDataModule("nowhere", predict_root=tmp_path / "others"), LGGDataModule(data.root, seed=0)):
-            judge.predict(Segmenter(), datamodule=given, ckpt_path=path)
+            module = Segmenter()
+            judge.predict(module, datamodule=given, ckpt_path=path)
+            assert module.seen["predict"]
 
 
 class TestNormalized:

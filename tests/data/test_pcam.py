@@ -148,6 +148,7 @@ class TestHDF5:
         data = PCamDataModule(fake_pcam)
         data.prepare_data()
         data.setup(stage)
+        assert len({"fit": data.train_dataloader, "test": data.test_dataloader}[stage]()) > 0
 
 
 class TestDecoding:

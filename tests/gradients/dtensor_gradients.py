@@ -31,10 +31,10 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from lightning_znorm.functional import attach, centralize_grads_, transform_grads_, zscore_grads_
 from lightning_znorm.gradients import Centralization, UnsupportedGradientError, ZScore
+from tests.fsdp2 import FSDP2_RUNS_ON_CPU
 
 PROCESSES = 4
 LR = 0.1
-FSDP2_RUNS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # torch 2.6's asks its streams for more than they have
 
 line: DeviceMesh
 square: DeviceMesh

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from tests.fsdp2 import needs_fsdp2_on_cpu
 from tests.gradients.dtensor_gradients import (
     CASES,
     EXPANDED,
-    FSDP2_RUNS_ON_CPU,
     LR,
     MODELS,
     PROCESSES,
@@ -26,7 +26,6 @@ from tests.gradients.test_zscore import TOLERANCE
 from tests.processes import run_python
 
 METHODS = ["zscore", "centralized"]
-needs_fsdp2 = pytest.mark.skipif(not FSDP2_RUNS_ON_CPU, reason="FSDP2 of this torch does not run on a CPU")
 
 
 @pytest.fixture(scope="module")
@@ -202,14 +201,14 @@ def test_every_step_is_that_of_one_process(runs: list[dict[str, Any]], name: str
         assert record["placements"] == PLACEMENTS[name]
 
 
-@needs_fsdp2
+@needs_fsdp2_on_cpu
 def test_grad_scaler(runs: list[dict[str, Any]]) -> None:
     for run in runs:
         for step in range(STEPS):
             check_step("fsdp", "zscore", step, *run["scaled"]["weights"][step : step + 2], tolerance=2e-5)
 
 
-@needs_fsdp2
+@needs_fsdp2_on_cpu
 def test_overflow_on_one_rank_skips_the_step_on_all(runs: list[dict[str, Any]]) -> None:
     for run in runs:
         record = run["overflow"]

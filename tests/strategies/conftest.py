@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gradients.dtensor_gradients import FSDP2_RUNS_ON_CPU
+from tests.fsdp2 import FSDP2_RUNS_ON_CPU
 from tests.processes import run_python
 from tests.strategies.training import SCENARIOS
 
@@ -57,6 +57,6 @@ def one_thread() -> Iterator[None]:
 def directory(request: pytest.FixtureRequest, name: str) -> Path:
     """Where the processes of the test's scenario wrote down what they saw."""
     if not runs(name):
-        pytest.skip("FSDP2 of this torch does not run on a CPU")
+        pytest.skip("FSDP2 calls methods that a CPU's streams do not have in this torch (2.6)")
     fixture = {1: "one_process", 2: "two_processes", 4: "four_processes"}[SCENARIOS[name].processes]
     return request.getfixturevalue(fixture)

@@ -1,0 +1,11 @@
+"""Whether FSDP2 can be tried here."""
+
+import pytest
+import torch
+
+# torch 2.6's asks the CPU's streams for more than they have.
+FSDP2_RUNS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+
+needs_fsdp2_on_cpu = pytest.mark.skipif(
+    not FSDP2_RUNS_ON_CPU, reason="FSDP2 calls methods that a CPU's streams do not have in this torch (2.6)"
+)
