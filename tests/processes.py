@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+ROOT = str(Path(__file__).parents[1])
+
 
 def run_python(
     *arguments: str | Path, timeout: float, cwd: Path | None = None, **env: str
@@ -15,13 +17,14 @@ def run_python(
     """Runs ``python ARGUMENTS``, and returns once it and all processes that it has started are gone.
 
     The output ends when the last process that can write to it does. After ``timeout`` seconds all of them are killed,
-    and the test fails. Each computes with one thread; ``env`` is laid over the environment.
+    and the test fails. Each computes with one thread and finds package ``tests``, wherever it is started; ``env`` is
+    laid over the environment.
     """
     command = [sys.executable, *map(str, arguments)]
     process = subprocess.Popen(
         command,
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT, **env},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

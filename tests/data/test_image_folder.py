@@ -260,8 +260,7 @@ class TestLoaders:
 
 def test_two_processes_see_disjoint_halves(images, tmp_path):
     script = Path(__file__).with_name("ddp_image_folder.py")
-    python_path = str(Path(__file__).parents[2])
-    result = run_python(script, images, tmp_path, str(STEP), timeout=120, PYTHONPATH=python_path)
+    result = run_python(script, images, tmp_path, str(STEP), timeout=120)
     assert result.returncode == 0, result.stdout
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     # 54 training images, 27 for each process: batches of 8, 8, 8 and 3, in each of two epochs.

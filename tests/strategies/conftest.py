@@ -21,7 +21,7 @@ def launch(directory: Path, processes: int, *more: str) -> Path:
     names = [name for name, scenario in SCENARIOS.items() if scenario.processes == processes]
     names = [name for name in (*names, *more) if runs(name)]
     script = Path(__file__).with_name("training.py")
-    finished = run_python(script, directory, *names, timeout=200, PYTHONPATH=str(Path(__file__).parents[2]))
+    finished = run_python(script, directory, *names, timeout=200)
     assert finished.returncode == 0, finished.stdout
     return directory
 

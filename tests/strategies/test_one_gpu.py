@@ -27,7 +27,7 @@ def all_digits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def launch(directory: Path, script: str, *arguments: str) -> Path:
     path = Path(__file__).with_name(script)
-    finished = run_python(path, directory, *arguments, timeout=90, PYTHONPATH=str(path.parents[2]))
+    finished = run_python(path, directory, *arguments, timeout=90)
     assert finished.returncode == 0, finished.stdout
     return directory
 
