@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_znorm.functional import zscore_grads_
-from lightning_znorm.gradients import AffineMethod, ZScore
-from lightning_znorm.gradients.kernels import affine_, blockwise, one_pass, segments
+from lightning_znorm.gradients import AffineMethod, Centralization, ZScore
+from lightning_znorm.gradients.kernels import affine_, affine_wholes_, blockwise, one_pass, segments
 from lightning_znorm.gradients.shards import whole_pieces
 from lightning_znorm.gradients.statistics import Statistics
-from tests.gradients.reference import wide, zscore
-from tests.gradients.test_methods import Counted, HalfCentered, RMSNorm
+from tests.gradients.reference import centralized, wide, zscore
+from tests.gradients.test_methods import Counted, HalfCentered, RMSNorm, RowZScore
 
 
 def randn(*shape: int) -> Tensor:
@@ -52,6 +52,44 @@ def test_the_rest_is_left(left: list[Tensor]) -> None:
         torch.testing.assert_close(wide(grad.resolve_neg()), expected, rtol=0, atol=2e-2)
 
 
+class Tagged(Tensor):
+    """A subclass of Tensor, which inference mode need not suit."""
+
+
+class TestRows:
+    """Of matrices in their own memory, without pieces and workspaces."""
+
+    @pytest.mark.parametrize("method", [Centralization(), RowZScore()], ids=repr)
+    def test_a_networks_gradients_are_theirs(self, left: list[Tensor], method: AffineMethod) -> None:
+        grads = [randn(16, 30), randn(64, 3, 3, 3), randn(2, 7_000), randn(5, 9).double()]
+        self.check(grads, method)
+        assert not left
+
+    def test_those_without_rows_of_several_elements_stay_as_they_are(self, left: list[Tensor]) -> None:
+        grads = [randn(16), randn(16, 1), randn(3, 1, 1, 1), randn(0, 4), randn(4, 0), randn()]
+        want = [grad.clone() for grad in grads]
+        affine_wholes_(grads, Centralization())
+        assert all(map(torch.equal, grads, want))
+        assert not left
+
+    def test_the_rest_is_left(self, left: list[Tensor]) -> None:
+        rest = [randn(40, 30).t(), randn(20, 30).bfloat16(), torch.complex(randn(3, 3), randn(3, 3))]
+        self.check(
+            [randn(4, 5), *rest, torch._neg_view(randn(3, 3)), randn(4, 5).as_subclass(Tagged)], Centralization()
+        )
+        assert [grad.data_ptr() for grad in left[: len(rest)]] == [grad.data_ptr() for grad in rest]
+        assert len(left) == len(rest) + 2
+
+    def check(self, grads: list[Tensor], method: AffineMethod) -> None:
+        plain = [wide(grad.as_subclass(Tensor).resolve_neg()) for grad in grads]
+        by_row = centralized if isinstance(method, Centralization) else lambda grad: torch.stack([*map(zscore, grad)])
+        affine_wholes_(grads, method)
+        for got, grad in zip(grads, plain, strict=True):
+            tolerance = 2e-2 if got.dtype == torch.bfloat16 else 1e-5
+            got = wide(got.as_subclass(Tensor).resolve_neg())
+            torch.testing.assert_close(got, by_row(grad), rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("mean", [0.0, 0.9, 1.1, 1e3, 1e6])
 @pytest.mark.parametrize("numel", [100, 5_000, one_pass.BLOCK + 1])
 def test_mean_of_the_result_is_zero_whatever_the_mean_was(mean: float, numel: int) -> None:
@@ -78,16 +116,26 @@ def test_methods_where_some_means_are_subtracted_first(method: AffineMethod) -> 
 def test_chunks_and_vectors_end_where_tensors_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_pass, "_CHUNK", 2_000)
     monkeypatch.setattr(one_pass, "BLOCK", 600)
+    monkeypatch.setattr(one_pass, "_ROW", 64)
     monkeypatch.setattr(segments, "_VECTOR", 2 * segments.MAX_NUMEL)
-    grads = [randn(numel) * (index + 1) for index, numel in enumerate((700, 5_000, 600, 900, 3, 512, 40, 513, 1_999))]
+    grads = [randn(numel) * (index + 1) for index, numel in enumerate((704, 5_000, 600, 900, 3, 512, 40, 513, 1_999))]
     want = [zscore(grad) for grad in grads]
     affine_(whole_pieces(grads, "tensor"), ZScore())
     for got, expected in zip(grads, want, strict=True):
         torch.testing.assert_close(wide(got), expected, rtol=0, atol=2e-5)
 
 
-class Tagged(Tensor):
-    """A subclass of Tensor, which inference mode need not suit."""
+@pytest.mark.parametrize("numel", [one_pass.BLOCK + 1, 2**20, 2**22, 2**23 + 77])
+@pytest.mark.parametrize("values", ["signs", "normal", "uniform", "alternating"])
+def test_squares_of_long_tensors_are_exact_to_a_few_units_of_rounding(values: str, numel: int) -> None:
+    grad = {
+        "signs": lambda: 0.1 * randn(numel).sign(),
+        "normal": lambda: randn(numel),
+        "uniform": lambda: torch.rand(numel, generator=torch.Generator().manual_seed(0)) + 0.5,
+        "alternating": lambda: torch.tensor([1.0, 1e-3]).repeat(numel // 2 + 1)[:numel],
+    }[values]()
+    got, _ = one_pass._measure(grad)
+    torch.testing.assert_close(got.double(), grad.double().square().sum(), rtol=12 * torch.finfo().eps, atol=0)
 
 
 def test_subclasses_are_left(left: list[Tensor]) -> None:
@@ -121,6 +169,7 @@ def test_a_method_may_keep_and_change_what_it_is_given_whatever_the_gradients() 
         method = Running()
         for grad in order:
             affine_(whole_pieces([grad], "tensor"), ZScore())  # which may have made what is cached
+            affine_wholes_([grad], Centralization())
             affine_(whole_pieces([grad], "tensor"), method)
         assert method.running is not None
         method.running.zero_()

@@ -33,8 +33,13 @@ def affine_(pieces: Iterable[Piece], method: AffineMethod, loss_scale: Tensor | 
             a scalar tensor. The result is the true gradients' one, larger by the same factor.
     """
     for chunk in workspaces(pieces):
-        count, sums, m2 = center_(chunk.works, method.needs_std)
-        rewrite_(chunk.works, *residual_map(Statistics(count, sums / count, m2), method, loss_scale))
+        transform_(chunk.works, method, loss_scale)
+
+
+def transform_(works: list[Tensor], method: AffineMethod, loss_scale: Tensor | None = None) -> None:
+    """Applies a method to flat tensors, and to each row of matrices, all on one device and of one type."""
+    count, sums, m2 = center_(works, method.needs_std)
+    rewrite_(works, *residual_map(Statistics(count, sums / count, m2), method, loss_scale))
 
 
 def center_(works: list[Tensor], needs_std: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -46,7 +51,9 @@ def center_(works: list[Tensor], needs_std: bool) -> tuple[Tensor, Tensor, Tenso
     """
     sums, m2s = zip(*(_center_(work, needs_std) for work in works), strict=True)
     count = _counts(tuple(work.shape for work in works), sums[0].real.dtype, sums[0].device)
-    return count, torch.cat(sums), torch.cat(m2s).real if needs_std else None
+    if len({total.ndim for total in sums}) > 1:
+        sums = tuple(total.view(-1) for total in sums)
+    return count, torch.cat(sums).view(-1), torch.cat(m2s).real if needs_std else None
 
 
 def rewrite_(works: list[Tensor], offset: Tensor | None, scale: Tensor | None) -> None:
@@ -61,13 +68,13 @@ def _center_(work: Tensor, needs_std: bool) -> tuple[Tensor, Tensor]:
     """Subtracts the mean of a flat tensor, or of each row of a matrix.
 
     Returns:
-        The former sums and, if needed, the squared deviations, of shape ``(1,)`` or one for each row.
+        The former sums, of shape ``(1,)`` or ``(S, 1)``, and, if needed, the squared deviations, ``(1,)`` or ``(S,)``.
     """
     numel = work.shape[-1]
     total = work.sum(-1, keepdim=True)
     if work.ndim > 1:
         work.sub_(total, alpha=1 / numel)
-        return total.squeeze(1), torch.linalg.vector_norm(work, dim=1).square_() if needs_std else total
+        return total, torch.linalg.vector_norm(work, dim=1).square_() if needs_std else total
     # Not vector_norm, which takes three times as long and loses digits.
     dot = torch.vdot if work.is_complex() else torch.dot
     block = _CPU_BLOCK if work.device.type == "cpu" else _DEVICE_BLOCK
@@ -91,6 +98,7 @@ def _dealt_out(entries: Tensor, works: list[Tensor]) -> list[Tensor]:
 
 
 @lru_cache(maxsize=1024)
+@torch.inference_mode(False)  # for whoever asks next
 def _counts(shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Elements behind each entry of the statistics; cached, because a copy to a device waits for it.
 

@@ -43,8 +43,8 @@ def affine_wholes_(grads: Iterable[Tensor], method: AffineMethod, loss_scale: Te
     """
     grads = list(grads)
     # One device mostly has them all. On a CPU, small models feel the time that it takes to make pieces.
-    if method.over == "tensor" and grads and grads[0].is_cpu and "cpu" not in DEVICE_TYPES:
-        grads = cpu.affine_(grads, method, loss_scale)
+    if grads and grads[0].is_cpu and "cpu" not in DEVICE_TYPES:
+        grads = (cpu.affine_ if method.over == "tensor" else cpu.affine_rows_)(grads, method, loss_scale)
     if grads:
         affine_(whole_pieces(grads, method.over), method, loss_scale)
 

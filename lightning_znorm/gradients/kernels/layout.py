@@ -98,6 +98,8 @@ def _workspace(unit: list[Piece]) -> tuple[Tensor, Callable[[], object] | None]:
         matrix = torch.stack(tensors).reshape(len(tensors), -1).to(wide)
         return matrix, lambda: torch._foreach_copy_(tensors, matrix.view(len(tensors), *tensors[0].shape).unbind())
     (tensor,), by_row = tensors, unit[0].by_row
+    if wide is tensor.dtype and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+        return tensor.view(tensor.shape[0], -1) if by_row else tensor.view(-1), None
     aligned = tensor if tensor.is_contiguous() else in_memory_order(tensor, outermost=1 if by_row else 0)
     work = aligned.resolve_conj().resolve_neg().to(wide).contiguous()
     write_back_ = None if work is aligned else lambda: aligned.copy_(work)
