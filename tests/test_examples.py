@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.fsdp2 import needs_fsdp2_on_cpu
+from tests.fsdp import needs_fsdp2_on_cpu
 from tests.processes import run_python
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

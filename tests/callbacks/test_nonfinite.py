@@ -13,7 +13,7 @@ from torch.optim import SGD
 from lightning_znorm import GradientCentralizationCallback, GradientTransform, ZNormCallback
 from lightning_znorm.gradients import NonFiniteGradientError
 from tests.callbacks.training import LR, OPTIMIZERS, ManualTraining, Training, amp, batches, loss_of, weights_of
-from tests.fsdp2 import needs_fsdp2_on_cpu
+from tests.fsdp import needs_fsdp2_on_cpu
 from tests.processes import run_python
 
 NAMES = ["net.first.weight", "net.first.bias", "net.last.weight"]

@@ -31,7 +31,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from lightning_znorm.functional import attach, centralize_grads_, transform_grads_, zscore_grads_
 from lightning_znorm.gradients import Centralization, UnsupportedGradientError, ZScore
-from tests.fsdp2 import FSDP2_RUNS_ON_CPU
+from tests.fsdp import FSDP2_RUNS_ON_CPU
 
 PROCESSES = 4
 LR = 0.1

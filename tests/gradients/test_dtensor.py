@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tests.fsdp2 import needs_fsdp2_on_cpu
+from tests.fsdp import needs_fsdp2_on_cpu
 from tests.gradients.dtensor_gradients import (
     CASES,
     EXPANDED,
