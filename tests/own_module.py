@@ -1,7 +1,8 @@
-"""What a user brings along: a LightningModule and data of their own, named in YAML by class path."""
+"""What a user brings along: a LightningModule, data and a logger of their own, named in YAML by class path."""
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -34,3 +35,22 @@ class OwnModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class OwnLogger(Logger):
+    """Has one folder for the files of all runs, as those for Weights & Biases and MLflow do."""
+
+    save_dir = "remote"
+    name = "project"
+
+    def __init__(self, version: str) -> None:
+        super().__init__()
+        self._version = version
+
+    @property
+    def version(self) -> str:
+        return self._version
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+
+    def log_hyperparams(self, params: object) -> None: ...

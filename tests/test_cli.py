@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import NoneType
+from typing import Any, get_type_hints
 
 import own_module
 import pytest
@@ -76,6 +77,10 @@ def resolved(capsys: pytest.CaptureFixture[str], *args: str) -> dict:
 @pytest.mark.parametrize("stage", ["train", "val", "test", "predict"])
 def test_one_batch_is_not_every_batch(capsys, stage):
     """Typing may reorder Lightning's Union[int, float], by what else was imported, and then 1 is read as 1.0."""
+
+    def elsewhere(share: float | int | None = None) -> None: ...
+
+    get_type_hints(elsewhere)
     annotation = CommandTrainer.__init__.__annotations__[f"limit_{stage}_batches"]
     assert annotation.__args__ == (int, float, NoneType)
     for text, limit in (("1", 1), ("2", 2), ("1.0", 1.0), ("0.5", 0.5)):
@@ -356,6 +361,15 @@ class TestRun:
         saved = yaml.safe_load(Path("logs/digits-resnet20/mine/config.yaml").read_text())
         assert saved["trainer"]["max_epochs"] == 2
 
+    def test_loggers_that_keep_the_files_of_all_runs_in_one_folder(self):
+        logger = ["--trainer.logger", "own_module.OwnLogger", "--trainer.logger.version"]
+        main(["fit", *configs(DIGITS), *SHORT, *logger, "one"])
+        main(["fit", *configs(DIGITS), *SHORT, *logger, "two", "--trainer.max_epochs", "2"])
+        for version, epochs in (("one", 1), ("two", 2)):
+            run = Path("remote/project") / version
+            assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"] == epochs
+            assert (run / "checkpoints/best.ckpt").is_file()
+
     def test_saved_config_runs(self):
         main(["fit", *configs(DIGITS, ZNORM), *SHORT])
         saved = "logs/digits-resnet20/version_0/config.yaml"
@@ -389,10 +403,15 @@ class TestRun:
     def test_resuming(self, capsys):
         main(["fit", *configs(DIGITS, ZNORM), *SHORT])
         checkpoint = "logs/digits-resnet20/version_0/checkpoints/last.ckpt"
-        resume = ["--ckpt_path", checkpoint, "--trainer.max_epochs", "2"]
+        resume = [f"--ckpt_path={checkpoint}", "--trainer.max_epochs", "2"]
+        capsys.readouterr()
         main(["fit", *configs(DIGITS, ZNORM), *SHORT, *resume])
         resumed = torch.load(checkpoint.replace("_0", "_1"), weights_only=True)
         assert (resumed["epoch"], resumed["global_step"]) == (1, 4)
+        ending = "--trainer.max_epochs 2 --ckpt_path logs/digits-resnet20/version_1/checkpoints/best.ckpt\n"
+        out = capsys.readouterr().out
+        assert out.endswith(ending)
+        assert out.count("--ckpt_path") == 1
 
         message = refusal("fit", *configs(DIGITS, WEIGHT_DECAY), *SHORT, *resume)
         assert "optimizer.class_path torch.optim.Adam, " in message
@@ -400,10 +419,11 @@ class TestRun:
         flags = ["--model.init_args.optimizer.init_args.lr", "0.5"]
         assert "optimizer.init_args.lr 0.001" in refusal("fit", *configs(DIGITS, ZNORM), *SHORT, *resume, *flags)
 
-    def test_resuming_from_the_last(self):
+    def test_resuming_from_the_last(self, capsys):
         command = ["fit", *configs(DIGITS, ZNORM), *SHORT, "--ckpt_path", "last"]
         with pytest.warns(UserWarning, match="there is no last checkpoint available"):
             main(command)  # the first run of a job that is begun again whenever it was stopped
+        assert capsys.readouterr().out.count("--ckpt_path") == 1  # in the command that tests the best checkpoint
         for run in (1, 2):
             main([*command, "--trainer.max_epochs", str(run + 1)])
             resumed = torch.load(f"logs/digits-resnet20/version_{run}/checkpoints/last.ckpt", weights_only=True)
@@ -446,6 +466,12 @@ class TestRun:
             main(["test", *experiment, *flags])
 
 
+def wandb(**init_args: str) -> dict[str, Any]:
+    defaults = {"name": None, "save_dir": ".", "version": None, "id": None, "project": None}
+    class_path = "lightning.pytorch.loggers.WandbLogger"
+    return {"logger": {"class_path": class_path, "init_args": {**defaults, **init_args}}}
+
+
 class TestLastCheckpoint:
     """Where `--ckpt_path last` looks."""
 
@@ -460,14 +486,22 @@ class TestLastCheckpoint:
             ({"logger": {"class_path": "CSVLogger", "init_args": {"version": "x"}}}, "lightning_logs/x/checkpoints"),
             ({"logger": [{"init_args": {"version": 7}}, {}]}, "lightning_logs/version_7/checkpoints"),
             ({"callbacks": [{"class_path": "ModelCheckpoint", "init_args": {"dirpath": "here"}}]}, "here"),
+            (wandb(), "lightning_logs/x5i32th9/checkpoints"),
+            (wandb(name="a title", project="mine", save_dir="a"), "a/mine/x5i32th9/checkpoints"),
+            (wandb(id="version_7"), "lightning_logs/version_7/checkpoints"),
         ],
     )
     def test_folders(self, trainer, where):
         write(f"{where}/last.ckpt", "")
         write("elsewhere/version_0/checkpoints/last.ckpt", "")
-        if "version" in str(trainer):
+        if where in ("lightning_logs/x/checkpoints", "lightning_logs/version_7/checkpoints"):  # a run that is named
             write("lightning_logs/version_9/checkpoints/last.ckpt", "")
         assert last_checkpoint(trainer) == Path(where, "last.ckpt")
+
+    def test_project_of_the_environment(self, monkeypatch):
+        monkeypatch.setenv("WANDB_PROJECT", "theirs")
+        path = write("theirs/x5i32th9/checkpoints/last.ckpt", "")
+        assert last_checkpoint(wandb()) == Path(path)
 
     def test_none(self):
         assert last_checkpoint({}) is None
@@ -515,6 +549,14 @@ class TestOwnModule:
         with pytest.warns(UserWarning, match="without --ckpt_path"):
             assert "predictions.pt is there already" in refusal("predict", *OWN, "--trainer.logger", "false")
         assert Path("predictions.pt").read_text() == "a letter"
+
+    def test_predictions_overwrite_nothing_in_a_named_run(self):
+        path = write("logs/lightning_logs/mine/predictions.pt", "a letter")
+        logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"]
+        with pytest.warns(UserWarning, match="without --ckpt_path"):
+            message = refusal("predict", *OWN, *logger, "--trainer.logger.version", "mine")
+        assert f"{path} is there already" in message
+        assert Path(path).read_text() == "a letter"
 
     def test_no_predictions_kept(self, capsys):
         with pytest.warns(UserWarning, match="without --ckpt_path"):

@@ -12,6 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_znorm.callbacks.folders import run_folder
 from lightning_znorm.callbacks.gradient_callback import GradientCallback
 from lightning_znorm.callbacks.gradient_transform import GradientTransform
 from lightning_znorm.callbacks.pictures import log_picture
@@ -132,8 +133,7 @@ class GradientMonitor(GradientCallback):
         if stage != "fit":
             return
         check_strategy(trainer.strategy, self._name, ZScore(), self.allow_untested_strategy)
-        # Here, where every process is: they agree on `log_dir`, and one that asked alone would wait for ever.
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "gradients"
+        self._folder = Path(run_folder(trainer)) / "gradients"  # here, where every process is
         self._step_forward(trainer)
 
     @override

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_znorm.callbacks.drawing import Case, grid
+from lightning_znorm.callbacks.folders import run_folder
 from lightning_znorm.callbacks.pictures import log_picture
 
 
@@ -58,8 +59,7 @@ class MaskOverlay(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # Here, where every process is: `log_dir` is agreed upon by all, and one that asks alone waits for ever.
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "masks"
+        self._folder = Path(run_folder(trainer)) / "masks"  # here, where every process is
 
     @override
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -11,6 +11,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_znorm.callbacks.folders import run_folder
+
 _COLUMNS = ["image", "mask", "class", "pixels", "fraction", "max_probability", "mean_probability"]
 
 
@@ -56,8 +58,7 @@ class MaskWriter(BasePredictionWriter):
                 f"MaskWriter writes the masks of a SegmentationTask, and {type(pl_module).__name__} has no method "
                 "`marked` that turns probabilities into masks"
             )
-        folder = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "masks"
-        self._folder = trainer.strategy.broadcast(folder)
+        self._folder = trainer.strategy.broadcast(self.dirpath or Path(run_folder(trainer)) / "masks")
         if self._folder.is_dir() and any(self._folder.iterdir()):
             raise MisconfigurationException(
                 f"MaskWriter overwrites nothing, and {self._folder} is not empty: give another dirpath, or empty it"

@@ -1,5 +1,6 @@
 """Where the last checkpoint of a run is, when its successor is not there yet to ask."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,12 @@ def _beside_logs(trainer: Mapping[str, Any]) -> list[Path]:
     root = Path(trainer.get("default_root_dir") or ".")
     if trainer.get("logger") is False:
         return [root / "checkpoints"]
-    loggers = [entry.get("init_args") or {} for entry in _entries(trainer.get("logger"))]
-    logger = loggers[0] if loggers else {}
+    entry = next(iter(_entries(trainer.get("logger"))), {})
+    logger = entry.get("init_args") or {}
     name, version = logger.get("name", "lightning_logs"), logger.get("version")
+    if "WandbLogger" in str(entry.get("class_path")):  # in which a name is a title
+        name = logger.get("project") or os.environ.get("WANDB_PROJECT", "lightning_logs")
+        version = version or logger.get("id")
     folder = "*" if version is None else f"version_{version}" if isinstance(version, int) else str(version)
     return sorted((Path(logger.get("save_dir") or root) / str(name or "")).glob(f"{folder}/checkpoints"))
 

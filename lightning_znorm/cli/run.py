@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -18,6 +19,7 @@ from typing_extensions import override
 import lightning_znorm.data
 import lightning_znorm.tasks  # noqa: F401
 from lightning_znorm.callbacks import GradientTransform
+from lightning_znorm.callbacks.folders import run_folder
 from lightning_znorm.cli.checkpoint import check_checkpoint
 from lightning_znorm.cli.config_files import ConfigFile
 from lightning_znorm.cli.config_order import check_callbacks
@@ -33,11 +35,21 @@ _PROGRAM = "python -m lightning_znorm"
 class SaveConfig(SaveConfigCallback):
     """Save the resulting settings beside the logs; without a logger there is no such place, and nothing is saved."""
 
+    _folder = ""
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save, before the first step."""
         if trainer.loggers:
+            self._folder = run_folder(trainer)  # here, where every process is
             super().setup(trainer, pl_module, stage)
+
+    @override
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save, in the first process."""
+        get_filesystem(self._folder).makedirs(self._folder, exist_ok=True)
+        path = os.path.join(self._folder, self.config_filename)
+        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
 
 
 class Parser(LightningArgumentParser):
@@ -68,7 +80,7 @@ class RunCLI(LightningCLI):
             parser_class=Parser,
             trainer_class=CommandTrainer,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"save_to_log_dir": False},  # but to the run's own folder, also for W&B
             parser_kwargs={"prog": _PROGRAM, **{name: {"usage": usage} for name, usage in usages.items()}},
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -148,7 +160,8 @@ class RunCLI(LightningCLI):
                 print(f"{name:<16} final {value:.4f}{note}")
         if path := getattr(checkpoint, "best_model_path", ""):
             path = _relative(path)
-            args = ["test", *_flags(file.name for file in self.files), *self.args[1:], "--ckpt_path", path]
+            args = ["test", *_flags(file.name for file in self.files), *_without_checkpoint(self.args[1:])]
+            args += ["--ckpt_path", path]
             print(f"best checkpoint  {path}\ntest it with     {_PROGRAM} {shlex.join(args)}")
 
     def predict(self, **kwargs: Any) -> None:
@@ -161,9 +174,8 @@ class RunCLI(LightningCLI):
         writes = any(isinstance(callback, BasePredictionWriter) for callback in trainer.callbacks)
         if writes and kwargs.get("return_predictions") is None:
             kwargs["return_predictions"] = False  # they are on disk
-        # A logger has a new folder for each run.
         path = self._predictions_path()
-        if kwargs.get("return_predictions") is not False and not trainer.loggers and path.exists():
+        if kwargs.get("return_predictions") is not False and path.exists():  # no new folder, or one that was named
             raise FileExistsError(f"{path} is there already, and predictions overwrite nothing: move it away.")
         predictions: Any = self.trainer.predict(**kwargs)
         if not predictions:
@@ -182,7 +194,7 @@ class RunCLI(LightningCLI):
     def _predictions_path(self) -> Path:
         # Each process has its own part of the data.
         part = f"-{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
-        return Path(self.trainer.log_dir or ".") / f"predictions{part}.pt"
+        return Path(run_folder(self.trainer)) / f"predictions{part}.pt"
 
 
 def _undrawn(class_type: type[Callback], *args: Any, **kwargs: Any) -> Callback:
@@ -198,6 +210,15 @@ def _subclasses(cls: type[GradientTransform]) -> Iterator[type[GradientTransform
 
 def _flags(files: Iterable[str]) -> list[str]:
     return [arg for file in files for arg in ("--config", file)]
+
+
+def _without_checkpoint(args: Iterable[str]) -> Iterator[str]:
+    rest = iter(args)
+    for arg in rest:
+        if arg == "--ckpt_path":
+            next(rest, None)
+        elif not arg.startswith("--ckpt_path="):
+            yield arg
 
 
 def _relative(path: str | Path) -> str:

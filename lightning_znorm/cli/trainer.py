@@ -10,7 +10,8 @@ class CommandTrainer(Trainer):
 
     Lightning's own annotation is ``Optional[Union[int, float]]``. ``typing`` may give for it the equal
     ``Optional[Union[float, int]]`` that it keeps in a cache from somewhere else: numbers are then read as floats, 1 as
-    everything, and 2 is refused. What is written with ``|`` is in no cache.
+    everything, and 2 is refused. What is written with ``|`` is in no cache, unless its default is None: Python 3.10
+    then makes it an ``Optional`` of its own, which is.
 
     Args:
         limit_train_batches: How much of the training data to take: a number of batches, or a share.
@@ -23,16 +24,21 @@ class CommandTrainer(Trainer):
     def __init__(
         self,
         *,
-        limit_train_batches: int | float | None = None,
-        limit_val_batches: int | float | None = None,
-        limit_test_batches: int | float | None = None,
-        limit_predict_batches: int | float | None = None,
+        limit_train_batches: int | float | None = 1.0,
+        limit_val_batches: int | float | None = 1.0,
+        limit_test_batches: int | float | None = 1.0,
+        limit_predict_batches: int | float | None = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            limit_train_batches=limit_train_batches,
-            limit_val_batches=limit_val_batches,
-            limit_test_batches=limit_test_batches,
-            limit_predict_batches=limit_predict_batches,
+            limit_train_batches=_unless_all(limit_train_batches),
+            limit_val_batches=_unless_all(limit_val_batches),
+            limit_test_batches=_unless_all(limit_test_batches),
+            limit_predict_batches=_unless_all(limit_predict_batches),
             **kwargs,
         )
+
+
+def _unless_all(limit: int | float | None) -> int | float | None:
+    """No limit where it is all: Lightning has something to say about limits that are given."""
+    return None if isinstance(limit, float) and limit == 1 else limit

@@ -1,0 +1,73 @@
+"""Each run's files have a folder of their own, beside its checkpoints, whatever the logger."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch.utils.data import DataLoader
+from training import Training, batches
+
+from lightning_znorm import GradientMonitor
+from lightning_znorm.callbacks.folders import run_folder
+
+
+class RemoteLogger(Logger):
+    """Has one folder for the files of all runs, as those for Weights & Biases and MLflow do."""
+
+    def __init__(self, save_dir: Path | None, version: int | str | None, name: str | None = "project") -> None:
+        super().__init__()
+        self._values = save_dir, name, version
+
+    save_dir = property(lambda self: self._values[0])
+    name = property(lambda self: self._values[1])
+    version = property(lambda self: self._values[2])
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
+
+    log_hyperparams = log_metrics
+
+
+class Asked(Callback):
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.folder = Path(run_folder(trainer))
+
+
+@pytest.mark.parametrize(
+    ("logger", "where"),
+    [
+        (lambda path: CSVLogger(path), "lightning_logs/version_0"),
+        (lambda path: CSVLogger(path, name="name", version="mine"), "name/mine"),
+        (lambda path: TensorBoardLogger(path), "lightning_logs/version_0"),
+        (lambda path: RemoteLogger(path / "remote", "x5i32th9"), "remote/project/x5i32th9"),
+        (lambda path: RemoteLogger(path / "remote", 3), "remote/project/version_3"),
+        (lambda path: RemoteLogger(None, "x5i32th9"), "project/x5i32th9"),
+        (lambda path: False, ""),
+    ],
+)
+def test_beside_the_checkpoints(
+    trainer: Callable[..., Trainer], tmp_path: Path, logger: Callable[[Path], Logger | bool], where: str
+) -> None:
+    asked, checkpoint = Asked(), ModelCheckpoint()
+    made = trainer(asked, checkpoint, logger=logger(tmp_path), enable_checkpointing=True, log_every_n_steps=1)
+    made.fit(Training(), DataLoader(batches(1), batch_size=None))
+    assert asked.folder == tmp_path / where
+    assert checkpoint.dirpath is not None
+    assert Path(checkpoint.dirpath) == asked.folder / "checkpoints"
+
+
+def test_logger_without_names(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    made = trainer(logger=RemoteLogger(tmp_path / "remote", None, name=None))
+    assert run_folder(made) == str(tmp_path / "remote")
+
+
+def test_second_run_leaves_the_pictures_of_the_first(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    for version in ("one", "two"):
+        made = trainer(GradientMonitor(), logger=RemoteLogger(tmp_path, version), log_every_n_steps=1)
+        made.fit(Training(), DataLoader(batches(1), batch_size=None))
+    drawn = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
+    names = ("grad_sigma_by_depth.png", "grad_sigma_over_steps.png")
+    assert drawn == [f"project/{version}/gradients/{name}" for version in ("one", "two") for name in names]
