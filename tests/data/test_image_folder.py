@@ -1,5 +1,6 @@
 import json
 import pickle
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -364,6 +365,8 @@ class TestMistakes:
             list(data.test_dataloader())
         assert f"{path} cannot be read as an image (" in str(caught.value)
         assert "): replace or remove it." in str(caught.value)
+        # They hold the workers, which Python 3.10 ends badly, in some later test, if it is by collecting garbage.
+        traceback.clear_frames(caught.tb)
 
     def test_in_one_sentence(self, own_images, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
