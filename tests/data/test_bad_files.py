@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from lightning_znorm.tasks import ClassificationTask
 from tests.fuzz.mutations import read_mutated
 from tests.fuzz.readers import RUN, SENTENCE, TARGETS, outcome
 from tests.medical import PCAM, write_pcam
+from tests.processes import run_python
 from tests.trainers import trainer
 
 
@@ -152,6 +154,27 @@ def test_file_that_shrinks_before_training(tmp_path: Path) -> None:
     cut(0.5)(path)
     with pytest.raises(OSError, match="has become shorter since it was opened"):
         next(iter(data.train_dataloader()))
+
+
+SHORTENED = """
+import os, sys
+from pathlib import Path
+from tests.data.test_bad_files import pcam
+
+data, path = pcam(Path(sys.argv[1]))
+batches = iter(data.train_dataloader())
+next(batches)
+print("training", flush=True)
+os.truncate(path, 1)
+print("read", len(list(batches)))
+"""
+
+
+def test_file_that_is_shortened_during_training_ends_the_process(tmp_path: Path) -> None:
+    """The system does that, when memory is read that has no file behind it any more: there are no wrong images."""
+    finished = run_python("-c", SHORTENED, tmp_path, timeout=120)
+    assert finished.returncode == -signal.SIGBUS
+    assert finished.stdout.splitlines()[-1] == "training"
 
 
 @pytest.mark.parametrize("damage", [cut(0), cut(0.5)])
