@@ -40,16 +40,13 @@ class OwnModule(LightningModule):
 class OwnLogger(Logger):
     """Has one folder for the files of all runs, as those for Weights & Biases and MLflow do."""
 
-    save_dir = "remote"
-    name = "project"
-
-    def __init__(self, version: str) -> None:
+    def __init__(self, version: int | str | None, save_dir: str | None, name: str | None = "project") -> None:
         super().__init__()
-        self._version = version
+        self._values = version, save_dir, name
 
-    @property
-    def version(self) -> str:
-        return self._version
+    version = property(lambda self: self._values[0])
+    save_dir = property(lambda self: self._values[1])
+    name = property(lambda self: self._values[2])
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
 

@@ -362,11 +362,11 @@ class TestRun:
         assert saved["trainer"]["max_epochs"] == 2
 
     def test_loggers_that_keep_the_files_of_all_runs_in_one_folder(self):
-        logger = ["--trainer.logger", "own_module.OwnLogger", "--trainer.logger.version"]
+        logger = ["--trainer.logger", "own_module.OwnLogger", "--trainer.logger.version"]  # named as the file says
         main(["fit", *configs(DIGITS), *SHORT, *logger, "one"])
         main(["fit", *configs(DIGITS), *SHORT, *logger, "two", "--trainer.max_epochs", "2"])
         for version, epochs in (("one", 1), ("two", 2)):
-            run = Path("remote/project") / version
+            run = Path("logs/digits-resnet20") / version
             assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"] == epochs
             assert (run / "checkpoints/best.ckpt").is_file()
 

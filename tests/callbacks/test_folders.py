@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,22 +12,7 @@ from training import Training, batches
 
 from lightning_znorm import GradientMonitor
 from lightning_znorm.callbacks.folders import run_folder
-
-
-class RemoteLogger(Logger):
-    """Has one folder for the files of all runs, as those for Weights & Biases and MLflow do."""
-
-    def __init__(self, save_dir: Path | None, version: int | str | None, name: str | None = "project") -> None:
-        super().__init__()
-        self._values = save_dir, name, version
-
-    save_dir = property(lambda self: self._values[0])
-    name = property(lambda self: self._values[1])
-    version = property(lambda self: self._values[2])
-
-    def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
-
-    log_hyperparams = log_metrics
+from tests.own_module import OwnLogger
 
 
 class Asked(Callback):
@@ -42,9 +26,9 @@ class Asked(Callback):
         (lambda path: CSVLogger(path), "lightning_logs/version_0"),
         (lambda path: CSVLogger(path, name="name", version="mine"), "name/mine"),
         (lambda path: TensorBoardLogger(path), "lightning_logs/version_0"),
-        (lambda path: RemoteLogger(path / "remote", "x5i32th9"), "remote/project/x5i32th9"),
-        (lambda path: RemoteLogger(path / "remote", 3), "remote/project/version_3"),
-        (lambda path: RemoteLogger(None, "x5i32th9"), "project/x5i32th9"),
+        (lambda path: OwnLogger("x5i32th9", f"{path}/remote"), "remote/project/x5i32th9"),
+        (lambda path: OwnLogger(3, f"{path}/remote"), "remote/project/version_3"),
+        (lambda path: OwnLogger("x5i32th9", save_dir=None), "project/x5i32th9"),
         (lambda path: False, ""),
     ],
 )
@@ -60,13 +44,13 @@ def test_beside_the_checkpoints(
 
 
 def test_logger_without_names(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
-    made = trainer(logger=RemoteLogger(tmp_path / "remote", None, name=None))
+    made = trainer(logger=OwnLogger(None, f"{tmp_path}/remote", name=None))
     assert run_folder(made) == str(tmp_path / "remote")
 
 
 def test_second_run_leaves_the_pictures_of_the_first(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
     for version in ("one", "two"):
-        made = trainer(GradientMonitor(), logger=RemoteLogger(tmp_path, version), log_every_n_steps=1)
+        made = trainer(GradientMonitor(), logger=OwnLogger(version, str(tmp_path)), log_every_n_steps=1)
         made.fit(Training(), DataLoader(batches(1), batch_size=None))
     drawn = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
     names = ("grad_sigma_by_depth.png", "grad_sigma_over_steps.png")
