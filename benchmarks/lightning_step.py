@@ -4,14 +4,17 @@ From data to update, on the CPU: the same network, loss and optimizer in a loop 
 least LightningModule, in a Trainer with our task and data module, and with ``ZNormCallback`` as well. The first two
 find their batches ready, as normalized tensors; ours are picked and normalized from the images of the data set.
 
-The four train in turns, a few steps each, with a fresh network. Times are medians over all steps but the first two of
-each turn: of the process on all cores, which other programs on the machine disturb least, and on the wall.
+The four train in turns, a few steps each, with a fresh network; who begins changes from round to round. The time of a
+turn is the median of its steps but the first two: of the process on all cores, which other programs on the machine
+disturb least, and on the wall. Times are medians over the rounds, and so are ratios, each of two turns of one round;
+behind them stand the quartiles.
 
 ``--profile`` also prints what Lightning's profiler says of a step with all our parts: medians of the calls that there
 is one of in each step, which may contain each other.
 """
 
 import argparse
+import itertools
 import logging
 import re
 import statistics
@@ -40,33 +43,25 @@ WARMUP = 2
 
 
 class Stopwatch(Callback):
-    """Medians of the seconds from the end of a step to that of the next."""
+    """Milliseconds from the end of a step to that of the next: for each turn, the median of its steps."""
 
     def __init__(self) -> None:
-        self._seconds: list[tuple[float, float]] = []
+        self.process: list[float] = []
+        self.wall: list[float] = []
         self._ends: list[tuple[float, float]] = []
-
-    def start(self) -> None:
-        """Begins a turn."""
-        self._ends = []
 
     def tick(self) -> None:
         """Ends a step."""
         self._ends.append((time.process_time(), time.perf_counter()))
-        if len(self._ends) > WARMUP:
-            (process, wall), (process_end, wall_end) = self._ends[-2:]
-            self._seconds.append((process_end - process, wall_end - wall))
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.tick()
 
-    @property
-    def process(self) -> float:
-        return statistics.median(process for process, _ in self._seconds)
-
-    @property
-    def wall(self) -> float:
-        return statistics.median(wall for _, wall in self._seconds)
+    def stop(self) -> None:
+        """Ends a turn."""
+        for medians, ends in zip((self.process, self.wall), zip(*self._ends[WARMUP - 1 :], strict=True), strict=True):
+            medians.append(1e3 * statistics.median(end - start for start, end in itertools.pairwise(ends)))
+        self._ends = []
 
 
 class Plain(LightningModule):
@@ -132,6 +127,13 @@ def turns(task: Task, data: ImageDataModule, steps: int) -> dict[str, Callable[[
     }
 
 
+def ratio(milliseconds: list[float], of: list[float]) -> str:
+    """Median and quartiles of the ratios."""
+    ratios = [mine / other for mine, other in zip(milliseconds, of, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
+    return f"{median:6.3f} ({low:.3f} to {high:.3f})"
+
+
 def profile(task: Task, data: ImageDataModule, steps: int) -> dict[str, float]:
     """Median milliseconds of each call that takes place in every step and lasts for more than ten microseconds."""
     profiler = SimpleProfiler()
@@ -150,7 +152,7 @@ def main() -> None:
     parser.add_argument("--lgg", help="root of the LGG slices, for rows of an Attention U-Net on them")
     parser.add_argument("--batch-size", type=int, default=64, help="(default: 64; an eighth of it for LGG)")
     parser.add_argument("--steps", type=int, default=12, help="steps of each turn (default: 12)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each row (default: 5)")
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each row (default: 8)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--profile", action="store_true", help="print the calls of a step, too")
     args = parser.parse_args()
@@ -170,21 +172,22 @@ def main() -> None:
 
     print(f"torch {torch.__version__}, lightning {lightning.__version__}, CPU, {args.threads} threads")
     print(f"medians of {args.rounds} turns of {args.steps} steps\n")
-    header = f"{'CPU ms a step':>13} | {'of plain Trainer':>16} | {'wall ms a step':>14} | {'of plain Trainer':>16} |"
+    header = f"{'CPU ms a step':>13} | {'of plain Trainer':>23} | {'wall ms a step':>14} | {'of plain Trainer':>23} |"
     print(f"| {'workload':20} | {'batch':>5} | {'step':30} | {header}")
-    print(f"| {'-' * 20} | {'-' * 4}: | {'-' * 30} | {'-' * 12}: | {'-' * 15}: | {'-' * 13}: | {'-' * 15}: |")
+    print(f"| {'-' * 20} | {'-' * 4}: | {'-' * 30} | {'-' * 12}: | {'-' * 22}: | {'-' * 13}: | {'-' * 22}: |")
     for workload, (task, data) in workloads.items():
         data.prepare_data()
         data.setup("fit")
         rows = {name: (turn, Stopwatch()) for name, turn in turns(task, data, args.steps).items()}
-        for _ in range(args.rounds):
-            for turn, watch in rows.values():
-                watch.start()
+        for number in range(args.rounds):
+            first = number % len(rows)
+            for turn, watch in [*rows.values()][first:] + [*rows.values()][:first]:
                 turn(watch)
+                watch.stop()
         _, plain = rows["Trainer without our parts"]
         for name, (_, watch) in rows.items():
-            figures = f"{watch.process * 1e3:13.2f} | {watch.process / plain.process:16.3f}"
-            figures += f" | {watch.wall * 1e3:14.2f} | {watch.wall / plain.wall:16.3f}"
+            figures = f"{statistics.median(watch.process):13.2f} | {ratio(watch.process, plain.process)}"
+            figures += f" | {statistics.median(watch.wall):14.2f} | {ratio(watch.wall, plain.wall)}"
             print(f"| {workload:20} | {data.hparams['batch_size']:5} | {name:30} | {figures} |", flush=True)
     for workload, (task, data) in workloads.items() if args.profile else ():
         medians = profile(task, data, args.steps)
