@@ -59,8 +59,9 @@ class Stopwatch(Callback):
 
     def stop(self) -> None:
         """Ends a turn."""
-        for medians, ends in zip((self.process, self.wall), zip(*self._ends[WARMUP - 1 :], strict=True), strict=True):
-            medians.append(1e3 * statistics.median(end - start for start, end in itertools.pairwise(ends)))
+        steps = list(itertools.pairwise(self._ends[WARMUP - 1 :]))
+        for clock, medians in enumerate((self.process, self.wall)):
+            medians.append(1e3 * statistics.median(end[clock] - start[clock] for start, end in steps))
         self._ends = []
 
 
@@ -179,11 +180,12 @@ def main() -> None:
         data.prepare_data()
         data.setup("fit")
         rows = {name: (turn, Stopwatch()) for name, turn in turns(task, data, args.steps).items()}
-        for number in range(args.rounds):
-            first = number % len(rows)
-            for turn, watch in [*rows.values()][first:] + [*rows.values()][:first]:
+        order = list(rows.values())
+        for _ in range(args.rounds):
+            for turn, watch in order:
                 turn(watch)
                 watch.stop()
+            order.append(order.pop(0))
         _, plain = rows["Trainer without our parts"]
         for name, (_, watch) in rows.items():
             figures = f"{statistics.median(watch.process):13.2f} | {ratio(watch.process, plain.process)}"

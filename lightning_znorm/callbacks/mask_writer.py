@@ -58,7 +58,10 @@ class MaskWriter(BasePredictionWriter):
                 f"MaskWriter writes the masks of a SegmentationTask, and {type(pl_module).__name__} has no method "
                 "`marked` that turns probabilities into masks"
             )
-        self._folder = trainer.strategy.broadcast(self.dirpath or Path(run_folder(trainer)) / "masks")
+        if self.dirpath is None:
+            self._folder = Path(run_folder(trainer)) / "masks"
+        else:
+            self._folder = trainer.strategy.broadcast(self.dirpath)
         if self._folder.is_dir() and any(self._folder.iterdir()):
             raise MisconfigurationException(
                 f"MaskWriter overwrites nothing, and {self._folder} is not empty: give another dirpath, or empty it"

@@ -174,8 +174,8 @@ class RunCLI(LightningCLI):
         writes = any(isinstance(callback, BasePredictionWriter) for callback in trainer.callbacks)
         if writes and kwargs.get("return_predictions") is None:
             kwargs["return_predictions"] = False  # they are on disk
-        path = self._predictions_path()
-        if kwargs.get("return_predictions") is not False and path.exists():  # no new folder, or one that was named
+        path = self._predictions_path()  # another run may have had it: without a logger, or named
+        if kwargs.get("return_predictions") is not False and path.exists():
             raise FileExistsError(f"{path} is there already, and predictions overwrite nothing: move it away.")
         predictions: Any = self.trainer.predict(**kwargs)
         if not predictions:
