@@ -1,5 +1,7 @@
 """Gradient methods for any PyTorch loop, named and shaped like :func:`torch.nn.utils.clip_grad_norm_`."""
 
+import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,7 +9,15 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_znorm.gradients import Centralization, GradientMethod, ZScore, transform_places_
+from lightning_znorm.gradients import (
+    Centralization,
+    GradientMethod,
+    UnsupportedGradientError,
+    ZScore,
+    transform_places_,
+)
+from lightning_znorm.gradients.amp import check_grad_scaler, scale_of, unscales_in_step
+from lightning_znorm.gradients.errors import untested_torch
 from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.methods import describe
 from lightning_znorm.gradients.places import NumberedPlaces
@@ -27,8 +37,8 @@ def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10, err
 
     - A constant gradient becomes zero, also where only rounding makes it vary (a deviation of less than 8 units of
       rounding of the mean).
-    - A gradient of one element has no deviation and stays as it is; an empty or missing one is skipped, and a parameter
-      that is given twice is normalized once.
+    - A gradient of one element has no deviation and stays as it is; an empty or missing one is skipped. A parameter
+      that is given twice is normalized once, and so is a gradient that several parameters share.
     - A gradient that holds an inf or NaN becomes NaN throughout; so does one whose squared deviations overflow
       (deviations above about 1e19 in float32).
     - ``eps`` is an absolute number: a gradient of deviation 1e-12 comes out with deviation 1e-2. Deviations below about
@@ -53,8 +63,9 @@ def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10, err
 
     Raises:
         ValueError: If ``eps`` is negative, infinite or NaN.
-        UnsupportedGradientError: If a gradient is sparse, or sharded by DeepSpeed or the first version of FSDP, whose
-            parts only the callbacks put together; no gradient has been changed then.
+        UnsupportedGradientError: If a gradient is sparse, overlaps in memory with another parameter's, or is sharded by
+            DeepSpeed or the first version of FSDP, whose parts only the callbacks put together; no gradient has been
+            changed then.
         NonFiniteGradientError: If a gradient holds an inf or NaN and ``error_if_nonfinite`` is set; all have been
             replaced then.
 
@@ -93,8 +104,9 @@ def centralize_grads_(parameters: Tensor | Iterable[Tensor], error_if_nonfinite:
         error_if_nonfinite: See :func:`zscore_grads_`.
 
     Raises:
-        UnsupportedGradientError: If a gradient is sparse, or sharded by DeepSpeed or the first version of FSDP, whose
-            parts only the callbacks put together; no gradient has been changed then.
+        UnsupportedGradientError: If a gradient is sparse, overlaps in memory with another parameter's, or is sharded by
+            DeepSpeed or the first version of FSDP, whose parts only the callbacks put together; no gradient has been
+            changed then.
         NonFiniteGradientError: If a gradient holds an inf or NaN and ``error_if_nonfinite`` is set; all have been
             replaced then.
 
@@ -124,9 +136,10 @@ def transform_grads_(
 
     Raises:
         TypeError: If ``method`` is no method, or ``parameters`` are none.
-        UnsupportedGradientError: If a gradient is sparse, or sharded in a way that :func:`zscore_grads_` does not
-            support, or a sharded DTensor and the method a function, and then before any is changed; or if a function
-            returns anything but a tensor of its argument's shape, when those before it have been replaced.
+        UnsupportedGradientError: If a gradient is sparse, overlaps in memory with another parameter's, is sharded in a
+            way that :func:`zscore_grads_` does not support, or is a sharded DTensor and the method a function, and then
+            before any is changed; or if a function returns anything but a tensor of its argument's shape, when those
+            before it have been replaced.
         NonFiniteGradientError: As in :func:`zscore_grads_`.
 
     Example:
@@ -153,10 +166,17 @@ def attach(
 
     Right under automatic mixed precision too: where ``GradScaler.step`` leaves it to the optimizer to unscale the
     gradients (fused optimizers), the method sees the true gradients all the same. A gradient clipped before the step is
-    normalized after it, which undoes the clipping. If the step of an optimizer class calls its base class's, the method
-    runs in both, which ZNorm and centralization do not notice. In a Lightning ``Trainer`` use
+    normalized after it, which undoes the clipping. In a Lightning ``Trainer`` use
     :class:`~lightning_znorm.ZNormCallback`: there, a step computes its gradients in a closure. Where something wraps
-    the optimizer (Fabric, Accelerate, the Trainer of transformers), attach before it does.
+    the optimizer (Accelerate, ``timm.optim.Lookahead``, the Trainer of transformers), attach before it does.
+
+    The method is bound to this object: ``copy.deepcopy`` and pickle leave out the hooks of an optimizer, so attach to
+    the copy again. ``state_dict`` holds nothing of it, and ``load_state_dict`` leaves it attached.
+
+    Sharpness-aware minimization (SAM) climbs along the gradient in ``first_step``, and descends along that at the point
+    reached in ``second_step``, which steps its base optimizer. Attach to that one, ``sam.base_optimizer``: the method
+    then sees the gradient of the descent alone. ``examples/sam.py`` shows this, and how to do the same by hand and in a
+    Lightning ``Trainer``.
 
     Args:
         optimizer: Any optimizer but LBFGS; parameter groups that are added later take part. All its parameters do: to
@@ -168,11 +188,15 @@ def attach(
         A handle whose ``remove()`` detaches the method.
 
     Raises:
-        TypeError: If ``method`` is no method, or the optimizer a wrapper that runs no hooks.
+        TypeError: If ``method`` is no method, or ``optimizer`` none, or one whose ``step`` runs no hooks.
         ValueError: If the optimizer is LBFGS, which steps with a closure only.
         RuntimeError: In a step that is called with a closure, which computes the gradients too late for the method.
-        UnsupportedGradientError: In a step, as in :func:`transform_grads_`.
+        UnsupportedGradientError: In a step, as in :func:`transform_grads_`, or where something (DeepSpeed) has replaced
+            the optimizer's parameters by flat ones; at once, if this release of PyTorch does not tell what is needed.
         NonFiniteGradientError: In a step, before the update, as in :func:`zscore_grads_`.
+
+    Warns:
+        UserWarning: Once, if no parameter has a gradient in a step.
 
     Example:
         >>> import torch
@@ -188,23 +212,35 @@ def attach(
     """
     method = ZScore() if method is None else method
     name = describe(method)
-    if isinstance(optimizer, LBFGS):
-        raise ValueError("LBFGS computes its gradients in the closure of its step, out of an attached method's reach")
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        raise TypeError(
-            f"{type(optimizer).__name__} runs no hooks before its step: if it wraps another optimizer, as Accelerate's "
-            "does, attach to that one, before it is wrapped"
-        )
+    _check_optimizer(optimizer)
+    if unscales_in_step(optimizer) or any(group.get("fused") for group in optimizer.param_groups):
+        check_grad_scaler()
+    known = optimizer_places(optimizer).parameters
+    # A step may call that of its base class, which runs the hooks again.
+    may_be_nested = sum("step" in vars(cls) for cls in type(optimizer).__mro__ if cls is not Optimizer) > 1
+    warned_of_no_gradient = False
 
     def transform(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal warned_of_no_gradient
         # torch hands the hook the arguments of the unbound step, which begin with the optimizer.
         if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step was called with a closure, which computes the gradients after the "
                 f"attached {name} has run: compute them before the step, and call it without a closure"
             )
+        if may_be_nested and _is_nested(optimizer):
+            return
         places = optimizer_places(optimizer)
+        _check_parameters(optimizer, known, places.parameters)
         transform_places_(places, method, _loss_scale(optimizer, kwargs))
+        if not warned_of_no_gradient and all(parameter.grad is None for parameter in places.parameters):
+            warned_of_no_gradient = True
+            warnings.warn(
+                f"{type(optimizer).__name__} steps, and none of its parameters has a gradient for the attached {name}: "
+                "either none has been computed yet, or the optimizer takes them from elsewhere (master weights), out "
+                "of reach",
+                stacklevel=3,
+            )
         # An optimizer that takes the scaler itself looks for inf and NaN itself, and skips the step.
         if error_if_nonfinite and kwargs.get("grad_scaler") is None:
             found_inf = getattr(optimizer, "found_inf", None)  # what the scaler hands to fused optimizers
@@ -213,8 +249,73 @@ def attach(
     return optimizer.register_step_pre_hook(transform)
 
 
+def _check_optimizer(optimizer: object) -> None:
+    """Refuses what would never run the hook, or too early."""
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, nn.Module):
+        raise TypeError(f"{kind} is a module: give the optimizer of its parameters")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"{kind} runs no hooks before its step, for it is no torch.optim.Optimizer: if it stands for one, as "
+            "Accelerate's DummyOptim does, or wraps one, attach to that one, before it is wrapped"
+        )
+    if isinstance(optimizer, LBFGS):
+        raise ValueError("LBFGS computes its gradients in the closure of its step, out of an attached method's reach")
+    if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
+        raise TypeError(
+            f"{kind} climbs along one gradient and descends along another, in steps that run no hooks: attach to its "
+            "base optimizer, which is the one that descends (see examples/sam.py)"
+        )
+    if getattr(optimizer, "_overlap_with_ddp", False):
+        raise TypeError(f"{kind} steps in the backward pass with overlap_with_ddp=True, and runs no hooks before")
+    if _runs_hooks(optimizer):
+        return
+    wrapped = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
+    # Lightning's and Fabric's share the hooks of the optimizer in them.
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+    if any(_runs_hooks(inner) and inner._optimizer_step_pre_hooks is hooks for inner in wrapped):
+        return
+    if type(optimizer).__module__.startswith("torch.optim."):
+        raise untested_torch(f"{kind}.step is not marked as `hooked`")
+    which = f"the {type(wrapped[0]).__name__} that it wraps" if wrapped else "the one that it wraps, if it does"
+    raise TypeError(f"{kind} runs no hooks before its step: attach to {which}, before it is wrapped")
+
+
+def _runs_hooks(optimizer: Optimizer) -> bool:
+    """Whether torch has put hooks around the step; a scheduler, for one, may have put something around that."""
+    steps = (type(optimizer).step, optimizer.step)
+    return any(getattr(step, "hooked", False) for step in steps)
+
+
+def _is_nested(optimizer: Optimizer) -> bool:
+    """Whether the step whose hook asks was called by another step of the same optimizer."""
+    frame = sys._getframe(2)  # torch's, around the step
+    around, outer = frame.f_code, frame.f_back
+    while outer is not None:
+        if outer.f_code is around and outer.f_locals.get("self") is optimizer:
+            return True
+        outer = outer.f_back
+    return False
+
+
+def _check_parameters(optimizer: Optimizer, known: list[Tensor], now: list[Tensor]) -> None:
+    """Refuses flat tensors that something has put in the place of parameters of other shapes."""
+    if Tensor not in map(type, now):  # they are not parameters
+        return
+    before, after = ({id(parameter): parameter for parameter in parameters} for parameters in (known, now))
+    gone = [parameter.shape for key, parameter in before.items() if key not in after]
+    new = [parameter.shape for key, parameter in after.items() if key not in before and type(parameter) is Tensor]
+    if gone and new and gone != new[: len(gone)]:
+        raise UnsupportedGradientError(
+            f"the parameters that {type(optimizer).__name__} had when the method was attached have been replaced by "
+            f"others (a tensor of shape {tuple(new[0])}, where there was one of {tuple(gone[0])}), as DeepSpeed does, "
+            "whose parts of flattened weights have no statistics of their own: use lightning_znorm's callbacks in a "
+            "Lightning Trainer, or ZeRO stage 0"
+        )
+
+
 def _loss_scale(optimizer: Optimizer, step_kwargs: dict[str, Any]) -> Tensor | None:
     """The factor by which the step will divide the gradients: see ``torch.amp.GradScaler.step``."""
     scaler = step_kwargs.get("grad_scaler")
-    scale = getattr(optimizer, "grad_scale", None) if scaler is None else scaler._get_scale_async()
+    scale = getattr(optimizer, "grad_scale", None) if scaler is None else scale_of(scaler)
     return scale if isinstance(scale, Tensor) else None

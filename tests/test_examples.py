@@ -1,5 +1,7 @@
 """Every program in examples/ does what it says, and leaves no file behind."""
 
+import copy
+import math
 import re
 import runpy
 import warnings
@@ -9,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from tests.fsdp import needs_fsdp2_on_cpu
+from tests.gradients.reference import zscore
 from tests.processes import run_python
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -81,6 +85,45 @@ def test_plain_pytorch_ways_are_the_same_method() -> None:
     assert torch.equal(called, attached)
     # Half precision costs three digits, and the mean distance without the method is far above that.
     assert (mixed - called).abs().mean() < 0.1 * (trained(plain) - called).abs().mean()
+
+
+def test_sam(tmp_path: Path) -> None:
+    output = output_of("sam.py", tmp_path)
+    accuracy = numbers(r"in_a_plain_loop: test accuracy ([\d.]+)", output)
+    assert numbers(r"in_a_trainer: test accuracy ([\d.]+)", output) == accuracy
+    assert accuracy[0] > 0.9
+
+
+@pytest.mark.parametrize("way", ["in_a_plain_loop", "in_a_trainer"])
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+def test_sam_climbs_by_the_true_gradient_and_descends_by_the_z_score(way: str) -> None:
+    example = runpy.run_path(str(EXAMPLES / "sam.py"))
+    generator = torch.Generator().manual_seed(0)
+    batches = [[torch.randn(8, 5, generator=generator), torch.randint(3, (8,), generator=generator)] for _ in range(2)]
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    expected = copy.deepcopy(model).double()
+
+    def grads_of(images: Tensor, labels: Tensor) -> list[Tensor]:
+        loss = F.cross_entropy(expected(images.double()), labels)
+        return list(torch.autograd.grad(loss, list(expected.parameters())))
+
+    def move(directions: list[Tensor], length: float) -> None:
+        with torch.no_grad():
+            for param, direction in zip(expected.parameters(), directions, strict=True):
+                param.add_(direction, alpha=length)
+
+    for batch in batches:
+        climb = grads_of(*batch)
+        length = example["RADIUS"] / math.sqrt(sum(float(grad.square().sum()) for grad in climb))
+        move(climb, length)
+        descent = [zscore(grad) for grad in grads_of(*batch)]
+        move(climb, -length)
+        move(descent, -example["LEARNING_RATE"])
+    start = [param.detach().clone() for param in model.parameters()]
+    example[way](model, DataLoader(batches, batch_size=None))
+    for param, exact, before in zip(model.parameters(), expected.parameters(), start, strict=True):
+        torch.testing.assert_close(param.double(), exact, rtol=0, atol=1e-6)
+        assert (param - before).abs().max() > 1e-3
 
 
 def test_gan(tmp_path: Path) -> None:

@@ -1,13 +1,19 @@
 """attach: a method in a plain loop, with and without mixed precision."""
 
+import copy
+import functools
+import pickle
+import warnings
+from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
+from timm.optim import Lookahead, create_optimizer_v2
 from torch import Tensor, nn
 
 from lightning_znorm.functional import attach
-from lightning_znorm.gradients import Centralization, ZScore
+from lightning_znorm.gradients import Centralization, UnsupportedGradientError, ZScore
 from tests.gradients.reference import centralized, zscore
 
 LR = 0.1
@@ -139,6 +145,274 @@ def test_closure_is_refused(as_keyword: bool) -> None:
 def test_lbfgs_is_refused() -> None:
     with pytest.raises(ValueError, match="LBFGS"):
         attach(torch.optim.LBFGS([nn.Parameter(torch.zeros(1))]))
+
+
+class FirstAndSecondStep(torch.optim.Optimizer):
+    """SAM as its users write it: steps of its own, and a base optimizer that descends (github.com/davda54/sam)."""
+
+    def __init__(self, params: Any, rho: float = 0.05, **kwargs: Any) -> None:
+        super().__init__(params, {"rho": rho, **kwargs})
+        self.base_optimizer = torch.optim.SGD(self.param_groups, **kwargs)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        norm = torch.stack([p.grad.norm() for group in self.param_groups for p in group["params"]]).norm()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["climb"] = p.grad * (group["rho"] / norm)
+                p.add_(self.state[p]["climb"])
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(self.state[p]["climb"])
+        self.base_optimizer.step()
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        raise NotImplementedError
+
+
+class Unhooked(torch.optim.Optimizer):
+    """As timm's Lookahead: it has the lists of hooks, and a step that does not look there."""
+
+    def __init__(self, wrapped: torch.optim.Optimizer) -> None:
+        self._optimizer_step_pre_hooks: dict[int, Any] = OrderedDict()
+        self._optimizer_step_post_hooks: dict[int, Any] = OrderedDict()
+        self._wrapped = wrapped
+        self.param_groups = wrapped.param_groups
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self._wrapped.step()
+
+
+class Sharing(Unhooked):
+    """As Fabric's and Lightning's wrappers: it has the hooks of the optimizer in it."""
+
+    def __init__(self, wrapped: torch.optim.Optimizer) -> None:
+        super().__init__(wrapped)
+        self._optimizer_step_pre_hooks = wrapped._optimizer_step_pre_hooks
+
+
+class OverlappingWithDDP(torch.optim.SGD):
+    """As ZeroRedundancyOptimizer is with this option."""
+
+    _overlap_with_ddp = True
+
+
+class Placeholder:
+    """As Accelerate's and DeepSpeed's DummyOptim."""
+
+    def __init__(self, params: Any) -> None:
+        self.param_groups = [{"params": params}]
+
+
+def sgd() -> torch.optim.SGD:
+    return torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(2, 2), "Linear is a module: give the optimizer of its parameters"),
+        (lambda: Placeholder([]), "Placeholder runs no hooks before its step.*no torch.optim.Optimizer"),
+        (lambda: torch.optim.lr_scheduler.StepLR(sgd(), 1), "StepLR runs no hooks .*no torch.optim.Optimizer"),
+        (lambda: [sgd()], "list runs no hooks .*no torch.optim.Optimizer"),
+        (lambda: Unhooked(sgd()), "Unhooked runs no hooks before its step: attach to the SGD that it wraps"),
+        (lambda: Lookahead(sgd()), "Lookahead runs no hooks before its step: attach to the SGD that it wraps"),
+        (
+            lambda: create_optimizer_v2(nn.Linear(2, 2), "lookahead_adamw", lr=0.1),
+            "Lookahead runs no hooks before its step: attach to the AdamW that it wraps",
+        ),
+        (
+            lambda: FirstAndSecondStep([nn.Parameter(torch.zeros(2))], lr=0.1),
+            r"FirstAndSecondStep climbs .*attach to its base optimizer.*examples/sam\.py",
+        ),
+        (lambda: OverlappingWithDDP([nn.Parameter(torch.zeros(2))], lr=0.1), "steps in the backward pass"),
+    ],
+    ids=["module", "placeholder", "scheduler", "list", "unhooked", "lookahead", "timm", "SAM", "overlapping"],
+)
+def test_what_never_runs_its_hook_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        attach(make())
+
+
+def test_base_optimizer_of_sam_descends_by_the_z_score() -> None:
+    start = torch.linspace(-1, 1, 12).view(3, 4)
+    climb = start.double().requires_grad_()
+    loss_of(climb).backward()
+    assert climb.grad is not None
+    way = 0.05 * climb.grad / climb.grad.norm()
+    reached = (start.double() + way).requires_grad_()
+    loss_of(reached).backward()
+    assert reached.grad is not None
+
+    weight = nn.Parameter(start.clone())
+    sam = FirstAndSecondStep([weight], lr=LR)
+    attach(sam.base_optimizer, ZScore(EPS))
+    loss_of(weight).backward()
+    sam.first_step()
+    torch.testing.assert_close(weight.data.double(), start + way, rtol=0, atol=1e-6)
+    loss_of(weight).backward()
+    sam.second_step()
+    torch.testing.assert_close(weight.data.double(), start - LR * zscore(reached.grad, EPS), rtol=0, atol=1e-6)
+
+
+def test_step_that_is_not_marked_as_hooked_is_told_from_a_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = sgd()
+    monkeypatch.delattr(torch.optim.SGD.step, "hooked")
+    with pytest.raises(UnsupportedGradientError, match=r"PyTorch .* SGD\.step is not marked as `hooked`"):
+        attach(optimizer)
+
+
+WRAPPED: dict[str, Any] = {
+    "lookahead": lambda weight: Lookahead(attached(weight), alpha=1.0, k=1),
+    "sharing": lambda weight: shared(weight),
+    "scheduler before": lambda weight: scheduled(torch.optim.SGD([weight], lr=LR), True),
+    "scheduler after": lambda weight: scheduled(torch.optim.SGD([weight], lr=LR), False),
+    "step of the object": lambda weight: wrapped_again(weight),
+    "deep copy": lambda weight: attach_to_copy(weight, copy.deepcopy),
+    "pickle": lambda weight: attach_to_copy(weight, lambda optimizer: pickle.loads(pickle.dumps(optimizer))),
+    "state loaded": lambda weight: loaded(weight),
+    "timm": lambda weight: attached(weight, create_optimizer_v2([weight], "momentum", lr=LR, momentum=0.0)),
+}
+
+
+def attached(weight: nn.Parameter, optimizer: Any = None) -> Any:
+    optimizer = optimizer or torch.optim.SGD([weight], lr=LR)
+    attach(optimizer, ZScore(EPS))
+    return optimizer
+
+
+def shared(weight: nn.Parameter) -> Any:
+    return attached(weight, Sharing(torch.optim.SGD([weight], lr=LR)))
+
+
+def scheduled(optimizer: Any, first: bool) -> Any:
+    if first:
+        torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    attach(optimizer, ZScore(EPS))
+    if not first:
+        torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    return optimizer
+
+
+def wrapped_again(weight: nn.Parameter) -> Any:
+    optimizer = torch.optim.SGD([weight], lr=LR)
+    optimizer.step = functools.partial(optimizer.step)  # type: ignore[method-assign]
+    return attached(weight, optimizer)
+
+
+def attach_to_copy(weight: nn.Parameter, copied: Any) -> Any:
+    """Of an attached optimizer, whose copy has no hooks."""
+    made = copied(attached(weight))
+    assert not made._optimizer_step_pre_hooks
+    made.param_groups[0]["params"] = [weight]
+    return attached(weight, made)
+
+
+def loaded(weight: nn.Parameter) -> Any:
+    optimizer = attached(weight)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_hook_runs_in_whatever_steps(kind: str) -> None:
+    weight, expected = weight_and_reference()
+    optimizer = WRAPPED[kind](weight)
+    loss_of(weight).backward()
+    optimizer.step()
+    torch.testing.assert_close(weight.data.double(), expected, rtol=0, atol=1e-6)
+
+
+class Once(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class Twice(Once):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class Failing(torch.optim.SGD):
+    fails = True
+
+    def step(self, closure: Any = None) -> Any:
+        if self.fails:
+            raise ArithmeticError
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("cls", [Once, Twice])
+def test_method_runs_once_where_a_step_calls_that_of_its_base(cls: Any) -> None:
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # which has torch put its hooks around the base's step
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = cls([weight], lr=1.0)
+    attach(optimizer, torch.square)
+    for _ in range(2):
+        weight.grad = torch.tensor([2.0, 3.0])
+        optimizer.step()
+    assert weight.tolist() == [-8.0, -18.0]
+
+
+def test_method_runs_again_after_a_step_that_failed() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = Failing([weight], lr=1.0)
+    attach(optimizer, torch.square)
+    weight.grad = torch.tensor([2.0, 3.0])
+    with pytest.raises(ArithmeticError):
+        optimizer.step()
+    optimizer.fails = False
+    weight.grad = torch.tensor([2.0, 3.0])
+    optimizer.step()
+    assert weight.tolist() == [-4.0, -9.0]
+
+
+def test_step_without_any_gradient_warns_once() -> None:
+    weight, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight, other], lr=1.0)
+    attach(optimizer)
+    other.grad = torch.tensor([2.0, 6.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    other.grad = None
+    with pytest.warns(UserWarning, match="SGD steps, and none of its parameters has a gradient for the attached"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+@pytest.mark.parametrize("flat", [torch.zeros(6), torch.zeros(8), torch.zeros(3)])
+def test_parameters_that_were_replaced_by_flat_ones_are_refused(flat: Tensor) -> None:
+    """DeepSpeed gives the optimizer a part of the flattened weights, padded or not."""
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0)
+    attach(optimizer)
+    flat = flat.clone()
+    flat.grad = torch.arange(float(len(flat)))
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(UnsupportedGradientError, match=r"parameters that SGD had .*replaced .*DeepSpeed"):
+        optimizer.step()
+    assert not flat.any()
+
+
+def test_tensors_that_take_the_place_of_others_of_their_shape_take_part() -> None:
+    """So do copies in higher precision, and what a program optimizes beside its parameters."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    attach(optimizer)
+    copies = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.param_groups[0]["params"] = copies
+    latent = torch.zeros(2, requires_grad=True)
+    optimizer.add_param_group({"params": [latent]})
+    latent.grad = torch.tensor([2.0, 6.0])
+    optimizer.step()
+    assert latent.tolist() == [1.0, -1.0]
 
 
 def test_groups_added_later_take_part() -> None:

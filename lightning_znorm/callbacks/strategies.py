@@ -7,7 +7,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_znorm.gradients import AffineMethod, GradientMethod
+from lightning_znorm.gradients.amp import check_grad_scaler
 from lightning_znorm.gradients.methods import describe
+from lightning_znorm.gradients.places import dtensor_support
 from lightning_znorm.gradients.sources import GradientSource
 
 # By name, because lightning.pytorch and pytorch_lightning each have their own classes. Not by isinstance, because
@@ -43,7 +45,14 @@ def check_strategy(strategy: Any, callback: str, method: GradientMethod, allow_u
 
 
 def gradient_source(strategy: Any, module: LightningModule) -> GradientSource:
-    """Where a strategy keeps the gradients of a module, once it has set up its model."""
+    """Where a strategy keeps the gradients of a module, once it has set up its model.
+
+    Raises:
+        UnsupportedGradientError: If PyTorch or DeepSpeed lack what tells where gradients are, and in which scale.
+    """
+    scaler = getattr(getattr(strategy, "precision_plugin", None), "scaler", None)
+    if scaler is not None and scaler.is_enabled():
+        check_grad_scaler()
     family = _family(strategy)
     if family == "FSDPStrategy":
         from lightning_znorm.gradients.fsdp1 import FSDP1Source
@@ -53,6 +62,8 @@ def gradient_source(strategy: Any, module: LightningModule) -> GradientSource:
         from lightning_znorm.gradients.deepspeed import DeepSpeedSource
 
         return DeepSpeedSource(module, strategy.model)
+    if family == "ModelParallelStrategy":
+        dtensor_support()
     return GradientSource(module)
 
 

@@ -1,11 +1,61 @@
 """Gradients under a GradScaler: where they still hold the loss scale, and what to do about it."""
 
 import inspect
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
+
+from lightning_znorm.gradients.errors import untested_torch
+
+
+@lru_cache(maxsize=1)
+def check_grad_scaler() -> None:
+    """Tries out, once, that GradScalers of this release of torch work as is assumed here.
+
+    Raises:
+        UnsupportedGradientError: If not: a method would be given gradients that still hold the scale, or none.
+    """
+    scaler = GradScaler("cpu", init_scale=4.0)
+    plain: Any = _Trial()
+    fused: Any = _FusedTrial()
+    scaler.scale(torch.zeros(()))
+    try:
+        expected = {
+            "its scale": float(scale_of(scaler)) == 4,
+            "whether gradients are unscaled": not is_unscaled(scaler, plain),
+        }
+        scaler.unscale_(plain)
+        expected["that gradients are unscaled"] = is_unscaled(scaler, plain)
+        expected["what is infinite"] = [float(found) for found in found_inf(scaler, plain)] == [1.0]
+        scaler.step(fused)
+        expected["what it hands to fused optimizers"] = unscales_in_step(fused) and fused.was_given == (4.0, 1.0)
+    except Exception as error:  # whatever comes of something that is not there
+        raise untested_torch(f"GradScaler: {type(error).__name__}: {error}") from error
+    for what, is_so in expected.items():
+        if not is_so:
+            raise untested_torch(f"GradScaler does not tell as before {what}")
+
+
+class _Trial:
+    """What GradScaler knows of an optimizer. A real one would run the hooks that a program has for all optimizers."""
+
+    def __init__(self) -> None:
+        weight = torch.zeros(1)
+        weight.grad = torch.full((1,), torch.inf)
+        self.param_groups = [{"params": [weight]}]
+
+
+class _FusedTrial(_Trial):
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor
+    found_inf: Tensor
+
+    def step(self) -> None:
+        self.was_given = (float(self.grad_scale), float(self.found_inf))
 
 
 def is_unscaled(scaler: GradScaler, optimizer: Optimizer) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lightning_znorm.gradients.errors import UnsupportedGradientError
+from lightning_znorm.gradients.errors import UnsupportedGradientError, missing
 from lightning_znorm.gradients.places import ParameterPlace, Place
 from lightning_znorm.gradients.shards import FlatShard, Shard
 from lightning_znorm.gradients.sources import GradientSource
@@ -33,9 +33,10 @@ class DeepSpeedSource(GradientSource):
 
     def __init__(self, module: nn.Module, engine: Any) -> None:
         super().__init__(module)
+        _check(engine, *_ENGINE_NEEDS)
         _check_features(engine)
         self._engine = engine
-        self._memory = _memory_of(engine.optimizer)
+        self._memory = _memory_of(engine.optimizer, engine.zero_optimization_stage())
         names = {parameter: places[0].names for parameter, places in self._read().items()}
         # A parameter that is frozen, or that the optimizer was not given, takes no step.
         self._places: dict[Tensor, Place] = {parameter: _Unstepped(own, parameter) for parameter, own in names.items()}
@@ -161,9 +162,7 @@ class _Memory(ABC):
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
-        missing = [name for name in self.needs if not hasattr(optimizer, name)]
-        if missing:
-            raise _unknown_layout(f"{type(optimizer).__name__} has no {', '.join(missing)}")
+        _check(optimizer, *self.needs)
 
     @abstractmethod
     def groups(self) -> list[list[Tensor]]:
@@ -181,18 +180,20 @@ class _Memory(ABC):
 class _InParameters(_Memory):
     """Stage 0: in ``grad``."""
 
-    @property
-    def _attribute(self) -> str | None:
-        # With a copy of the weights in float32, it is the copies that the optimizer itself was given.
-        return next((name for name in ("fp16_groups", "bf16_groups") if hasattr(self.optimizer, name)), None)
-
     def groups(self) -> list[list[Tensor]]:
-        if self._attribute is not None:
-            return [list(group) for group in getattr(self.optimizer, self._attribute)]
         return [[p for p in group["params"] if p.requires_grad] for group in self.optimizer.param_groups]
 
     def place(self, names: tuple[str, ...], parameter: Tensor, group: int, number: int) -> Place:
         return ParameterPlace(names, parameter)
+
+
+class _InHalfParameters(_InParameters):
+    """Stage 0 with a copy of the weights in float32, which is what the optimizer itself was given."""
+
+    needs = ("fp16_groups",)
+
+    def groups(self) -> list[list[Tensor]]:
+        return [list(group) for group in self.optimizer.fp16_groups]
 
 
 class _BF16(_Memory):
@@ -256,8 +257,8 @@ class _Zero12(_Zero):
     def __init__(self, optimizer: Any) -> None:
         super().__init__(optimizer)
         self.offloaded = optimizer.cpu_offload
-        if self.offloaded and not (hasattr(optimizer, "grad_position") and hasattr(optimizer, "norm_for_param_grads")):
-            raise _unknown_layout(f"{type(optimizer).__name__} has no grad_position and norm_for_param_grads")
+        if self.offloaded:
+            _check(optimizer, "grad_position", "norm_for_param_grads")
         self._numbers = [{p: number for number, p in enumerate(own)} for own in optimizer.params_in_partition]
         self._parts: dict[int, list[Tensor]] = {}
 
@@ -314,11 +315,14 @@ class _Zero3(_Zero):
     def __init__(self, optimizer: Any) -> None:
         super().__init__(optimizer)
         self.offloaded = optimizer.offload_optimizer
+        if self.offloaded:
+            _check(optimizer, "norm_for_param_grads")
 
     def groups(self) -> list[list[Tensor]]:
         return [list(group) for group in self.optimizer.fp16_groups]
 
     def place(self, names: tuple[str, ...], parameter: Any, group: int, number: int) -> Place:
+        _check(parameter, "ds_numel", "ds_process_group", "ds_shape", "partition_numel")
         process_group = parameter.ds_process_group
         size = parameter.partition_numel()
         offset = torch.distributed.get_rank(process_group) * size
@@ -341,17 +345,18 @@ class _Zero3(_Zero):
 
 # By name, and not by isinstance: subclasses (MiCS, ZenFlow, SuperOffload) keep gradients elsewhere.
 _MEMORIES: dict[str, type[_Memory]] = {
-    "FP16_Optimizer": _InParameters,
-    "FP16_UnfusedOptimizer": _InParameters,
+    "FP16_Optimizer": _InHalfParameters,
+    "FP16_UnfusedOptimizer": _InHalfParameters,
     "BF16_Optimizer": _BF16,
     "DeepSpeedZeroOptimizer": _Zero12,
     "DeepSpeedZeroOptimizer_Stage3": _Zero3,
 }
 
 
-def _memory_of(optimizer: Any) -> _Memory:
+def _memory_of(optimizer: Any, stage: int) -> _Memory:
     cls = type(optimizer)
-    if cls.__module__.startswith("deepspeed.runtime."):
+    # Those in `ops` are faster kinds of torch's.
+    if stage > 0 or (cls.__module__.startswith("deepspeed.") and not cls.__module__.startswith("deepspeed.ops.")):
         if cls.__name__ not in _MEMORIES:
             raise UnsupportedGradientError(
                 f"DeepSpeed's {cls.__name__} keeps gradients where they are not found: use ZeRO stage 0, 1, 2 or 3, "
@@ -368,11 +373,36 @@ def _widened(part: Tensor) -> Tensor:
     return wide
 
 
+def _check(owner: object, *names: str) -> None:
+    if what := missing(owner, names):
+        raise _unknown_layout(what)
+
+
 def _unknown_layout(what: str) -> UnsupportedGradientError:
     return UnsupportedGradientError(
         f"DeepSpeed {version('deepspeed')} keeps gradients otherwise than the releases that were tested: {what}. Use "
         "one that lightning-znorm names in its extra `deepspeed`"
     )
+
+
+# What tells which features are on, and when to act.
+_ENGINE_NEEDS = (
+    "autotp_size",
+    "basic_optimizer",
+    "fp16_enabled",
+    "fp16_master_weights_and_gradients",
+    "has_moe_layers",
+    "is_deepcompile_enabled",
+    "is_gradient_accumulation_boundary",
+    "managed_gradient_accumulation",
+    "optimizer",
+    "torch_autocast_z0_gradscaler",
+    "zero_hpz_partition_size",
+    "zero_offload_optimizer",
+    "zero_offload_param",
+    "zero_optimization_stage",
+    "zero_quantized_gradients",
+)
 
 
 def _check_features(engine: Any) -> None:
@@ -382,30 +412,31 @@ def _check_features(engine: Any) -> None:
         UnsupportedGradientError: If such a feature is on.
     """
 
-    def setting(name: str, default: Any = None) -> Any:
-        value = getattr(engine, name, default)  # not every version has every one
+    # The tested releases have all of `_ENGINE_NEEDS`, and neither sparse gradients nor Apex any more.
+    def setting(name: str) -> Any:
+        value = getattr(engine, name, None)
         return value() if callable(value) else value
 
-    stepping = type(getattr(engine, "basic_optimizer", engine.optimizer)).__name__
+    stepping = type(engine.basic_optimizer).__name__
     offloads = [setting("zero_offload_optimizer"), setting("zero_offload_param")]
     scalers = [
-        getattr(engine, "torch_autocast_z0_gradscaler", None),
+        engine.torch_autocast_z0_gradscaler,
         getattr(engine.optimizer, "torch_autocast_gradscaler", None),
     ]
     fp16 = setting("fp16_enabled")
     features = {
         f"the {type(engine).__name__}": type(engine).__name__ != "DeepSpeedEngine",
         "mixture-of-experts layers": setting("has_moe_layers"),
-        "tensor parallelism": setting("autotp_size", 0) > 1 or getattr(engine.optimizer, "model_parallel_group", None),
+        "tensor parallelism": setting("autotp_size") > 1 or getattr(engine.optimizer, "model_parallel_group", None),
         "sparse gradients (`sparse_gradients`)": setting("sparse_gradients_enabled"),
-        "ZeRO++ (`zero_hpz_partition_size`, `zero_quantized_gradients`)": setting("zero_hpz_partition_size", 1) > 1
+        "ZeRO++ (`zero_hpz_partition_size`, `zero_quantized_gradients`)": setting("zero_hpz_partition_size") > 1
         or setting("zero_quantized_gradients"),
         "offloading to NVMe": any(getattr(offload, "device", None) == "nvme" for offload in offloads),
         f"the optimizer {stepping}, which makes its update of gradients before they are averaged": any(
             kind in stepping.lower() for kind in ("onebit", "zeroone", "muon")
         ),
         "DeepCompile": setting("is_deepcompile_enabled"),
-        "`managed_gradient_accumulation=false`": not setting("managed_gradient_accumulation", True),
+        "`managed_gradient_accumulation=false`": not setting("managed_gradient_accumulation"),
         "Apex (`amp`)": setting("amp_enabled"),
         "`torch_autocast` in float16": any(scaler is not None for scaler in scalers),
         "float16 and ZeRO stage 0, where scaled z-scores would overflow (use stage 1, or bfloat16)": fp16

@@ -8,10 +8,36 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import Shard as ShardPlacement
 
-from lightning_znorm.gradients.errors import UnsupportedGradientError
+from lightning_znorm.gradients.errors import UnsupportedGradientError, missing, untested_torch
 from lightning_znorm.gradients.shards import BoxShard, Shard
+from lightning_znorm.gradients.shared_memory import has_internal_overlap
+
+
+def check_dtensors() -> None:
+    """Makes sure that DTensors of this release of torch tell what is asked of them.
+
+    Raises:
+        UnsupportedGradientError: If not.
+    """
+    needs: Sequence[tuple[object, Sequence[str]]] = [
+        (DTensor, ("device_mesh", "from_local", "placements", "to_local")),
+        (DeviceMesh, ("get_coordinate", "get_group", "size")),
+        (Placement, ("is_partial", "is_replicate")),
+        (ShardPlacement(0), ("dim",)),
+        (Partial(), ("reduce_op",)),
+    ]
+    for owner, names in needs:
+        if what := missing(owner, names):
+            raise untested_torch(what)
+
+
+def is_async(tensor: Tensor) -> bool:
+    """Whether a tensor is the result of a collective that may still be running, and is waited for when it is read."""
+    return isinstance(tensor, AsyncCollectiveTensor)
 
 
 def is_dtensor(tensor: Tensor | None) -> TypeGuard[DTensor]:
@@ -46,8 +72,8 @@ def find_dtensor(parameter: Tensor, name: str) -> Tensor | Shard | None:
             )
         cuts[mesh.get_group(mesh_dim)] = dim % tensor.ndim
     local = _memory(tensor)
-    if grad is not None and not local.is_contiguous() and 0 in local.stride():
-        # An expanded gradient, whose elements share memory, cannot be written to.
+    if grad is not None and has_internal_overlap(local):
+        # An expanded gradient, for one, cannot be written to.
         local = local.clone(memory_format=torch.contiguous_format)
         parameter.grad = _dtensor(local, tensor, tensor.placements)
     if not cuts:

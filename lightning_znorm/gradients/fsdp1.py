@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from lightning_znorm.gradients.errors import UnsupportedGradientError
+from lightning_znorm.gradients.errors import UnsupportedGradientError, missing, untested_torch
 from lightning_znorm.gradients.places import Place
 from lightning_znorm.gradients.shards import FlatShard, Shard
 from lightning_znorm.gradients.sources import GradientSource, clean_name
@@ -84,19 +84,21 @@ class FSDP1Source(GradientSource):
     Args:
         module: The model, whose names count.
         wrapped: What holds the wrappers: the model, or a wrapper around it.
+
+    Raises:
+        UnsupportedGradientError: If nothing is wrapped, or this release of torch keeps gradients elsewhere than the
+            tested ones.
     """
 
     def __init__(self, module: nn.Module, wrapped: nn.Module) -> None:
         super().__init__(module)
         self._wrapped = wrapped
+        self._handles()
 
     def _read(self) -> dict[Tensor, list[Place]]:
         index = super()._read()
         prefixes = {module: f"{name}." if name else "" for name, module in self.module.named_modules()}
-        for wrapper in FullyShardedDataParallel.fsdp_modules(self._wrapped):
-            handle = wrapper._handle
-            if handle is None:  # a module without parameters of its own
-                continue
+        for handle in self._handles():
             flat = handle.flat_param
             if flat._params is not None:
                 for number, parameter in enumerate(flat._params):
@@ -113,6 +115,42 @@ class FSDP1Source(GradientSource):
                     for number, fqn in enumerate(flat._fqns)
                 ]
         return index
+
+    def _handles(self) -> list["FlatParamHandle"]:
+        """What manages each flat parameter, once it is seen to tell all that is asked of it."""
+        wrappers = FullyShardedDataParallel.fsdp_modules(self._wrapped)
+        if not wrappers:
+            raise UnsupportedGradientError(
+                f"no FullyShardedDataParallel is found in the {type(self._wrapped).__name__} that FSDP is to train, so "
+                "that nothing tells how its gradients are sharded"
+            )
+        for wrapper in wrappers:
+            _check(wrapper, "_handle")
+        # None is that of a module without parameters of its own.
+        handles = [wrapper._handle for wrapper in wrappers if wrapper._handle is not None]
+        for handle in handles:
+            _check(
+                handle, "_fully_sharded_module", "flat_param", "process_group", "uses_sharded_strategy", "world_size"
+            )
+            _check(
+                handle.flat_param,
+                "_contiguities",
+                "_fqns",
+                "_param_extensions",
+                "_params",
+                "_shapes",
+                "_shard_param_infos",
+                "_shared_param_infos",
+                "_strides",
+            )
+            for interval in handle.flat_param._shard_param_infos:
+                _check(interval, "in_shard", "intra_param_start_idx", "numel_in_shard", "offset_in_shard")
+        return handles
+
+
+def _check(owner: object, *names: str) -> None:
+    if what := missing(owner, names):
+        raise untested_torch(what)
 
 
 def _joined(*names: str) -> str:

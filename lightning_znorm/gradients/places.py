@@ -2,16 +2,18 @@
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import NoneType
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from types import ModuleType, NoneType
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
-from lightning_znorm.gradients.errors import UnsupportedGradientError
+from lightning_znorm.gradients.errors import UnsupportedGradientError, untested_torch
 from lightning_znorm.gradients.shards import Shard
+from lightning_znorm.gradients.shared_memory import has_internal_overlap
 
 
 class Place(ABC):
@@ -63,19 +65,25 @@ class ParameterPlace(Place):
 
     def find(self) -> Tensor | Shard | None:  # noqa: D102
         parameter = self.parameter
-        # Attributes are looked up where they are kept, because a tensor takes its time to say that it has none.
-        if _are_of_shards(vars(parameter)):
+        if vars(parameter) and _is_sharded(parameter):
             raise UnsupportedGradientError(
                 f"the gradient of {self.names[0]} is sharded by DeepSpeed or by the first version of FSDP, and nothing "
                 "here tells where the rest of it is: use FSDP2 (`torch.distributed.fsdp.fully_shard`), or "
                 "lightning_znorm's callbacks in a Lightning Trainer"
             )
         grad = parameter.grad
-        if type(grad) is not Tensor and _has_dtensors():
-            from lightning_znorm.gradients.dtensor import find_dtensor, is_dtensor
-
-            if is_dtensor(parameter if grad is None else grad):
-                return find_dtensor(parameter, self.names[0])
+        tensor = parameter if grad is None else grad
+        if _is_distributed(tensor):
+            dtensor = dtensor_support()
+            if dtensor.is_dtensor(tensor):
+                found: Tensor | Shard | None = dtensor.find_dtensor(parameter, self.names[0])
+                return found
+            if not dtensor.is_async(tensor):
+                raise UnsupportedGradientError(
+                    f"the gradient of {self.names[0]} is a {type(tensor).__name__} of PyTorch's distributed package, "
+                    "and nothing here tells what it holds of the whole: use DTensors (FSDP2, tensor parallelism), or "
+                    "leave this parameter out"
+                )
         if grad is None:
             return None
         if grad.layout != torch.strided:
@@ -84,8 +92,8 @@ class ParameterPlace(Place):
                 "tensor has no mean over all its elements that would leave it sparse: use dense gradients "
                 "(`sparse=False` in torch.nn.Embedding), or leave this parameter out"
             )
-        if not grad.is_contiguous() and 0 in grad.stride():
-            # An expanded gradient, whose elements share memory, cannot be written to.
+        if has_internal_overlap(grad):
+            # An expanded gradient, for one, cannot be written to.
             grad = parameter.grad = grad.clone(memory_format=torch.contiguous_format)
         return grad
 
@@ -142,10 +150,8 @@ def find_all(places: Sequence[Place] | NumberedPlaces) -> list[Tensor | Shard | 
         all_in_parameters = set(map(type, places)) <= {ParameterPlace}
     if all_in_parameters and (grads := _ordinary_grads(parameters)) is not None:
         return grads
-    if _has_dtensors():
-        from lightning_znorm.gradients.dtensor import replicate_partial_grads_
-
-        replicate_partial_grads_(parameters)
+    if any(_is_distributed(parameter.grad) for parameter in parameters):
+        dtensor_support().replicate_partial_grads_(parameters)
     return [place.find() for place in places]
 
 
@@ -157,14 +163,15 @@ def _ordinary_grads(parameters: Sequence[Tensor]) -> list[Tensor | Shard | None]
     """
     if not set(map(type, parameters)) <= _ORDINARY:
         return None
-    if any(map(_are_of_shards, filter(None, map(vars, parameters)))):
+    # Both mark a parameter by attributes, and a tensor takes its time to say that it has not this one.
+    if any(map(_is_sharded, filter(vars, parameters))):
         return None
     grads = [parameter.grad for parameter in parameters]
     if not set(map(type, grads)) <= {Tensor, NoneType}:
         return None
     strided = torch.strided
     for grad in grads:
-        if grad is not None and (grad.layout is not strided or (not grad.is_contiguous() and 0 in grad.stride())):
+        if grad is not None and (grad.layout is not strided or has_internal_overlap(grad)):
             return None
     return [*grads]
 
@@ -173,12 +180,56 @@ def _ordinary_grads(parameters: Sequence[Tensor]) -> list[Tensor | Shard | None]
 _ORDINARY = {Parameter, Tensor}
 
 
-def _are_of_shards(attributes: Mapping[str, object]) -> bool:
-    """Whether a parameter's attributes tell that DeepSpeed or the first version of FSDP keeps its gradient."""
-    return "_fsdp_flattened" in attributes or "_is_flat_param" in attributes or "ds_id" in attributes
+def _is_sharded(parameter: Tensor) -> bool:
+    """Whether DeepSpeed or the first version of FSDP keeps a parameter's gradient, which they are asked themselves.
+
+    A program that has parameters of theirs has loaded them; one that has not need not.
+
+    Raises:
+        UnsupportedGradientError: If a program may have such parameters, and this release of theirs cannot be asked.
+    """
+    try:
+        if hasattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel"):
+            from torch.distributed.fsdp import FlatParameter
+            from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
+
+            # It is with this that FSDP marks its parameters.
+            from torch.distributed.fsdp._flat_param import _set_fsdp_flattened  # type: ignore[attr-defined]  # noqa: F401
+
+            if _is_fsdp_flattened(parameter) or isinstance(parameter, FlatParameter):
+                return True
+        if "deepspeed" in sys.modules:
+            from deepspeed.runtime.zero.utils import is_zero_param
+
+            return bool(is_zero_param(parameter))
+    except ImportError as error:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise UnsupportedGradientError(
+                "whether parameters are sharded by DeepSpeed or by the first version of FSDP cannot be told in these "
+                f"releases of theirs: {error}. Use older ones, or a newer one of lightning-znorm"
+            ) from error
+    return False
 
 
-def _has_dtensors() -> bool:
-    """Whether any tensor of this program may be a DTensor."""
-    # A program that has DTensors has loaded them; one that has not need not.
-    return "torch.distributed.tensor" in sys.modules
+def _is_distributed(tensor: Tensor | None) -> bool:
+    """Whether a tensor is of one of the kinds that torch's distributed package has, such as DTensor."""
+    kind = type(tensor)
+    return kind not in _LOCAL and any(cls.__module__.startswith("torch.distributed.") for cls in kind.__mro__)
+
+
+_LOCAL = {Parameter, Tensor, NoneType}
+
+
+@lru_cache(maxsize=1)
+def dtensor_support() -> ModuleType:
+    """What deals with DTensors, loaded where there are some.
+
+    Raises:
+        UnsupportedGradientError: If this release of torch lacks what it needs.
+    """
+    try:
+        from lightning_znorm.gradients import dtensor
+    except ImportError as error:
+        raise untested_torch(str(error)) from error
+    dtensor.check_dtensors()
+    return dtensor

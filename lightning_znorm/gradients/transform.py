@@ -10,6 +10,7 @@ from lightning_znorm.gradients.kernels import affine_shards_, affine_wholes_
 from lightning_znorm.gradients.methods import AffineMethod, GradientMethod, describe
 from lightning_znorm.gradients.places import NumberedPlaces, Place, find_all
 from lightning_znorm.gradients.shards import Shard, whole_shard
+from lightning_znorm.gradients.shared_memory import each_memory_once, may_share_memory
 
 
 @torch.no_grad()
@@ -27,8 +28,8 @@ def transform_places_(places: Iterable[Place], method: GradientMethod, loss_scal
     Raises:
         TypeError: If the method is none.
         UnsupportedGradientError: If a gradient is sparse, or cannot be put together from the processes, or is sharded
-            and the method a function, and then before any is changed; or if a function returns anything but a tensor of
-            its argument's shape.
+            and the method a function, or if gradients overlap in memory, and then before any is changed; or if a
+            function returns anything but a tensor of its argument's shape.
     """
     name = describe(method)
     if not isinstance(places, NumberedPlaces):
@@ -36,6 +37,8 @@ def transform_places_(places: Iterable[Place], method: GradientMethod, loss_scal
     grads = find_all(places)
     wholes = [grad for grad in grads if isinstance(grad, Tensor)]
     shards = [grad for grad in grads if isinstance(grad, Shard)] if len(wholes) < len(grads) else []
+    if may_share_memory(wholes, shards):
+        wholes, shards = each_memory_once(places, grads)
     if shards and not isinstance(method, AffineMethod):
         name_of_first = next(place.names[0] for place, grad in zip(places, grads, strict=True) if grad is shards[0])
         raise UnsupportedGradientError(

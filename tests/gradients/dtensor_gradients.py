@@ -228,6 +228,20 @@ def shared_memory(method: str) -> dict[str, Any]:
     return record
 
 
+def the_same_twice(method: str) -> dict[str, Any]:
+    """Two parameters with one gradient, of which some ranks hold nothing. Small ones are copied before the change."""
+    whole = gradient((2, 20_000))
+    makes = {"shard": on_line(Shard(0)), "sum": lambda grad: partial(grad, line, [Partial()])}
+    after = {}
+    for name, make in makes.items():
+        first = make(whole.clone())
+        second = nn.Parameter(torch.zeros_like(first))
+        second.grad = first.grad
+        METHODS[method]([first, second])
+        after |= {f"{name}_first": full(first.grad), f"{name}_second": full(second.grad)}
+    return {"before": dict.fromkeys(after, whole), "after": after}
+
+
 def in_flight(method: str) -> dict[str, Any]:
     """Gradients that are results of collectives that may still be running."""
     whole = gradient((6, 5))
@@ -453,7 +467,7 @@ def scaled(overflow: bool) -> dict[str, Any]:
 def scenarios() -> dict[str, Callable[[], Any]]:
     result: dict[str, Callable[[], Any]] = {}
     for scenario, method in product(
-        (one_by_one, together, shared_memory, in_flight, missing, frozen_later, submesh), METHODS
+        (one_by_one, together, shared_memory, the_same_twice, in_flight, missing, frozen_later, submesh), METHODS
     ):
         result[f"{scenario.__name__} {method}"] = lambda scenario=scenario, method=method: scenario(method)
     for method, count, sharded in product(METHODS, (44, 440), (True, False)):

@@ -94,6 +94,12 @@ def test_elements_that_share_memory(runs: list[dict[str, Any]], method: str) -> 
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_the_same_gradient_of_two_parameters(runs: list[dict[str, Any]], method: str) -> None:
+    for run in runs:
+        check(run[f"the_same_twice {method}"], method, "shard_first", "shard_second", "sum_first", "sum_second")
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_collective_still_running(runs: list[dict[str, Any]], method: str) -> None:
     for run in runs:
         check(run[f"in_flight {method}"], method, "dtensor", "plain")

@@ -210,15 +210,6 @@ def test_wrapper_without_hooks_is_refused() -> None:
         attach(Wrapper(torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=1.0)))
 
 
-@pytest.mark.parametrize("mark", ["_fsdp_flattened", "ds_id"])
-def test_shards_that_are_plain_tensors_are_refused(mark: str) -> None:
-    param = nn.Parameter(torch.zeros(2))
-    param.grad = torch.tensor([-3.0, 0.5])
-    setattr(param, mark, True)
-    with pytest.raises(UnsupportedGradientError, match="parameter 0 is sharded"):
-        zscore_grads_(param)
-
-
 def test_representation_names_what_was_given() -> None:
     assert repr(ZScore(eps=0.5)) == "ZScore(eps=0.5)"
     assert repr(RMSNorm()) == "RMSNorm()"

@@ -1,12 +1,22 @@
 """Where gradients are found: one by one, and all at once."""
 
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.distributed._functional_collectives
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FlatParameter
+from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
+from torch.distributed.tensor import DTensor, Placement
 
+from lightning_znorm import gradients
 from lightning_znorm.gradients import ZScore, transform_places_
 from lightning_znorm.gradients.errors import UnsupportedGradientError
-from lightning_znorm.gradients.places import NumberedPlaces, ParameterPlace, find_all
+from lightning_znorm.gradients.places import NumberedPlaces, ParameterPlace, dtensor_support, find_all
 
 
 def param(grad: Tensor | None, shape: tuple[int, ...] = (2, 3)) -> nn.Parameter:
@@ -78,21 +88,39 @@ def test_one_whose_elements_share_memory_is_copied() -> None:
     assert found[1] is params[1].grad
 
 
+class ShardedTensor(Tensor):
+    """As if it were one of torch's own."""
+
+    __module__ = "torch.distributed.elsewhere"
+
+
+def marked_by_fsdp() -> nn.Parameter:
+    made = param(torch.zeros(2, 3))
+    _set_fsdp_flattened(made)
+    return made
+
+
+def flat() -> nn.Parameter:
+    made = FlatParameter(torch.zeros(2, 3))
+    made.grad = torch.zeros(2, 3)
+    return made
+
+
 @pytest.mark.parametrize(
-    ("attribute", "grad", "message"),
+    ("make", "message"),
     [
-        (None, torch.eye(3)[:2].to_sparse(), r"gradient of (parameter 1|layer1) is sparse"),
-        ("_fsdp_flattened", torch.zeros(2, 3), r"gradient of (parameter 1|layer1) is sharded"),
-        ("_is_flat_param", torch.zeros(2, 3), r"gradient of (parameter 1|layer1) is sharded"),
-        ("ds_id", torch.zeros(2, 3), r"gradient of (parameter 1|layer1) is sharded"),
+        (lambda: param(torch.eye(3)[:2].to_sparse()), "is sparse"),
+        (marked_by_fsdp, "is sharded"),
+        (flat, "is sharded"),
+        (lambda: param(torch.zeros(2, 3).as_subclass(ShardedTensor)), "is a ShardedTensor of PyTorch's distributed"),
     ],
+    ids=["sparse", "marked by FSDP", "flat", "distributed"],
 )
-def test_refused_by_name(attribute: str | None, grad: Tensor, message: str) -> None:
-    params = [param(torch.randn(2, 3)), param(grad)]
+def test_refused_by_name(make: Callable[[], nn.Parameter], message: str) -> None:
+    params = [param(torch.randn(2, 3)), make()]
     params[0].tag = "an attribute that says nothing of gradients"  # type: ignore[attr-defined]
     find_all(named(params[:1]))
-    if attribute is not None:
-        setattr(params[1], attribute, True)
+    message = f"gradient of (parameter 1|layer1) {message}"
     for places in (named(params), NumberedPlaces(params)):
         with pytest.raises(UnsupportedGradientError, match=message):
             find_all(places)
@@ -114,3 +142,44 @@ def test_numbers_are_those_of_the_first_occurrence() -> None:
 def test_what_is_not_a_tensor_is_named() -> None:
     with pytest.raises(TypeError, match=r"parameter 1 is not a tensor but a tuple: give model.parameters\(\)"):
         NumberedPlaces([param(None), ("weight", param(None))])  # type: ignore[list-item]
+
+
+@pytest.fixture
+def untried_dtensors() -> Iterator[None]:
+    dtensor_support.cache_clear()
+    yield
+    dtensor_support.cache_clear()
+
+
+@pytest.mark.usefixtures("untried_dtensors")
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        *((DTensor, name) for name in ("device_mesh", "from_local", "placements", "to_local")),
+        *((DeviceMesh, name) for name in ("get_coordinate", "get_group", "size")),
+        *((Placement, name) for name in ("is_partial", "is_replicate")),
+        (torch.distributed._functional_collectives, "AsyncCollectiveTensor"),
+        (torch.distributed.tensor, "DTensor"),
+    ],
+)
+def test_what_is_missing_of_dtensors_is_named(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> None:
+    """Before anything is changed; a release of torch that lacks it would otherwise have shards taken for wholes."""
+    monkeypatch.delitem(sys.modules, "lightning_znorm.gradients.dtensor", raising=False)
+    monkeypatch.delattr(gradients, "dtensor", raising=False)
+    params = [param(torch.tensor([1.0, 5.0]), (2,)), param(torch.zeros(2, 3).as_subclass(ShardedTensor))]
+    with monkeypatch.context() as patch:
+        patch.delattr(owner, name)
+        with pytest.raises(UnsupportedGradientError, match=f"PyTorch .* keeps gradients otherwise .*{name}"):
+            transform_places_(named(params), ZScore())
+    assert params[0].grad is not None
+    assert params[0].grad.tolist() == [1, 5]
+
+
+@pytest.mark.usefixtures("untried_dtensors")
+@pytest.mark.parametrize(("kind", "name"), [("ShardPlacement", "dim"), ("Partial", "reduce_op")])
+def test_placements_tell_what_they_stand_for(monkeypatch: pytest.MonkeyPatch, kind: str, name: str) -> None:
+    module = dtensor_support()
+    dtensor_support.cache_clear()
+    monkeypatch.setattr(module, kind, lambda *args: SimpleNamespace())
+    with pytest.raises(UnsupportedGradientError, match=f"has no {name}"):
+        dtensor_support()

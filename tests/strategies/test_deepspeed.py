@@ -11,14 +11,15 @@ import torch
 from packaging.requirements import Requirement
 from torch import nn
 
+from lightning_znorm.functional import zscore_grads_
 from lightning_znorm.gradients import UnsupportedGradientError
-from lightning_znorm.gradients.deepspeed import DeepSpeedSource
+from lightning_znorm.gradients.deepspeed import _ENGINE_NEEDS, DeepSpeedSource
 from tests.gradients.reference import zscore
 from tests.processes import run_python
 from tests.strategies.deepspeed_reference import check, records, true_grads, updates_of
 from tests.strategies.deepspeed_training import ALONE, REFUSED, RESUMED, SCENARIOS, STEPS, UNEVEN
 
-pytest.importorskip("deepspeed")
+deepspeed = pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.timeout(900)  # the first run compiles an extension of DeepSpeed's
 
 SCRIPT = Path(__file__).with_name("deepspeed_training.py")
@@ -132,9 +133,26 @@ class DeepSpeedEngine(SimpleNamespace):
         return False
 
 
+# What a plain engine says of itself.
+SETTINGS = {
+    "autotp_size": 0,
+    "fp16_master_weights_and_gradients": False,
+    "has_moe_layers": False,
+    "is_deepcompile_enabled": False,
+    "is_gradient_accumulation_boundary": True,
+    "managed_gradient_accumulation": True,
+    "torch_autocast_z0_gradscaler": None,
+    "zero_hpz_partition_size": 1,
+    "zero_offload_optimizer": None,
+    "zero_offload_param": None,
+    "zero_optimization_stage": lambda: 0,
+    "zero_quantized_gradients": False,
+}
+
+
 def engine(cls: type = DeepSpeedEngine, optimizer: Any = None, **settings: Any) -> SimpleNamespace:
     optimizer = optimizer or torch.optim.SGD(nn.Linear(2, 2).parameters())
-    return cls(**{"optimizer": optimizer, "basic_optimizer": optimizer, "has_moe_layers": False, **settings})
+    return cls(**{"optimizer": optimizer, "basic_optimizer": optimizer} | SETTINGS | settings)
 
 
 def instance_of(name: str, module: str = "deepspeed.runtime.zero.stage3", **attributes: Any) -> Any:
@@ -175,6 +193,110 @@ def test_another_layout_of_the_optimizer_is_refused(cls: str) -> None:
     message = f"DeepSpeed {version('deepspeed')} keeps gradients otherwise.*{cls} has no .*groups"
     with pytest.raises(UnsupportedGradientError, match=message):
         DeepSpeedSource(nn.Linear(2, 2), engine(optimizer=instance_of(cls)))
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, "optimizer", "basic_optimizer"])
+def test_engine_that_does_not_tell_a_setting_is_refused(name: str) -> None:
+    DeepSpeedSource(nn.Linear(2, 2), engine())
+    made = engine()
+    delattr(made, name)
+    with pytest.raises(UnsupportedGradientError, match=f"DeepSpeed .* keeps .* DeepSpeedEngine has no {name}"):
+        DeepSpeedSource(nn.Linear(2, 2), made)
+
+
+def test_settings_of_a_plain_engine_are_those_that_are_needed() -> None:
+    assert {*SETTINGS, "optimizer", "basic_optimizer", "fp16_enabled"} == {*_ENGINE_NEEDS}
+    assert {name for name in _ENGINE_NEEDS if not hasattr(deepspeed.DeepSpeedEngine, name)} == {
+        "basic_optimizer",
+        "has_moe_layers",
+        "optimizer",
+        "torch_autocast_z0_gradscaler",
+    }  # which its __init__ sets
+
+
+@pytest.mark.parametrize(
+    ("module", "stage", "name"),
+    [
+        ("deepspeed.zero.stage3", 0, "DeepSpeedZeroOptimizer_Stage4"),
+        ("renamed.zero", 3, "DeepSpeedZeroOptimizer_Stage4"),
+        ("torch.optim.sgd", 1, "SGD"),
+    ],
+)
+def test_optimizer_by_another_name_is_refused(module: str, stage: int, name: str) -> None:
+    made = engine(optimizer=instance_of(name, module, param_groups=[]), zero_optimization_stage=lambda: stage)
+    with pytest.raises(UnsupportedGradientError, match=f"DeepSpeed's {name} keeps gradients where they are not found"):
+        DeepSpeedSource(nn.Linear(2, 2), made)
+
+
+# What a plain optimizer of each stage holds of a model of one layer.
+LAYER = nn.Linear(2, 2)
+FLAT = [torch.zeros(4), torch.zeros(2)]
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "FP16_Optimizer": {"fp16_groups": [list(LAYER.parameters())]},
+    "FP16_UnfusedOptimizer": {"fp16_groups": [list(LAYER.parameters())]},
+    "BF16_Optimizer": {"bf16_groups": [list(LAYER.parameters())], "fp32_groups_gradients": [FLAT]},
+    "DeepSpeedZeroOptimizer": {
+        "averaged_gradients": {},
+        "bit16_groups": [list(LAYER.parameters())],
+        "cpu_offload": True,
+        "first_offset": [0],
+        "get_param_id": id,
+        "grad_position": {},
+        "norm_for_param_grads": {},
+        "params_in_partition": [list(LAYER.parameters())],
+        "real_dp_process_group": [None],
+        "single_partition_of_fp32_groups": FLAT,
+    },
+    "DeepSpeedZeroOptimizer_Stage3": {
+        "averaged_gradients": {},
+        "fp16_groups": [[]],
+        "fp32_partitioned_groups_flat": FLAT,
+        "get_param_id": id,
+        "grad_position": {},
+        "norm_for_param_grads": {},
+        "offload_optimizer": True,
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "lacking"), [(name, key) for name, own in OPTIMIZERS.items() for key in own])
+def test_optimizer_without_what_is_needed_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, lacking: str) -> None:
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 1)
+    DeepSpeedSource(LAYER, engine(optimizer=instance_of(name, **OPTIMIZERS[name])))
+    made = instance_of(name, **OPTIMIZERS[name])
+    delattr(made, lacking)
+    with pytest.raises(UnsupportedGradientError, match=f"{name} has no {lacking}"):
+        DeepSpeedSource(LAYER, engine(optimizer=made))
+
+
+@pytest.mark.parametrize("lacking", ["ds_numel", "ds_process_group", "ds_shape", "partition_numel"])
+def test_parameter_of_stage_3_without_what_is_needed_is_refused(monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 1)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
+    model = nn.Linear(2, 2, bias=False)
+    own = {"ds_numel": 4, "ds_process_group": None, "ds_shape": torch.Size([2, 2]), "partition_numel": lambda: 4}
+    vars(model.weight).update(own)
+    cls = "DeepSpeedZeroOptimizer_Stage3"
+    optimizer = instance_of(cls, **OPTIMIZERS[cls] | {"fp16_groups": [[model.weight]]})
+    DeepSpeedSource(model, engine(optimizer=optimizer))
+    delattr(model.weight, lacking)
+    with pytest.raises(UnsupportedGradientError, match=f"Parameter has no {lacking}"):
+        DeepSpeedSource(model, engine(optimizer=optimizer))
+
+
+def test_parameter_of_stage_3_is_told_by_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([1.0, 5.0])
+    weight.tag = "an attribute that says nothing of gradients"  # type: ignore[attr-defined]
+    zscore_grads_(weight)
+    assert weight.grad.tolist() == [-1, 1]
+    weight.ds_id = 0  # type: ignore[attr-defined]
+    with pytest.raises(UnsupportedGradientError, match="gradient of parameter 0 is sharded by DeepSpeed"):
+        zscore_grads_(weight)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.delattr(deepspeed.runtime.zero.utils, "is_zero_param")
+    with pytest.raises(UnsupportedGradientError, match=r"sharded by DeepSpeed .* cannot be told .*'is_zero_param'"):
+        zscore_grads_(weight)
 
 
 def test_installed_version_is_one_that_the_extra_allows() -> None:
