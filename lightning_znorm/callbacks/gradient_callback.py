@@ -1,21 +1,43 @@
 """What callbacks share that do something with the gradients that an optimizer is about to use."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_znorm.callbacks.strategies import gradient_source
+from lightning_znorm.callbacks.step_watch import StepWatch
+from lightning_znorm.callbacks.strategies import check_strategy, gradient_source
+from lightning_znorm.gradients import GradientMethod
 from lightning_znorm.gradients.amp import is_unscaled, unscales_in_step
 from lightning_znorm.gradients.places import Place
 from lightning_znorm.gradients.selection import ParameterFilter
 from lightning_znorm.gradients.sources import GradientSource
+
+
+@dataclass(eq=False)
+class ModelState:
+    """What a callback knows of a model that a strategy has set up.
+
+    Attributes:
+        wrapped: The strategy's model, by which to see whether it has set up another one.
+        source: Where its gradients are.
+        watch: Sees whether steps have an effect.
+        has_lazy: Whether there are lazy layers that have not been used yet.
+        choice: Which places take part, of those that have been asked for.
+    """
+
+    wrapped: Any
+    source: GradientSource
+    watch: StepWatch
+    has_lazy: bool
+    choice: dict[Place, bool] = field(default_factory=dict)
 
 
 class GradientCallback(Callback, ABC):
@@ -28,65 +50,113 @@ class GradientCallback(Callback, ABC):
         allow_untested_strategy: Whether to trust a strategy that is none of Lightning's tested ones.
 
     Raises:
-        ValueError: Before training, if a pattern matches no parameter or nothing is chosen.
+        MisconfigurationException: Before training, if another Trainer is using the callback.
+        ValueError: Before training, if a pattern matches no parameter or nothing is chosen, or if patterns meet
+            parameters that have no names.
     """
 
-    # What to say after an epoch without a step.
-    _without_a_step: ClassVar[str]
+    # For warnings: what the callback does with gradients, and what to do where Lightning's hook does not run.
+    _verb: ClassVar[str]
+    _way_out: ClassVar[str]
 
     def __init__(
         self, include: str | Sequence[str], exclude: str | Sequence[str], min_ndim: int, allow_untested_strategy: bool
     ) -> None:
         self.allow_untested_strategy = allow_untested_strategy
         self._filter = ParameterFilter(include, exclude, min_ndim)
-        self._source: GradientSource | None = None
-        self._choice: dict[Place, bool] = {}
+        # Of a run, and gone with it, so that the callback does not keep a model alive.
+        self._trainer: pl.Trainer | None = None
+        self._model: ModelState | None = None
         self._used_up = False
+        self._in_batch = False
         self._backward_in_batch = False
-        self._batches = 0
-        self._steps = 0
-        self._warned_of_no_step = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The Trainer that uses this callback does not use a copy of it.
+        return {**vars(self), "_trainer": None, "_model": None}
+
+    @property
+    @abstractmethod
+    def _required_method(self) -> GradientMethod:
+        """A method for which a strategy must have gradients that fit."""
 
     @abstractmethod
     def _before_step(
         self,
         trainer: pl.Trainer,
-        source: GradientSource,
+        model: ModelState,
         optimizer: Optimizer,
         scaler: GradScaler | None,
         repeated: bool,
-    ) -> None:
-        """Does something with the gradients: see :meth:`_places`.
+    ) -> Iterable[Place] | None:
+        """Do something with the gradients: see :meth:`_places`.
 
         Args:
             trainer: The trainer.
-            source: Where the strategy keeps them.
+            model: The model.
             optimizer: Is about to use them.
             scaler: The scaler by whose scale they are still larger than the true ones; the optimizer's step divides by
                 it.
             repeated: Whether an earlier step has used them.
+
+        Returns:
+            The places that have a gradient, or ``None`` if it has not looked.
         """
+
+    def _is_served(self, optimizer: Optimizer) -> bool:
+        """Whether something else does to an optimizer's gradients what this callback is for."""
+        return False
+
+    def _check_places(self, trainer: pl.Trainer, source: GradientSource, places: Iterable[Place]) -> None:
+        """Look at parameters before their first step, those of lazy layers once they are there.
+
+        Raises:
+            ValueError: If patterns on names meet a parameter without one.
+        """
+        if not source.unnamed or not self._filter.needs_names:
+            return
+        if unnamed := [place for place in places if place in source.unnamed]:
+            raise ValueError(
+                f"{self._name}: include={self._filter.include} and exclude={self._filter.exclude} are patterns on the "
+                f"names of the LightningModule's parameters, and an optimizer steps {len(unnamed)} that it does not "
+                f"register, such as {unnamed[0].names[0]}: register them (assign each to an attribute of a module as "
+                "a torch.nn.Parameter), or leave the patterns out, which chooses all"
+            )
 
     @property
     def _name(self) -> str:
         return type(self).__name__
 
     @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # A Trainer that has stopped without a word has failed in another callback.
+        if self._trainer is not None and self._trainer is not trainer and not self._trainer.state.stopped:
+            raise MisconfigurationException(
+                f"{self._name} is in use by a Trainer that is still running, and cannot serve another one at the same "
+                "time: give each Trainer a callback of its own (copy.deepcopy makes one)"
+            )
+        self._begin(trainer)
+        if stage == "fit":
+            self._check_strategy(trainer)
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._source = gradient_source(trainer.strategy, pl_module)
-        try:
-            self._filter.check(self._source.places())
-        except ValueError as error:
-            raise ValueError(f"{self._name}: {error}") from None
+        self._begin(trainer)  # a step before this may have met the model before a checkpoint was loaded
+        model = self._model_of(trainer, pl_module)
+        model.watch.start(trainer.optimizers)
+        for optimizer in trainer.optimizers:
+            self._check_places(trainer, model.source, _not_lazy(model.source.places_of(optimizer)))
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._batches = self._steps = 0
+        if self._model is not None:
+            self._model.watch.start_epoch(trainer.optimizers)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._in_batch = True
         self._backward_in_batch = False
 
     @override
@@ -97,16 +167,18 @@ class GradientCallback(Callback, ABC):
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._used_up = False
         self._backward_in_batch = True
+        if self._model is not None:
+            self._model.watch.backwards += 1
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        assert self._source is not None
-        self._steps += 1
-        # In manual optimization, backward passes may bypass Lightning, and the step is always taken.
+        model = self._model_of(trainer, pl_module)
+        model.watch.hook(optimizer)
+        # In manual optimization, and outside training, backward passes may bypass Lightning.
         automatic = pl_module.automatic_optimization
-        repeated = automatic and self._used_up
+        repeated = automatic and self._used_up and self._in_batch
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and (not scaler.is_enabled() or is_unscaled(scaler, optimizer)):
             scaler = None
@@ -116,37 +188,105 @@ class GradientCallback(Callback, ABC):
             returned_none = automatic and not self._backward_in_batch and not repeated
             if returned_none or not unscales_in_step(optimizer):
                 return
-        if not self._source.is_complete():
+        if not model.source.is_complete():
             return
-        self._before_step(trainer, self._source, optimizer, scaler, repeated)
+        found = self._before_step(trainer, model, optimizer, scaler, repeated)
         self._used_up = True
+        if found is not None and trainer.training:
+            model.watch.search(optimizer, found, may_miss_backwards=not automatic)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._batches += 1
+        self._in_batch = self._backward_in_batch = False
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._batches and not self._steps and not self._warned_of_no_step:
-            self._warned_of_no_step = True
-            rank_zero_warn(
-                f"{self._name} has seen no optimizer step in this epoch of training, so {self._without_a_step}"
-            )
+        if self._model is not None:
+            self._model.watch.end_epoch()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._end(trainer)  # Lightning calls no `teardown` then
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._source = None
-        self._choice = {}
+        self._end(trainer)
 
-    def _places(self, optimizer: Optimizer) -> list[Place]:
+    def _begin(self, trainer: pl.Trainer | None) -> None:
+        """Forget the run before."""
+        if self._model is not None:
+            self._model.watch.close()
+        self._trainer, self._model = trainer, None
+        self._used_up = self._in_batch = self._backward_in_batch = False
+
+    def _end(self, trainer: pl.Trainer) -> None:
+        if self._trainer is trainer:
+            self._begin(None)
+            for name in ("log", "log_dict"):  # Lightning makes them methods of the model, in each run anew
+                vars(self).pop(name, None)
+
+    def _check_strategy(self, trainer: pl.Trainer) -> None:
+        check_strategy(trainer.strategy, self._name, self._required_method, self.allow_untested_strategy)
+
+    def _model_of(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModelState:
+        """The model as the strategy has set it up last; outside a run, it is not kept."""
+        wrapped = trainer.strategy.model
+        model = self._model
+        if model is not None and model.wrapped is wrapped and model.source.module is pl_module:
+            return model
+        if trainer.state.fn != "fit":
+            self._check_strategy(trainer)
+        source = gradient_source(trainer.strategy, pl_module, self._name)
+        has_lazy = self._check_filter(source)
+        self._check_places(trainer, source, _not_lazy(source.places()))
+        watch = StepWatch(
+            self._name,
+            self._verb,
+            self._way_out,
+            self._filter,
+            source,
+            self._is_served,
+            is_finetuned=any(map(_finetunes, getattr(trainer, "callbacks", ()))),
+        )
+        model = ModelState(wrapped, source, watch, has_lazy)
+        if trainer is self._trainer:
+            if self._model is not None:  # in the middle of a training
+                self._model.watch.close()
+                watch.watch(trainer.optimizers)
+            self._model = model
+        return model
+
+    def _check_filter(self, source: GradientSource) -> bool:
+        """Raise for a filter that does not fit the model; return whether lazy layers may change that."""
+        places = list(source.places())
+        try:
+            self._filter.check(places)
+        except ValueError as error:
+            raise ValueError(f"{self._name}: {error}") from None
+        return any(place.ndim is None for place in places)
+
+    def _places(self, trainer: pl.Trainer, model: ModelState, optimizer: Optimizer) -> list[Place]:
         """Where the gradients are that the optimizer is about to use, and that take part."""
-        assert self._source is not None
-        places = []
-        for place in self._source.places_of(optimizer):
-            if place not in self._choice:
-                self._choice[place] = self._filter.matches(place)
-            if self._choice[place]:
-                places.append(place)
-        return places
+        places = list(model.source.places_of(optimizer))
+        choice = model.choice
+        if new := [place for place in places if place not in choice]:
+            if model.has_lazy:
+                model.has_lazy = self._check_filter(model.source)
+            choice |= {place: self._filter.matches(place) for place in new}
+            self._check_places(trainer, model.source, _not_lazy(new))
+            # A lazy layer that has not been used yet is asked for again.
+            model.choice = {place: is_chosen for place, is_chosen in choice.items() if place.ndim is not None}
+        return [place for place in places if choice[place]]
+
+
+def _not_lazy(places: Iterable[Place]) -> list[Place]:
+    """The places of parameters that are there, of which alone it is known whether they take part."""
+    return [place for place in places if place.ndim is not None]
+
+
+def _finetunes(callback: Any) -> bool:
+    """Whether a callback unfreezes parameters in the course of a training."""
+    # By name, because lightning.pytorch and pytorch_lightning each have a class of their own.
+    return any(cls.__name__ == "BaseFinetuning" for cls in type(callback).__mro__)

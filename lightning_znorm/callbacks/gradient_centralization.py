@@ -24,8 +24,8 @@ class GradientCentralizationCallback(GradientTransform):
         error_if_nonfinite: See :class:`GradientTransform`.
 
     Raises:
-        MisconfigurationException: Before training, if the strategy is not supported.
-        ValueError: Before training, if a pattern matches no parameter or nothing is chosen.
+        MisconfigurationException: As :class:`GradientTransform` does.
+        ValueError: As :class:`GradientTransform` does.
         UnsupportedGradientError: Before a step, if a gradient is sparse, or sharded in an unknown way.
         NonFiniteGradientError: Before a step, if a gradient holds an inf or NaN and ``error_if_nonfinite`` is set.
 

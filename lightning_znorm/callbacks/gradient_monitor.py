@@ -1,6 +1,6 @@
 """Shows gradients as they are before anything is made of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,15 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_znorm.callbacks.folders import run_folder
-from lightning_znorm.callbacks.gradient_callback import GradientCallback
+from lightning_znorm.callbacks.gradient_callback import GradientCallback, ModelState
 from lightning_znorm.callbacks.gradient_transform import GradientTransform
 from lightning_znorm.callbacks.pictures import log_picture
 from lightning_znorm.callbacks.sigma_history import SigmaHistory
-from lightning_znorm.callbacks.strategies import check_strategy
-from lightning_znorm.gradients import ZScore
+from lightning_znorm.callbacks.step_watch import unwrapped
+from lightning_znorm.gradients import GradientMethod, ZScore
 from lightning_znorm.gradients.amp import scale_of
 from lightning_znorm.gradients.measure import measure_places
-from lightning_znorm.gradients.sources import GradientSource
+from lightning_znorm.gradients.places import Place
 from lightning_znorm.gradients.summary import GradientSummary
 
 
@@ -59,6 +59,8 @@ class GradientMonitor(GradientCallback):
     puts itself in the Trainer's list. They are not changed. In manual optimization, ``self.clip_gradients`` comes
     before.
 
+    Steps outside training, such as those of a ``test_step`` that adapts the model, are not shown.
+
     Note:
         A measurement reads the gradients twice, and is one copy from the device to the host; two small sums travel for
         each process group where gradients are sharded. Other steps cost nothing.
@@ -78,9 +80,11 @@ class GradientMonitor(GradientCallback):
         allow_untested_strategy: See :class:`GradientTransform`.
 
     Raises:
-        MisconfigurationException: Before training, if the strategy is not supported.
+        MisconfigurationException: Before training, if the strategy is not supported, or another Trainer is using this
+            callback.
         ValueError: If the threshold or ``eps`` is no number from 0 on; before training, if a pattern matches no
-            parameter or nothing is chosen.
+            parameter or nothing is chosen, or if there are patterns and an optimizer steps parameters that the
+            LightningModule does not register, which have no names.
         UnsupportedGradientError: Before a step, if a gradient is sparse, or sharded in an unknown way.
 
     Example:
@@ -89,9 +93,10 @@ class GradientMonitor(GradientCallback):
         >>> trainer = Trainer(accelerator="cpu", logger=False, callbacks=[GradientMonitor()])
     """
 
-    _without_a_step = (
-        "it has no gradients to show. In manual optimization, step the optimizers that `self.optimizers()` returns, "
-        "not past Lightning (`use_pl_optimizer=False`)."
+    _verb = "shown"
+    _way_out = (
+        "In manual optimization, step the optimizers that `self.optimizers()` returns, not past Lightning "
+        "(`use_pl_optimizer=False`, `.optimizer.step()`)."
     )
 
     def __init__(
@@ -130,19 +135,24 @@ class GradientMonitor(GradientCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        check_strategy(trainer.strategy, self._name, ZScore(), self.allow_untested_strategy)
         self._folder = Path(run_folder(trainer)) / "gradients"  # here, where every process is
         self._step_forward(trainer)
+
+    @property
+    @override
+    def _required_method(self) -> GradientMethod:
+        return ZScore()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        assert self._source is not None
         if trainer.global_step == 0:
             self._history = SigmaHistory()
-        for place in self._source.places():  # in the model's order, which an optimizer's need not be
+        model = self._model_of(trainer, pl_module)
+        for place in model.source.places():  # in the model's order, which an optimizer's need not be
             if self._filter.matches(place):
                 self._history.register(place.names[0], place.ndim or 0)
 
@@ -150,22 +160,23 @@ class GradientMonitor(GradientCallback):
     def _before_step(
         self,
         trainer: pl.Trainer,
-        source: GradientSource,
+        model: ModelState,
         optimizer: Optimizer,
         scaler: GradScaler | None,
         repeated: bool,
-    ) -> None:
+    ) -> Iterable[Place] | None:
         logs = trainer._logger_connector.should_update_logs or _is_trial(trainer)
-        if repeated or not logs:
-            return
+        if repeated or not logs or not trainer.training:
+            return None
         places, stats = measure_places(
-            self._places(optimizer), source.loss_scale() if scaler is None else scale_of(scaler)
+            self._places(trainer, model, optimizer), model.source.loss_scale() if scaler is None else scale_of(scaler)
         )
         summary = GradientSummary(stats, self.eps)
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # as Lightning counts them for its own logs
         rows = [self._history.register(place.names[0], place.ndim or 0) for place in places]
         ratio = self._history.add(step, rows, summary.sigma, summary.is_finite)
-        number = f"/{trainer.optimizers.index(_raw(optimizer))}" if len(trainer.optimizers) > 1 else ""
+        optimizers = [unwrapped(one) for one in trainer.optimizers]
+        number = f"/{optimizers.index(optimizer)}" if len(optimizers) > 1 else ""
         metrics = {f"{self.prefix}{number}/{name}": value for name, value in self._aggregates(summary, ratio).items()}
         if self.per_parameter:
             for name, values in _of_each(summary, ratio).items():
@@ -174,6 +185,7 @@ class GradientMonitor(GradientCallback):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
+        return places
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -181,8 +193,11 @@ class GradientMonitor(GradientCallback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        # A training that fails is one whose gradients are worth looking at.
-        self._draw(trainer)
+        try:
+            # A training that fails is one whose gradients are worth looking at.
+            self._draw(trainer)
+        finally:
+            super().on_exception(trainer, pl_module, exception)
 
     def _aggregates(self, summary: GradientSummary, ratio: Tensor) -> dict[str, float]:
         chosen = summary.is_finite & summary.has_deviation
@@ -240,12 +255,6 @@ def _of_each(summary: GradientSummary, ratio: Tensor) -> dict[str, Tensor]:
 def _is_trial(trainer: Any) -> bool:
     """Whether this is a run of few batches that logs every step and leaves nothing behind."""
     return bool(trainer.fast_dev_run)
-
-
-def _raw(optimizer: Any) -> Optimizer:
-    """The optimizer in a wrapper of Lightning's."""
-    raw: Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return raw
 
 
 def _median(values: Tensor) -> float:

@@ -1,23 +1,25 @@
 """The callback behind every gradient method: applies it to the stepping optimizer's gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_znorm.callbacks.gradient_callback import GradientCallback
-from lightning_znorm.callbacks.overlap import warn_of_overlap
-from lightning_znorm.callbacks.strategies import check_strategy
+from lightning_znorm.callbacks.gradient_callback import GradientCallback, ModelState
+from lightning_znorm.callbacks.overlap import is_same_method, shared_names
+from lightning_znorm.functional import attach
 from lightning_znorm.gradients import GradientMethod, transform_places_
 from lightning_znorm.gradients.amp import found_inf, take_over_scale_
 from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.methods import describe
+from lightning_znorm.gradients.places import Place
 from lightning_znorm.gradients.sources import GradientSource
 
 
@@ -28,9 +30,10 @@ class GradientTransform(GradientCallback):
     accumulation, and the precisions 32, 64, bf16 and 16, true and mixed: the method always sees the true, unscaled
     gradients, and a step that a ``GradScaler`` skips stays skipped.
 
-    Several of these callbacks compose in the order of the list, with a warning if they share parameters, and what runs
-    later in the step (the module's own ``on_before_optimizer_step``, ``gradient_clip_val``) sees the transformed
-    gradients. In manual optimization, ``self.clip_gradients`` comes before the step: the method undoes it.
+    Several of these callbacks compose in the order of the list, with a warning if they share parameters; the same
+    method twice for the same parameters is refused. What runs later in the step (the module's own
+    ``on_before_optimizer_step``, ``gradient_clip_val``) sees the transformed gradients. In manual optimization,
+    ``self.clip_gradients`` comes before the step: the method undoes it.
 
     A step with neither a backward pass nor a ``zero_grad`` since the last one (that of the extra epoch in which
     :class:`~lightning.pytorch.callbacks.StochasticWeightAveraging` updates batch normalization) would repeat gradients
@@ -40,10 +43,15 @@ class GradientTransform(GradientCallback):
     DeepSpeed), an :class:`~lightning_znorm.gradients.AffineMethod` works with the statistics of whole gradients, which
     are never gathered; a function is refused, because it would see parts.
 
+    Gradients of steps outside training (in ``on_fit_start``, in a ``test_step`` that adapts the model, after ``fit``)
+    are transformed as those of training are.
+
     Note:
-        Not seen by this callback: steps that bypass Lightning (``self.optimizers(use_pl_optimizer=False)``), of which a
-        warning tells after the first epoch; and runs of ``Tuner.lr_find`` and ``Tuner.scale_batch_size``, which drop
-        all callbacks, so that a learning rate they find is not one for the transformed gradients.
+        Not seen by this callback: steps that bypass Lightning (``self.optimizers(use_pl_optimizer=False)``); gradients
+        that an optimizer uses up in the backward pass, or fills itself in ``step``; and runs of ``Tuner.lr_find`` and
+        ``Tuner.scale_batch_size``, which drop all callbacks, so that a learning rate they find is not one for the
+        transformed gradients. A warning tells of the first two, and of chosen parameters that are frozen or in no
+        optimizer, after ten steps, or after the epoch if it has fewer.
 
     Args:
         method: A :class:`~lightning_znorm.gradients.AffineMethod`, or a function from a gradient to its replacement of
@@ -62,8 +70,10 @@ class GradientTransform(GradientCallback):
     Raises:
         TypeError: If ``method`` is no method.
         MisconfigurationException: Before training, if the strategy is not supported, or shards gradients and ``method``
-            is a function.
-        ValueError: Before training, if a pattern matches no parameter or nothing is chosen.
+            is a function; if another callback does the same to one of the parameters; or if another Trainer is using
+            this callback.
+        ValueError: Before training, if a pattern matches no parameter or nothing is chosen, or if there are patterns
+            and an optimizer steps parameters that the LightningModule does not register, which have no names.
         UnsupportedGradientError: Before a step, if a gradient is sparse, or sharded in an unknown way.
         NonFiniteGradientError: Before a step, if a gradient holds an inf or NaN and ``error_if_nonfinite`` is set.
 
@@ -78,10 +88,11 @@ class GradientTransform(GradientCallback):
         >>> callback = GradientTransform(RMSNorm(), exclude="*.fc.*", min_ndim=2)
     """
 
-    _without_a_step = (
-        "no gradient was transformed. In manual optimization, step the optimizers that `self.optimizers()` returns; "
-        "for those stepped past Lightning (`use_pl_optimizer=False`), call "
-        "`lightning_znorm.functional.attach(optimizer)` instead."
+    _verb = "transformed"
+    _way_out = (
+        "In manual optimization, step the optimizers that `self.optimizers()` returns; for those stepped past "
+        "Lightning (`use_pl_optimizer=False`, `.optimizer.step()`), call `lightning_znorm.functional.attach(optimizer)`"
+        " instead."
     )
 
     def __init__(
@@ -97,6 +108,7 @@ class GradientTransform(GradientCallback):
         self.method = method
         self.error_if_nonfinite = error_if_nonfinite
         self._description = describe(method)
+        self._overlaps: set[int] = set()  # callbacks of which a warning has told
 
     @property
     @override
@@ -114,18 +126,15 @@ class GradientTransform(GradientCallback):
             "min_ndim": self._filter.min_ndim,
         }
 
+    @property
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            check_strategy(trainer.strategy, self._name, self.method, self.allow_untested_strategy)
+    def _required_method(self) -> GradientMethod:
+        return self.method
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._overlaps = set()
         super().on_train_start(trainer, pl_module)
-        assert self._source is not None
-        others: Any = takewhile(lambda callback: callback is not self, getattr(trainer, "callbacks", ()))
-        earlier = [(other._name, other._filter) for other in others if isinstance(other, GradientTransform)]
-        warn_of_overlap(self._name, self._filter, earlier, self._source.places())
         if trainer.gradient_clip_val:
             rank_zero_info(
                 f"{self._name}: gradient clipping (gradient_clip_val={trainer.gradient_clip_val}) follows and bounds "
@@ -139,22 +148,58 @@ class GradientTransform(GradientCallback):
                 )
 
     @override
+    def _is_served(self, optimizer: Optimizer) -> bool:
+        hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {})
+        return any(getattr(hook, "__module__", None) == attach.__module__ for hook in hooks.values())
+
+    @override
+    def _check_places(self, trainer: pl.Trainer, source: GradientSource, places: Iterable[Place]) -> None:
+        """Look also at what callbacks before this one do to the same parameters.
+
+        Raises:
+            MisconfigurationException: If it is the same.
+        """
+        places = list(places)
+        super()._check_places(trainer, source, places)
+        callbacks: Any = getattr(trainer, "callbacks", ())
+        for other in takewhile(lambda callback: callback is not self, callbacks):
+            if not isinstance(other, GradientTransform):
+                continue
+            shared = shared_names(self._filter, other._filter, places)
+            if not shared:
+                continue
+            listed = shared[0] + (f" and {len(shared) - 1} more" if len(shared) > 1 else "")
+            if is_same_method(self.method, other.method):
+                raise MisconfigurationException(
+                    f"{self._name} with {self._description} would do again what {other._name} with "
+                    f"{other._description}, before it in the list of callbacks, does to the gradients of {listed}: "
+                    "take one of them out, or give each parameters of its own (include, exclude, min_ndim)"
+                )
+            if id(other) not in self._overlaps:
+                self._overlaps.add(id(other))
+                rank_zero_warn(
+                    f"{self._name} transforms what {other._name}, before it in the list of callbacks, has made of the "
+                    f"gradients of {listed}: the result is neither method's. To compare them, use one at a time."
+                )
+
+    @override
     def _before_step(
         self,
         trainer: pl.Trainer,
-        source: GradientSource,
+        model: ModelState,
         optimizer: Optimizer,
         scaler: GradScaler | None,
         repeated: bool,
-    ) -> None:
-        loss_scale = source.loss_scale() if scaler is None else take_over_scale_(scaler, optimizer)
-        places = self._places(optimizer)
+    ) -> Iterable[Place] | None:
+        loss_scale = model.source.loss_scale() if scaler is None else take_over_scale_(scaler, optimizer)
+        places = self._places(trainer, model, optimizer)
         if repeated:
             for place in places:
                 place.drop()
-            return
-        transform_places_(places, self.method, loss_scale)
+            return None
+        grads = transform_places_(places, self.method, loss_scale)
         # Where the optimizer divides by a scale itself, it also looks for inf and NaN itself, and skips the step.
         if self.error_if_nonfinite and loss_scale is None:
             own_scaler = getattr(trainer.precision_plugin, "scaler", None)
-            check_finite(source.places_of(optimizer), found_inf(own_scaler, optimizer), trainer.global_step)
+            check_finite(model.source.places_of(optimizer), found_inf(own_scaler, optimizer), trainer.global_step)
+        return (place for place, grad in zip(places, grads, strict=True) if grad is not None)

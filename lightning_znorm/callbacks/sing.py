@@ -24,7 +24,7 @@ class SINGCallback(GradientTransform):
 
     Raises:
         ValueError: If ``eps`` is negative, infinite or NaN, and as :class:`GradientTransform` does.
-        MisconfigurationException: Before training, if the strategy is not supported.
+        MisconfigurationException: As :class:`GradientTransform` does.
         UnsupportedGradientError: Before a step, if a gradient is sparse, or sharded in an unknown way.
 
     Example:

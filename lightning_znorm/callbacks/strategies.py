@@ -44,10 +44,11 @@ def check_strategy(strategy: Any, callback: str, method: GradientMethod, allow_u
         )
 
 
-def gradient_source(strategy: Any, module: LightningModule) -> GradientSource:
+def gradient_source(strategy: Any, module: LightningModule, callback: str) -> GradientSource:
     """Where a strategy keeps the gradients of a module, once it has set up its model.
 
     Raises:
+        RuntimeError: If it has not, or has taken it down.
         UnsupportedGradientError: If PyTorch or DeepSpeed lack what tells where gradients are, and in which scale.
     """
     scaler = getattr(getattr(strategy, "precision_plugin", None), "scaler", None)
@@ -59,6 +60,11 @@ def gradient_source(strategy: Any, module: LightningModule) -> GradientSource:
 
         return FSDP1Source(module, strategy.model)
     if family == "DeepSpeedStrategy":
+        if strategy.model is None or strategy.model is module:
+            raise RuntimeError(
+                f"{callback}.on_before_optimizer_step was called, and {type(strategy).__name__} has no engine for the "
+                "model, where its gradients would be: step optimizers between `on_fit_start` and `on_fit_end` only"
+            )
         from lightning_znorm.gradients.deepspeed import DeepSpeedSource
 
         return DeepSpeedSource(module, strategy.model)

@@ -38,7 +38,7 @@ class ZNormCallback(GradientTransform):
 
     Raises:
         ValueError: If ``eps`` is negative, infinite or NaN, and as :class:`GradientTransform` does.
-        MisconfigurationException: Before training, if the strategy is not supported.
+        MisconfigurationException: As :class:`GradientTransform` does.
         UnsupportedGradientError: Before a step, if a gradient is sparse, or sharded in an unknown way.
         NonFiniteGradientError: Before a step, if a gradient holds an inf or NaN and ``error_if_nonfinite`` is set.
 

@@ -47,6 +47,8 @@ class DeepSpeedSource(GradientSource):
                 place = self._memory.place(own, parameter, group, number)
                 self._places[parameter] = place
                 self._stepped.append(place)
+                if parameter not in names:
+                    self.unnamed.add(place)
 
     def is_complete(self) -> bool:  # noqa: D102
         return bool(self._engine.is_gradient_accumulation_boundary())

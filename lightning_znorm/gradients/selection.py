@@ -35,6 +35,15 @@ class ParameterFilter:
         large = place.ndim is None or place.ndim >= self.min_ndim
         return large and _any_match(place.names, self.include) and not _any_match(place.names, self.exclude)
 
+    def includes(self, names: Iterable[str], pattern: str) -> bool:
+        """Whether one of the names of a parameter matches an ``include`` pattern."""
+        return _any_match(names, [pattern])
+
+    @property
+    def needs_names(self) -> bool:
+        """Whether the choice depends on the names of parameters: the default patterns choose whatever they are."""
+        return "*" not in self.include or bool(self.exclude)
+
     def check(self, places: Iterable[Place]) -> None:
         """Raises for a filter that does not fit a model.
 

@@ -17,10 +17,15 @@ class GradientSource:
 
     Args:
         module: The model.
+
+    Attributes:
+        unnamed: Places of parameters that optimizers step and that are not the model's. They are known once the
+            optimizer has been asked for.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.unnamed: set[Place] = set()
         # By identity, because a tensor takes its time to give its hash. The places keep the tensors alive.
         self._index: dict[int, list[Place]] = {}
 
@@ -45,6 +50,8 @@ class GradientSource:
             # The first step, or one after the model or the optimizer has grown.
             foreign: dict[int, list[Place]] = {id(place.parameter): [place] for place in optimizer_places(optimizer)}
             own = {id(parameter): places for parameter, places in self._read().items()}
+            for number in foreign.keys() - self._index.keys() - own.keys():
+                self.unnamed.update(foreign[number])
             self._index = foreign | self._index | own
         for number in stepped:
             yield from self._index[number]

@@ -14,7 +14,9 @@ from lightning_znorm.gradients.shared_memory import each_memory_once, may_share_
 
 
 @torch.no_grad()
-def transform_places_(places: Iterable[Place], method: GradientMethod, loss_scale: Tensor | None = None) -> None:
+def transform_places_(
+    places: Iterable[Place], method: GradientMethod, loss_scale: Tensor | None = None
+) -> list[Tensor | Shard | None]:
     """Replaces the gradients at some places by the method's, in place.
 
     Where gradients are sharded, all processes that hold a part must call this with the same places in the same order.
@@ -24,6 +26,9 @@ def transform_places_(places: Iterable[Place], method: GradientMethod, loss_scal
         method: An affine method, or a function from a gradient to its replacement.
         loss_scale: Factor by which the gradients are larger than the true ones because the optimizer will divide by it,
             a scalar tensor.
+
+    Returns:
+        What was found at each place, in their order: ``None`` where there is no gradient.
 
     Raises:
         TypeError: If the method is none.
@@ -55,7 +60,7 @@ def transform_places_(places: Iterable[Place], method: GradientMethod, loss_scal
             affine_shards_(shards, method, loss_scale)
             for place in places:
                 place.rewritten()
-        return
+        return grads
     for grad in wholes:
         if grad.numel() == 0:
             continue
@@ -67,3 +72,4 @@ def transform_places_(places: Iterable[Place], method: GradientMethod, loss_scal
             )
         # Who divides by the scale looks for inf later, and the function may leave no trace of one: 0 * inf is NaN.
         grad.copy_(result if loss_scale is None else result * loss_scale + 0 * grad)
+    return grads

@@ -1,4 +1,6 @@
-from collections.abc import Callable, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +33,21 @@ def fit(trainer: Callable[..., Trainer]) -> Callable[..., Trainer]:
         return made
 
     return run
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    """The callback's lines in the log so far."""
+    # Lightning's logger hands nothing up to the root unless that had a handler when lightning was imported.
+    logger = logging.getLogger("lightning.pytorch")
+    propagate, logger.propagate = logger.propagate, True
+    yield lambda: [line for line in caplog.messages if "Callback" in line]
+    logger.propagate = propagate
+
+
+@pytest.fixture
+def warned() -> Iterator[Callable[[], list[str]]]:
+    """The callback's warnings so far; an error for those of others, as everywhere."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", ".*(Callback|Gradient)")
+        yield lambda: [str(warning.message) for warning in caught]

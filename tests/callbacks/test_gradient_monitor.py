@@ -195,7 +195,7 @@ def test_bypassed_optimizer_warns(fit) -> None:
         module.manual_backward(loss_of(module.net, batch))
         module.optimizers(use_pl_optimizer=False).step()
 
-    with pytest.warns(UserWarning, match="GradientMonitor has seen no optimizer step .* no gradients to show"):
+    with pytest.warns(UserWarning, match=r"GradientMonitor: optimizer 0 \(SGD\) stepped past .* not shown"):
         fit(ManualTraining(script), batches(1), GradientMonitor(), **QUIET)
 
 

@@ -1,5 +1,6 @@
 """Which parameters a callback applies to; what does not fit the model is refused before training."""
 
+import copy
 from collections.abc import Sequence
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from lightning_znorm import GradientCentralizationCallback, GradientTransform, ZNormCallback
+from lightning_znorm import GradientCentralizationCallback, GradientMonitor, GradientTransform, ZNormCallback
 from lightning_znorm.gradients import UnsupportedGradientError
 from tests.callbacks.training import LR, Training, amp, assert_every_step, assert_weights, batches, stepped, weights_of
 from tests.gradients.reference import centralized, zscore
@@ -95,6 +96,103 @@ def test_options_are_checked_at_once() -> None:
         ZNormCallback(min_ndim=-1)
     with pytest.raises(ValueError, match="eps must be a finite number"):
         ZNormCallback(eps=-1e-10)
+
+
+def unregistered(*registered: nn.Module) -> Training:
+    """Trains layers of which the module does not know because they are in a list."""
+
+    class Hidden(Training):
+        def __init__(self) -> None:
+            super().__init__(nn.Sequential(*registered))
+            self.hidden = [nn.Linear(6, 3)]
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + self.hidden[0](batch).square().sum()
+
+        def configure_optimizers(self) -> SGD:
+            return SGD([*self.parameters(), *self.hidden[0].parameters()], LR)
+
+    return Hidden()
+
+
+@pytest.mark.parametrize("callback_class", [ZNormCallback, GradientMonitor])
+@pytest.mark.parametrize("options", [{"include": "net.0.*"}, {"exclude": "*.bias"}, {"include": ["*0*", "*.weight"]}])
+def test_patterns_are_refused_for_parameters_without_names(fit, callback_class, options) -> None:
+    module = unregistered(nn.Linear(6, 3))
+    message = (
+        rf"{callback_class.__name__}: include=.* are patterns on the names .* steps 2 that it does not register, such "
+        r"as parameter 2 of group 0: register them .*, or leave the patterns out"
+    )
+    with pytest.raises(ValueError, match=message):
+        fit(module, batches(1), callback_class(**options))
+    assert not module.moved
+
+
+@pytest.mark.parametrize("callback_class", [ZNormCallback, GradientMonitor])
+def test_parameters_without_names_that_come_later(fit, callback_class) -> None:
+    class Growing(Training):
+        def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+            if batch_idx == 1:
+                self.optimizers().add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+    module = Growing()
+    with pytest.raises(ValueError, match="steps 1 that it does not register, such as parameter 0 of group 1"):
+        fit(module, batches(2), callback_class(exclude="*.bias"), log_every_n_steps=1)
+    assert module.moved == [True]
+
+
+@pytest.mark.parametrize("options", [{}, {"include": ["*"]}, {"min_ndim": 2}])
+def test_default_patterns_choose_parameters_without_names(fit, options) -> None:
+    module, data = unregistered(nn.Linear(6, 3)), batches(1)
+    hidden = module.hidden[0]
+    before = weights_of(hidden)
+    fit(module, data, ZNormCallback(**options))
+    assert_every_step(module, data, chosen=lambda name: name.endswith("weight") or "min_ndim" not in options)
+    twin = copy.deepcopy(hidden).double()
+    twin.load_state_dict(before)
+    weight, bias = torch.autograd.grad(twin(data[0].double()).square().sum(), list(twin.parameters()))
+    updates = {"weight": zscore(weight), "bias": bias if "min_ndim" in options else zscore(bias)}
+    assert_weights(weights_of(hidden), {name: before[name].double() - LR * update for name, update in updates.items()})
+
+
+def test_lazy_layers_that_leave_nothing_to_choose(fit) -> None:
+    """Whether they do is known after the first forward pass."""
+
+    class Lazy(Training):
+        def on_train_start(self) -> None:  # there are no weights yet
+            pass
+
+    module = Lazy(nn.Sequential(nn.LazyLinear(3)))
+    with pytest.raises(ValueError, match=r"ZNormCallback: .*min_ndim=3 together leave none of the model's 2 param"):
+        fit(module, batches(1), ZNormCallback(min_ndim=3))
+    assert not module.weights
+
+
+def test_lazy_layer_that_is_used_later(fit) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.later = nn.Linear(6, 3), nn.LazyLinear(3)
+            self.count = 0
+
+        def forward(self, batch: Tensor) -> Tensor:
+            self.count += 1
+            return (self.later if self.count > 1 else self.first)(batch)
+
+    class Lazy(Training):
+        def on_train_start(self) -> None:
+            pass
+
+        def on_train_batch_end(self, *_) -> None:
+            if self.net.count > 1:
+                self.weights.append(weights_of(self.net))
+
+    net, data = Branches(), batches(3)
+    module = Lazy(net)
+    fit(module, data, ZNormCallback(min_ndim=2))
+    before, after = module.weights
+    assert_weights(after, stepped(net, before, data[2:], chosen=lambda name: name.endswith("weight")))
 
 
 def test_layers_made_in_configure_model_are_known(fit) -> None:

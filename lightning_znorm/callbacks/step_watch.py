@@ -1,0 +1,311 @@
+"""Notices optimizer steps that a gradient callback does nothing for: past Lightning's hook, or without gradients."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_znorm.gradients.places import Place
+from lightning_znorm.gradients.selection import ParameterFilter
+from lightning_znorm.gradients.sources import GradientSource, clean_name
+
+FIRST_STEPS = 10
+"""So many steps of an optimizer without an effect are no accident; fewer, if the epoch ends before."""
+
+_OUT_OF_REACH = (
+    "An optimizer that steps inside the backward pass, or fills gradients of its own in `step`, leaves none where "
+    "Lightning's hook finds them: use one that takes those in `parameter.grad`, or `lightning_znorm.functional` where "
+    "the optimizer has them."
+)
+_NAMED = 3  # so many optimizers are named in a message
+
+
+@dataclass(eq=False)
+class _Steps:
+    """What is known about the steps of one optimizer.
+
+    Attributes:
+        name: For messages.
+        is_hooked: Whether Lightning's hook has been called since the last step.
+        depth: Number of ``step`` methods that are running: a class's may call its base class's, and torch runs the
+            optimizer's hooks in both.
+        missed: Number of steps without a call of Lightning's hook.
+        searched: Number of steps before which gradients were looked for.
+        next_check: Value of `searched` at which to look at the numbers again.
+        backwards: Number of backward passes before the last such step.
+        has_run_hooks: Whether the optimizer runs hooks at all.
+        is_settled: Whether gradients have been found, or a warning has said that there are none.
+        is_reported: Whether a warning has said that steps are missed.
+    """
+
+    name: str
+    is_hooked: bool = False
+    depth: int = 0
+    missed: int = 0
+    searched: int = 0
+    next_check: int = FIRST_STEPS
+    backwards: int = 0
+    has_run_hooks: bool = True
+    is_settled: bool = False
+    is_reported: bool = False
+
+
+class StepWatch:
+    """Counts the steps of the optimizers of a training, and warns once of each that has no effect.
+
+    It counts until every optimizer and every ``include`` pattern has met a gradient, which is normally the first step;
+    after that, it only sees whether steps bypass Lightning, by hooks that it registers with the optimizers.
+
+    Args:
+        callback: Name of the callback, for messages.
+        verb: What the callback does, such as "transformed".
+        way_out: What to do about steps that bypass Lightning.
+        choice: Which parameters take part.
+        source: Where their gradients are.
+        is_served: Whether an optimizer that bypasses Lightning gets what the callback does in another way.
+        is_finetuned: Whether parameters that do not train now are going to.
+    """
+
+    def __init__(
+        self,
+        callback: str,
+        verb: str,
+        way_out: str,
+        choice: ParameterFilter,
+        source: GradientSource,
+        is_served: Callable[[Optimizer], bool],
+        is_finetuned: bool,
+    ) -> None:
+        self.backwards = 0
+        self._callback = callback
+        self._verb = verb
+        self._way_out = way_out
+        self._choice = choice
+        self._source = source
+        self._is_served = is_served
+        self._is_finetuned = is_finetuned
+        self._steps: dict[Any, _Steps] = {}
+        self._handles: list[RemovableHandle] = []
+        self._unmet = list(choice.include)
+        self._hook_calls = 0
+        self._at_epoch_start = (0, 0)
+        self._has_warned_of_epoch = False
+
+    def start(self, optimizers: Iterable[Any]) -> None:
+        """Watch the optimizers of a training, and warn if they step nothing."""
+        self.watch(optimizers)
+        if not any(True for optimizer in self._steps for _ in self._source.places_of(optimizer)):
+            self._unmet = []
+            if not self._is_finetuned:
+                self._warn(
+                    "`configure_optimizers` gives Lightning no optimizer with parameters, so no gradient will be "
+                    f"{self._verb}. {self._way_out}"
+                )
+
+    def watch(self, optimizers: Iterable[Any]) -> None:
+        """Begin to watch optimizers that are new."""
+        for number, optimizer in enumerate(map(unwrapped, optimizers)):
+            if optimizer in self._steps:
+                continue
+            steps = self._steps[optimizer] = _Steps(f"optimizer {number} ({type(optimizer).__name__})")
+            # Optimizers that wrap others may not have called torch's __init__, or not be torch's at all.
+            steps.has_run_hooks = hasattr(optimizer, "_optimizer_step_post_hooks")
+            if steps.has_run_hooks:
+                self._handles += [
+                    optimizer.register_step_pre_hook(partial(_enter, steps)),
+                    optimizer.register_step_post_hook(partial(self._leave, steps)),
+                ]
+
+    def close(self) -> None:
+        """Leave the optimizers as they were."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def start_epoch(self, optimizers: Iterable[Any]) -> None:
+        """Begin an epoch, before which optimizers may have been replaced."""
+        self.watch(optimizers)
+        self._at_epoch_start = (self._hook_calls, self.backwards)
+
+    def end_epoch(self) -> None:
+        """Warn of what has had no effect up to now."""
+        self._check(least=1)
+        if (
+            self._at_epoch_start[0] == self._hook_calls
+            and self._at_epoch_start[1] < self.backwards
+            and not all(steps.has_run_hooks for steps in self._steps.values())
+            and not self._has_warned_of_epoch
+        ):
+            self._has_warned_of_epoch = True
+            self._warn(
+                "it has seen backward passes in this epoch and no optimizer step, so no gradient was "
+                f"{self._verb}. {self._way_out}"
+            )
+
+    def hook(self, optimizer: Any) -> None:
+        """Take note that Lightning has called its hook."""
+        self._hook_calls += 1
+        if optimizer in self._steps:
+            self._steps[optimizer].is_hooked = True
+
+    def search(self, optimizer: Any, found: Iterable[Place], may_miss_backwards: bool) -> None:
+        """Take note of what has been found before a step.
+
+        Args:
+            optimizer: The optimizer that is about to step.
+            found: Where there was a gradient; not looked at once every optimizer and pattern has had one.
+            may_miss_backwards: Whether there may be backward passes of which Lightning does not know.
+        """
+        steps = self._steps.get(optimizer)
+        if steps is None or (steps.is_settled and not self._unmet):
+            return
+        found = list(found)
+        if not found:
+            # A step without a backward pass since the last one, as where `training_step` returns None, says nothing.
+            is_known = self.backwards > 0 or not may_miss_backwards
+            if steps.backwards == self.backwards and (is_known or not self._has_gradients()):
+                return
+        else:
+            steps.is_settled = True
+            # Not those that the module does not register, which may be copies with gradients of the step before.
+            names = [place.names for place in found if place not in self._source.unnamed]
+            self._unmet = [
+                pattern for pattern in self._unmet if not any(self._choice.includes(own, pattern) for own in names)
+            ]
+        steps.backwards = self.backwards
+        steps.searched += 1
+        if steps.searched == steps.next_check:
+            steps.next_check *= 2
+            self._check(FIRST_STEPS)
+
+    def _leave(self, steps: _Steps, *_: Any) -> None:
+        steps.depth = max(0, steps.depth - 1)
+        if steps.depth:
+            return
+        if not steps.is_hooked:
+            steps.missed += 1
+            if steps.missed == FIRST_STEPS:
+                self._check(FIRST_STEPS)
+        steps.is_hooked = False
+
+    def _check(self, least: int) -> None:
+        """Warn of what has had no effect in a number of steps."""
+        if any(steps.missed >= least and not steps.is_reported for steps in self._steps.values()):
+            self._report_missed()
+        for optimizer, steps in self._steps.items():
+            if steps.searched >= least and not steps.is_settled:
+                self._check_optimizer(optimizer, steps)
+        # An optimizer that has not stepped often enough may still find what a pattern is about.
+        waiting: set[str] = set()
+        if self._unmet and any(steps.searched >= least for steps in self._steps.values()):
+            waiting = _names(self._places_of(*(o for o, steps in self._steps.items() if steps.searched < least)))
+            for pattern in list(self._unmet):
+                self._check_pattern(pattern, waiting)
+
+    def _report_missed(self) -> None:
+        names = []
+        times = 0
+        for optimizer, steps in self._steps.items():
+            if steps.missed and not steps.is_reported:
+                steps.is_reported = True
+                if self._places_of(optimizer) and not self._is_served(optimizer):
+                    names.append(steps.name)
+                    times = max(times, steps.missed)
+        if names:
+            often = f" {times} times" if times > 1 else ""
+            self._warn(
+                f"{_listed(names, _NAMED)} stepped past Lightning{often}, with gradients that were not {self._verb}. "
+                f"{self._way_out}"
+            )
+
+    def _check_optimizer(self, optimizer: Any, steps: _Steps) -> None:
+        chosen = self._places_of(optimizer)
+        reason = self._reason(chosen)
+        if reason is not None:
+            self._unmet = []
+            self._warn(
+                f"in the first {_count(steps.searched, 'step')} of {steps.name}, none of its "
+                f"{_count(len(chosen), 'chosen parameter')} ({_listed([place.names[0] for place in chosen], 1)}) had a "
+                f"gradient before the step that could be {self._verb}. {reason}"
+            )
+        steps.is_settled = reason is not None or not chosen
+
+    def _check_pattern(self, pattern: str, waiting: set[str]) -> None:
+        chosen = [
+            place
+            for place in self._source.places()
+            if self._choice.matches(place) and self._choice.includes(place.names, pattern)
+        ]
+        reason = self._reason(chosen)
+        if chosen and (reason is None or waiting & _names(chosen)):
+            return
+        self._unmet.remove(pattern)
+        if reason is not None:
+            searched = max(steps.searched for steps in self._steps.values())
+            self._warn(
+                f"in the first {_count(searched, 'step')}, none of the {_count(len(chosen), 'parameter')} that are "
+                f"chosen by the pattern {pattern!r} ({_listed([place.names[0] for place in chosen], 1)}) had a "
+                f"gradient before the step that could be {self._verb}. {reason}"
+            )
+
+    def _reason(self, chosen: Sequence[Place]) -> str | None:
+        """Why parameters have no gradients; ``None`` if they are no reason to warn, because they train later."""
+        named = self._source.module.named_parameters(remove_duplicate=False)
+        frozen = {clean_name(name) for name, parameter in named if not parameter.requires_grad}
+        stepped = _names(place for optimizer in self._steps for place in self._source.places_of(optimizer))
+        are_frozen = [not frozen.isdisjoint(place.names) for place in chosen]
+        are_left_out = [stepped.isdisjoint(place.names) for place in chosen]
+        if not all(one or other for one, other in zip(are_frozen, are_left_out, strict=True)):
+            return f"{_OUT_OF_REACH} If the optimizer is an ordinary one, the loss does not depend on these parameters."
+        if not chosen or self._is_finetuned:
+            return None
+        frozen_text, left_out_text = "frozen (requires_grad=False)", "in no optimizer"
+        if all(are_frozen):
+            what = frozen_text
+        elif all(are_left_out):
+            what = left_out_text
+        else:
+            what = f"{frozen_text} or {left_out_text}"
+        if all(are_left_out) and self._source.unnamed:
+            return f"They are {what}, but others are that the LightningModule does not register. {_OUT_OF_REACH}"
+        return f"They are {what}: choose parameters that train, unless these do later."
+
+    def _has_gradients(self) -> bool:
+        """Whether the model has gradients, of whatever parameter."""
+        return any(parameter.grad is not None for parameter in self._source.module.parameters())
+
+    def _places_of(self, *optimizers: Any) -> list[Place]:
+        """The chosen places of optimizers."""
+        places = (place for optimizer in optimizers for place in self._source.places_of(optimizer))
+        return [place for place in places if self._choice.matches(place)]
+
+    def _warn(self, message: str) -> None:
+        rank_zero_warn(f"{self._callback}: {message}")
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer that Lightning's hook is given, out of a wrapper that the user may have made."""
+    # By name, because lightning.pytorch and pytorch_lightning each have a class of their own.
+    is_wrapper = any(cls.__name__ == "LightningOptimizer" for cls in type(optimizer).__mro__)
+    return optimizer.optimizer if is_wrapper else optimizer
+
+
+def _enter(steps: _Steps, *_: Any) -> None:
+    steps.depth += 1
+
+
+def _names(places: Iterable[Place]) -> set[str]:
+    return {name for place in places for name in place.names}
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _listed(names: Sequence[str], limit: int) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
