@@ -92,7 +92,7 @@ def _visible(image: Tensor) -> Tensor:
     image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
     # Of a sample: torch.quantile takes no more than 16 million elements.
     flat = image.flatten()[:: max(1, image.numel() // 2**20)]
-    low, high = torch.quantile(flat, torch.tensor([0.01, 0.99]))
+    low, high = torch.quantile(flat, flat.new_tensor([0.01, 0.99]))
     pixels: Tensor = ((image - low) / (high - low).clamp_min(1e-12)).clamp(0, 1) * 255
     return pixels.round().to(torch.uint8)
 

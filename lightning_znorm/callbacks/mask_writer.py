@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -69,7 +69,7 @@ class MaskWriter(BasePredictionWriter):
         trainer.strategy.barrier()  # before any process fills it
         self._folder.mkdir(parents=True, exist_ok=True)
         self._numbered = trainer.global_rank
-        with self._scores(trainer).open("w", newline="", encoding="utf-8") as file:
+        with _opened(self._scores(trainer), "w") as file:
             csv.writer(file).writerow(_COLUMNS)
 
     @override
@@ -113,7 +113,7 @@ class MaskWriter(BasePredictionWriter):
                         f"{probability[mask].mean():.6f}" if marked else "",
                     ]
                 )
-        with self._scores(trainer).open("a", newline="", encoding="utf-8") as file_of_scores:
+        with _opened(self._scores(trainer), "a") as file_of_scores:
             csv.writer(file_of_scores).writerows(rows)
 
     def _scores(self, trainer: pl.Trainer) -> Path:
@@ -132,6 +132,11 @@ class MaskWriter(BasePredictionWriter):
             count += 1
             base = path.with_name(f"{path.stem}-{count}")
         return str(name), base
+
+
+def _opened(path: Path, mode: Literal["a", "w"]) -> TextIO:
+    """Opens a CSV file. Names of files that are no UTF-8 are written byte by byte as they are."""
+    return path.open(mode, newline="", encoding="utf-8", errors="surrogateescape")
 
 
 def _claim(path: Path) -> bool:

@@ -1,14 +1,17 @@
-"""Many image files read at once, and everything wrong with them found at once."""
+"""Image files read as they are, many at once, and everything wrong with them found at once."""
 
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 T = TypeVar("T")
 
@@ -17,29 +20,62 @@ class BadFileError(ValueError):
     """What is wrong with one file, in words that follow its path."""
 
 
+VERSION = 2
+"""Of what `read_pixels` returns or refuses: images decoded into a cache by another version are decoded anew."""
+# Those whose files are known to be read whole, or refused below.
+_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "GIF", "TIFF", "WEBP")
+# Tags of TIFF and EXIF.
+_TIFF_BITS, _ORIENTATION, _TIFF_CHANNELS, _TIFF_NUMBERS = 258, 274, 277, 339
+_TIFF_UNSIGNED = {1, 4}  # 4: not said
+_LISTED = 1000
+
+
 def read_pixels(path: Path, modes: Iterable[str]) -> NDArray[np.uint8]:
-    """Read an image file.
+    """Read an image file as it is stored.
+
+    Colour profiles and gamma, which tell a screen what to show, are not applied.
 
     Args:
-        path: Of a format that Pillow reads.
+        path: A JPEG, PNG, BMP, PPM, GIF, TIFF or WebP file, whatever its suffix.
         modes: Kinds of pixels that are accepted, by Pillow's names.
 
     Returns:
         Pixels of shape ``(H, W)``, or ``(H, W, 3)`` in colour.
 
     Raises:
-        BadFileError: If the file cannot be read to its end, or holds another kind of pixels.
+        BadFileError: If the file cannot be read to its end, holds another kind of pixels, several images, or more bits
+            or channels than Pillow reads, or is stored turned or mirrored: a mask would not fit what a viewer shows.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except Exception as error:  # those of Pillow's many decoders have no common base
-        raise BadFileError(f"cannot be read as an image ({type(error).__name__}: {error})") from error
+    image = _load(path, as_stored=True)
     if image.mode not in modes:
         raise BadFileError(f"has pixels of Pillow's mode {image.mode}, and {' or '.join(modes)} is expected")
     return np.asarray(image.convert("L") if image.mode == "1" else image)
+
+
+def read_rgb(path: str) -> "Image":
+    """Read an image file in RGB, as torchvision's `ImageFolder` does.
+
+    Grey, palettes, CMYK and YCbCr are converted. Transparency is left out, and the colours of transparent pixels are
+    those that are stored. Neither colour profiles and gamma nor the orientation in a camera's EXIF data is applied
+    (but Pillow turns TIFF files as theirs says).
+
+    Args:
+        path: A JPEG, PNG, BMP, PPM, GIF, TIFF or WebP file, whatever its suffix.
+
+    Returns:
+        A Pillow image.
+
+    Raises:
+        BadFileError: If the file cannot be read to its end, or holds several images, or more bits or channels than
+            Pillow reads.
+    """
+    image = _load(path)
+    try:
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # else Pillow warns
+        return image.convert("RGB")
+    except ValueError as error:
+        raise BadFileError(f"has pixels of Pillow's mode {image.mode}, which do not become RGB ({error})") from error
 
 
 def size_of(path: Path) -> tuple[int, int] | None:
@@ -47,10 +83,59 @@ def size_of(path: Path) -> tuple[int, int] | None:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             return image.height, image.width
     except Exception:  # which `read_pixels` finds too, and reports
         return None
+
+
+def _load(path: str | Path, as_stored: bool = False) -> "Image":
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            _refuse_what_would_be_cut(image)
+            if as_stored and (orientation := _orientation(image)) in range(2, 9):
+                raise BadFileError(f"is stored turned or mirrored (EXIF orientation {orientation})")
+            image.load()
+            return image
+    except BadFileError:
+        raise
+    except Exception as error:  # those of Pillow's many decoders have no common base
+        raise BadFileError(f"cannot be read as an image ({type(error).__name__}: {error})") from error
+
+
+def _refuse_what_would_be_cut(image: Any) -> None:
+    """Refuse what Pillow would read only in part: all but one image with up to 8 bits for each channel."""
+    # A camera's JPEG file may hold other views or sizes of its image behind it.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise BadFileError(f"holds {image.n_frames} images (pages of a volume, or frames), and one is expected")
+    if _is_deep(image):
+        raise BadFileError("has more than 8 bits for each channel, and no more than 8 are read")
+    if image.format != "TIFF":
+        return
+    stored, read = image.tag_v2.get(_TIFF_CHANNELS, 1), len(image.getbands()) - (image.mode == "RGBX")
+    if stored != read:
+        raise BadFileError(f"has {stored} channels, of which {read} would be read")
+    if not {*image.tag_v2.get(_TIFF_NUMBERS, ())} <= _TIFF_UNSIGNED:
+        raise BadFileError("has signed values, which would be read as unsigned")
+
+
+def _is_deep(image: Any) -> bool:
+    if image.mode[0] in "IF":
+        return True
+    if image.format == "TIFF":
+        bits: tuple[int, ...] = image.tag_v2.get(_TIFF_BITS, (1,))
+        return max(bits) > 8
+    arguments = [tile[3] for tile in image.tile]  # of the decoder
+    if image.format == "PNG":
+        return any(";16" in pixels for pixels in arguments)
+    # Of PPM's, the last one is the largest value.
+    return image.format == "PPM" and any(not isinstance(each, str) and (each[-1] or 0) > 255 for each in arguments)
+
+
+def _orientation(image: Any) -> Any:
+    return (image.tag_v2 if image.format == "TIFF" else image.getexif()).get(_ORIENTATION)
 
 
 def read_all(read: Callable[[int], Iterable[str]], count: int, what: str) -> list[str]:
@@ -80,14 +165,16 @@ def with_progress(items: Iterable[T], count: int, description: str) -> Iterable[
 
 
 def refuse(faults: list[str], folder: Path) -> None:
-    """Raise one error that names every fault, if there are any.
+    """Raise one error that names the faults, the first thousand of them, if there are any.
 
     Raises:
         ValueError: If there are.
     """
     if faults:
-        listed = "\n".join(f"  {fault}" for fault in faults)
+        listed = "\n".join(f"  {fault}" for fault in faults[:_LISTED])
+        if len(faults) > _LISTED:
+            listed += f"\n  and {len(faults) - _LISTED} more"
         raise ValueError(
             f"{folder} cannot be used as it is, for {len(faults)} "
-            f"{'reason' if len(faults) == 1 else 'reasons'}: unpack these files again, or remove them.\n{listed}"
+            f"{'reason' if len(faults) == 1 else 'reasons'}: convert, replace or remove these files.\n{listed}"
         )

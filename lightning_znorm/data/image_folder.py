@@ -1,7 +1,7 @@
 """Images in one folder per class, as ImageNet has them."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,6 +12,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
+from lightning_znorm.data.decoding import BadFileError, read_rgb, refuse
+from lightning_znorm.data.files import (
+    AGAIN,
+    Listing,
+    list_files,
+    list_subfolders,
+    same_files,
+    some,
+    warn_of_skipped,
+)
 from lightning_znorm.data.images import ImageDataModule, Labels, stratified_indices
 from lightning_znorm.data.shuffle import SeededShuffle
 
@@ -51,22 +61,18 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
             return self._read(index)
 
     def _read(self, index: int) -> tuple[Tensor, int]:
-        from torchvision.datasets.folder import default_loader
-
         path = os.fsdecode(self.paths[index])
         try:
-            image = default_loader(path)
-        except Exception as error:  # those of Pillow's many decoders have no common base
-            raise RuntimeError(
-                f"{path} cannot be read as an image ({type(error).__name__}: {error}): replace or remove it."
-            ) from error
+            image = read_rgb(path)
+        except BadFileError as fault:
+            raise RuntimeError(f"{path} {fault}: convert, replace or remove it.") from fault
         return self.transform(image), int(self.labels[index])
 
 
 class ImageFolderDataModule(ImageDataModule):
     """Images in one folder per class, such as ImageNet's.
 
-    Found by `torchvision.datasets.ImageFolder`::
+    Laid out as for `torchvision.datasets.ImageFolder`::
 
         root/
           train/
@@ -82,6 +88,16 @@ class ImageFolderDataModule(ImageDataModule):
 
     The images in ``val`` are the test set, for ImageNet's own test labels are not public; validation images are split
     off from those in ``train``, stratified by class. Classes are numbered in the order of their folders' names.
+
+    Images are the files that end in torchvision's suffixes (jpg, jpeg, png, ppm, bmp, pgm, tif, tiff and webp, in upper
+    or lower case), in folders inside the class folders and behind links too. Each file counts once: a further name of
+    it in its class is skipped, and one in another class, or in ``val`` of what is in ``train``, is an error. One
+    warning names what is skipped, but for hidden files, what systems leave in folders, and texts.
+
+    Files are read as torchvision's loader reads them: converted to RGB, with the colours that are stored. Transparency,
+    colour profiles, gamma and a camera's EXIF orientation are not applied (but Pillow turns TIFF files as they say).
+    What that loader would cut is an error: more than 8 bits for each channel, more channels than colours and
+    transparency, more than one page or frame.
 
     Worker processes decode, crop and mirror as torchvision's reference recipe does: in training a random crop of 8 to
     100 % of the area, resized, and mirrored with probability 1/2; in evaluation the centre of the image after its
@@ -103,9 +119,9 @@ class ImageFolderDataModule(ImageDataModule):
 
     Raises:
         ValueError: If ``val_fraction`` is not between 0 and 1 or too small for the classes, if ``image_size`` exceeds
-            ``resize_size``, or if ``train`` and ``val`` have different classes.
+            ``resize_size``, if ``train`` and ``val`` have different classes, or if a file is in two classes or in both.
         FileNotFoundError: If ``train``, ``val``, or the images of a class are missing.
-        RuntimeError: When a batch is read, if an image cannot be read.
+        RuntimeError: When a batch is read, if an image cannot be read, or not as it is.
 
     Example:
         >>> data = ImageFolderDataModule(root="imagenet", batch_size=64, num_workers=12)
@@ -147,7 +163,7 @@ class ImageFolderDataModule(ImageDataModule):
         train, val = (_class_folders(self.root / part) for part in ("train", "val"))
         if train != val:
             differences = [
-                f"{_some(names)} in {self.root / part} alone"
+                f"{some(names)} in {self.root / part} alone"
                 for part, names in (("train", set(train) - set(val)), ("val", set(val) - set(train)))
                 if names
             ]
@@ -167,13 +183,14 @@ class ImageFolderDataModule(ImageDataModule):
         super().setup(stage)
         training, evaluation = self._transforms()
         classes = self.classes
+        images = _find_images(self.root, classes)
         if stage in ("fit", "validate"):
-            paths, labels = _images(self.root / "train", classes)
+            paths, labels = images["train"]
             train, val = self._split(labels, classes)
             self.train_set = ImageFiles(paths[train], labels[train], training)
             self.val_set = ImageFiles(paths[val], labels[val], evaluation)
         else:
-            self.test_set = ImageFiles(*_images(self.root / "val", classes), evaluation)
+            self.test_set = ImageFiles(*images["val"], evaluation)
 
     @override
     def sampler(self, dataset: Dataset[Any], num_replicas: int = 1, rank: int = 0, seed: int = 0) -> SeededShuffle:
@@ -192,7 +209,7 @@ class ImageFolderDataModule(ImageDataModule):
         single = np.flatnonzero(np.bincount(labels) == 1)
         if len(single):
             raise ValueError(
-                f"{_some(str(self.root / 'train' / classes[label]) for label in single)} holds one image alone, which "
+                f"{some(str(self.root / 'train' / classes[label]) for label in single)} holds one image alone, which "
                 "cannot be both for training and for validation: add another."
             )
         try:
@@ -210,7 +227,7 @@ def _class_folders(folder: Path) -> list[str]:
             f"No folder {folder}: let root name the folder that holds train and val, with one folder of images per "
             "class in each."
         )
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    names, _ = list_subfolders(folder, ())
     if not names:
         raise FileNotFoundError(
             f"No class folders in {folder}: sort its images into one folder per class (ImageNet's validation images "
@@ -219,23 +236,39 @@ def _class_folders(folder: Path) -> list[str]:
     return names
 
 
-def _images(folder: Path, classes: list[str]) -> tuple[Paths, Labels]:
-    from torchvision.datasets import ImageFolder
+def _find_images(root: Path, classes: list[str]) -> dict[str, tuple[Paths, Labels]]:
+    """Find the images in ``train`` and ``val``, in torchvision's order.
+
+    Both are listed at every stage, for no image may be in both.
+    """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    dataset = ImageFolder(folder, allow_empty=True)
-    labels = np.array(dataset.targets, dtype=np.int64)
-    empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
-    if len(empty):
+    found, empty = Listing(), []
+    places: list[tuple[str, int]] = []
+    for part in ("train", "val"):
+        found.extend(list_subfolders(root / part, IMG_EXTENSIONS)[1])
+        for label, name in enumerate(classes):
+            images = list_files(root / part / name, IMG_EXTENSIONS)
+            if not images.paths and not images.faults:
+                empty.append(str(root / part / name))
+            found.extend(images)
+            places += [(part, label)] * len(images.paths)
+    again = set()
+    for first, other in same_files(found.paths, found.inodes):
+        if places[first] == places[other]:
+            again.add(other)
+        else:  # an image has one class, and is not tested on what it was trained on
+            found.faults.append(f"{found.paths[other]}: is the same file as {found.paths[first]}")
+    refuse(found.faults, root)
+    found.skip(AGAIN, [found.paths[index] for index in again])
+    warn_of_skipped(root, found)
+    if empty:
         raise FileNotFoundError(
-            f"No images in {_some(str(folder / classes[label]) for label in empty)}: every class folder must hold "
-            f"files that end in {', '.join(IMG_EXTENSIONS)}."
+            f"No images in {some(empty)}: every class folder must hold files that end in {', '.join(IMG_EXTENSIONS)}."
         )
-    return np.array([os.fsencode(path) for path, _ in dataset.samples]), labels
-
-
-def _some(names: Iterable[str]) -> str:
-    """Join a few names, and count the others."""
-    names = sorted(names)
-    others = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{others}"
+    parts = {}
+    for part in ("train", "val"):
+        kept = [index for index, (of, _) in enumerate(places) if of == part and index not in again]
+        paths = np.array([os.fsencode(found.paths[index]) for index in kept])
+        parts[part] = paths, np.array([places[index][1] for index in kept], dtype=np.int64)
+    return parts

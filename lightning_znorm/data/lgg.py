@@ -83,7 +83,12 @@ class LGGDataModule(ImageDataModule):
             ...
 
     Kaggle's archive holds everything twice, in ``kaggle_3m`` and in ``lgg-mri-segmentation/kaggle_3m``: only one of
-    them is read.
+    them is read. Each folder beside the ``TCGA_*`` folders is a patient too, and slices and masks may be png, jpg or
+    bmp files, named in upper or lower case.
+
+    Files are read as they are stored, or refused by name: RGB images and grey masks of 8 bits for each channel, one in
+    each file; no volumes of several pages, and nothing that EXIF says to turn. Links are followed, and no file counts
+    twice. One warning names what is left out, but for hidden files, what systems leave in folders, and texts.
 
     No patient is in two sets: the slices of one brain are alike. The sets are drawn so that each has its part of the
     patients with little tumour and with much (share of their slices whose mask is not empty). The lists are in
@@ -114,14 +119,15 @@ class LGGDataModule(ImageDataModule):
         augment: Mirror and turn each training image and its mask at random
             (`lightning_znorm.data.augmentation.random_flip_and_rotate`).
         predict_root: Folder of images to predict for (tif, png, jpg or bmp in RGB or grey, all of one size, in folders
-            within it too); without it, the test slices.
+            within it and behind links too, but for masks beside their image); without it, the test slices.
         max_memory_gb: Size of the decoded slices, in GB, up to which they are held in memory.
         cache_dir: Folder for what exceeds that, by default ``~/.cache/lightning_znorm``. What is in it may be deleted.
 
     Raises:
         ValueError: If a fraction is not between 0 and 1 or leaves a set without patients; before training, if files
-            are damaged, missing, of different sizes, or masks with other values than 0 and 255: one error names them
-            all. If a checkpoint was trained on patients of the other sets.
+            are damaged, missing, of different sizes, of more than 8 bits or one page, the same for two patients, or
+            masks with other values than 0 and 255: one error names them. If a checkpoint was trained on patients of the
+            other sets.
         FileNotFoundError: If there are no slices.
 
     Example:

@@ -12,11 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_znorm.data.array_file import cached_array
-from lightning_znorm.data.decoding import BadFileError, read_all, read_pixels, refuse, size_of
+from lightning_znorm.data.decoding import VERSION, BadFileError, read_all, read_pixels, refuse, size_of
+from lightning_znorm.data.files import (
+    AGAIN,
+    Listing,
+    file_identity,
+    list_files,
+    list_subfolders,
+    same_files,
+    warn_of_skipped,
+)
 
-_MASK = "_mask"
-_TIFF = {".tif", ".tiff"}
-_IMAGES = _TIFF | {".bmp", ".jpeg", ".jpg", ".png"}
+_IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff"}
+_MASK = re.compile(r"_mask(_\d+)?$")
+_PATIENT = "TCGA_"
+LONE_MASKS = "masks without an image beside them"
+NO_SLICES = "folders without slices"
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,7 @@ class Found:
             self._fill(array)
             return array
         sources = [path for found in self.slices for path in (found.image, found.mask) if path is not None]
-        return cached_array("lgg", sources, self.shape, self._fill, cache).map()[0]
+        return cached_array(f"lgg-{VERSION}", sources, self.shape, self._fill, cache).map()[0]
 
     def _fill(self, array: NDArray[np.uint8] | None) -> None:
         def read(index: int) -> list[str]:
@@ -95,51 +106,119 @@ class Found:
 
 
 def find_patients(root: Path) -> Found:
-    """Find the slices of all patients.
+    """Find the slices of all patients: of each folder in ``kaggle_3m``, whatever its name.
+
+    A patient's folder holds an image and a mask beside it for each slice. What is left out is named in a warning.
 
     Args:
         root: ``kaggle_3m``, or a folder that holds it, or that holds ``lgg-mri-segmentation/kaggle_3m``. Kaggle's
             archive holds both of the latter, of which one is read.
 
     Returns:
-        The slices. Masks without an image and images without a mask are among the faults.
+        The slices. Among the faults are masks without an image, images without a mask, two images or masks that
+        differ in their suffix alone, and a file that is the image of two slices. A mask may be that of several slices,
+        as where equal files are stored once.
 
     Raises:
         FileNotFoundError: If there are none.
     """
-    candidates = [root, root / "kaggle_3m", root / "lgg-mri-segmentation" / "kaggle_3m"]
-    folder = next((candidate for candidate in candidates if any(candidate.glob("TCGA_*/*.tif"))), None)
+    # The fallback last: beside kaggle_3m there may be other folders of images.
+    candidates = [root / "kaggle_3m", root / "lgg-mri-segmentation" / "kaggle_3m", root]
+    folder = next(filter(_holds_patients, candidates), None)
     if folder is None:
         raise FileNotFoundError(
             f"No LGG slices (kaggle_3m/TCGA_*/*.tif) at {root}: let root name the folder that holds kaggle_3m, from "
             "https://www.kaggle.com/datasets/mateuszbuda/lgg-mri-segmentation."
         )
-    slices, faults = [], []
-    for patient in sorted(path for path in folder.glob("TCGA_*") if path.is_dir()):
-        files = {path.stem: path for path in patient.iterdir() if _is_image(path, _TIFF)}
-        images = sorted((stem for stem in files if not stem.endswith(_MASK)), key=_in_order)
-        if not images:
-            faults.append(f"{patient}: holds no slices")
-        for stem in images:
-            mask = files.get(stem + _MASK)
-            slices.append(Slice(files[stem], mask, _patient(patient.name)))
-            if mask is None:
-                faults.append(f"{files[stem]}: has no mask beside it, {stem}{_MASK}.tif")
-        alone = [stem for stem in files if stem.endswith(_MASK) and stem.removesuffix(_MASK) not in files]
-        faults += [f"{files[stem]}: has no image beside it, {stem.removesuffix(_MASK)}.tif" for stem in alone]
-    return Found(folder, slices, faults)
+    names, found = list_subfolders(folder, _IMAGES)
+    slices: list[Slice] = []
+    for name in names:
+        listing = list_files(folder / name, _IMAGES, recursive=False)
+        if not listing.paths and not listing.faults and not name.startswith(_PATIENT):
+            found.skip(NO_SLICES, [str(folder / name)])
+            continue
+        slices += _pair(folder / name, listing)
+        found.extend(listing)
+    numbers = dict(zip(found.paths, found.inodes, strict=True))
+    images = [str(each.image) for each in slices]
+    again = set()
+    for first, other in same_files(images, [numbers[path] for path in images]):
+        if _is_one_slice(slices[first], slices[other]):
+            again.add(other)
+        else:
+            found.faults.append(
+                f"{images[other]}: is the same file as {images[first]}, but not of its patient and mask"
+            )
+    found.skip(AGAIN, [images[index] for index in again])
+    warn_of_skipped(folder, found)
+    return Found(folder, [each for index, each in enumerate(slices) if index not in again], found.faults)
 
 
 def find_images(folder: Path) -> Found:
-    """Find images in a folder and in those inside it; masks among them are left out.
+    """Find images in a folder and in those inside it.
+
+    Masks are left out: files named like an image beside them and ``_mask``, or ``_mask_0`` and so on, as `MaskWriter`
+    names them. What else is left out is named in a warning, masks without an image too. An image counts once, whatever
+    links lead to it.
 
     Raises:
         FileNotFoundError: If there are none.
     """
-    paths = [path for path in folder.rglob("*") if _is_image(path, _IMAGES) and not path.stem.endswith(_MASK)]
-    if not paths:
-        raise FileNotFoundError(f"No images at {folder}, files that end in {', '.join(sorted(_IMAGES))}.")
-    return Found(folder, [Slice(path) for path in sorted(paths, key=lambda path: (path.parent, _in_order(path.stem)))])
+    found = list_files(folder, _IMAGES) if folder.is_dir() else Listing()
+    numbers = dict(zip(found.paths, found.inodes, strict=True))
+    images = [path for path in found.paths if not _MASK.search(Path(path).stem)]
+    again = {other for _, other in same_files(images, [numbers[path] for path in images])}
+    found.skip(AGAIN, [images[index] for index in again])
+    kept = [Path(path) for index, path in enumerate(images) if index not in again]
+    names = {(path.parent, path.stem) for path in kept}
+    masks = map(Path, {*found.paths} - {*images})
+    found.skip(LONE_MASKS, [str(mask) for mask in masks if (mask.parent, _MASK.sub("", mask.stem)) not in names])
+    warn_of_skipped(folder, found)
+    if not kept and not found.faults:
+        raise FileNotFoundError(
+            f"No images at {folder}, files that end in {', '.join(sorted(_IMAGES))} and are no masks (*_mask)."
+        )
+    slices = [Slice(path) for path in sorted(kept, key=lambda path: (path.parent, _in_order(path.stem)))]
+    return Found(folder, slices, found.faults)
+
+
+def _holds_patients(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    for name in list_subfolders(folder, ())[0]:
+        files = list_files(folder / name, _IMAGES, recursive=False)
+        stems = [Path(path).stem for path in files.paths]
+        if (stems or files.faults) if name.startswith(_PATIENT) else any(map(_MASK.search, stems)):
+            return True
+    return False
+
+
+def _pair(patient: Path, listing: Listing) -> list[Slice]:
+    """Put a patient's images and masks together, from top to bottom; what is wrong becomes a fault of the listing."""
+    files: dict[str, Path] = {}
+    for path in map(Path, listing.paths):
+        if (other := files.setdefault(path.stem, path)) != path:
+            listing.faults.append(f"{path}: has the name of {other.name} but for the suffix")
+    images = sorted((stem for stem in files if not _MASK.search(stem)), key=_in_order)
+    if not images and not listing.faults:
+        listing.faults.append(f"{patient}: holds no slices")
+    slices = []
+    for stem in images:
+        slices.append(Slice(files[stem], files.pop(f"{stem}_mask", None), _patient(patient.name)))
+        if slices[-1].mask is None:
+            listing.faults.append(f"{files[stem]}: has no mask beside it, {stem}_mask.tif")
+    for stem, path in files.items():
+        if _MASK.search(stem):
+            of = _MASK.sub("", stem)
+            fault = f"is a second mask of {files[of].name}" if of in files else f"has no image beside it, {of}.tif"
+            listing.faults.append(f"{path}: {fault}")
+    return slices
+
+
+def _is_one_slice(first: Slice, other: Slice) -> bool:
+    if first.mask is None or other.mask is None:
+        return first == other
+    return first.patient == other.patient and file_identity(first.mask) == file_identity(other.mask)
 
 
 def _read(found: Slice, into: NDArray[np.uint8]) -> list[str]:
@@ -172,10 +251,6 @@ def _of_size(pixels: NDArray[np.uint8], size: Iterable[int]) -> NDArray[np.uint8
 
 def _by(size: Iterable[int]) -> str:
     return "x".join(map(str, size))
-
-
-def _is_image(path: Path, suffixes: set[str]) -> bool:
-    return path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
 
 
 def _in_order(stem: str) -> tuple[str, int]:

@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightning_znorm.data.array_file import cache_folder
 from lightning_znorm.data.images import ImageDataModule, stratified_indices
 from lightning_znorm.data.mapped import BlockShuffle, MappedImages
-from lightning_znorm.data.pcam_h5 import ADVICE, h5_path, read_h5
+from lightning_znorm.data.pcam_h5 import ADVICE, h5_path, read_h5, refuse_same_files
 from lightning_znorm.data.pcam_kaggle import LABELS, read_kaggle
 
 _SPLITS = ("train", "valid", "test")
@@ -39,6 +39,10 @@ class PCamDataModule(ImageDataModule):
               f38a6374c348f90b587e046aac6079959adf3835.tif
               ...
 
+    Kaggle's images may end in tif or tiff, in upper or lower case, and be links. Each is read as it is stored, or
+    refused by name: RGB of 8 bits for each channel, one page, 96x96 pixels. No file is there for two labels. One
+    warning names what else is in ``train``, but for hidden files, what systems leave in folders, and texts.
+
     Images need not fit in memory. Where they lie uncompressed and in one piece in their HDF5 file, as h5py writes them
     by default, they are read from there through a memory map. Compressed or chunked files, and Kaggle's, are decoded
     once into ``cache_dir`` (9.1 GB for PCam, 6.1 GB for Kaggle's), by one process per machine. Training images are read
@@ -61,7 +65,8 @@ class PCamDataModule(ImageDataModule):
         cache_dir: Folder for decoded images, by default ``~/.cache/lightning_znorm``. What is in it may be deleted.
 
     Raises:
-        ValueError: If a fraction is not between 0 and 1, or if the data are not PatchCamelyon's.
+        ValueError: If a fraction is not between 0 and 1, if the data are not PatchCamelyon's, or if a file is there
+            under two names, through a link or as a hard link.
         FileNotFoundError: If files are missing.
         RuntimeError: If an HDF5 file cannot be read.
 
@@ -132,7 +137,9 @@ class PCamDataModule(ImageDataModule):
     def _layout(self) -> tuple[Path, bool]:
         """Return the folder of the files, and whether they are Kaggle's."""
         for folder in (self.root, self.root / "pcam"):
-            if any(h5_path(folder, split, what).is_file() for split in _SPLITS for what in "xy"):
+            paths = [h5_path(folder, split, what) for split in _SPLITS for what in "xy"]
+            if paths := [path for path in paths if path.is_file()]:
+                refuse_same_files(paths)
                 return folder, False
         for folder in (self.root, self.root / "histopathologic-cancer-detection"):
             if (folder / LABELS).is_file() and (folder / "train").is_dir():

@@ -1,6 +1,6 @@
 """PatchCamelyon's HDF5 files."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lightning_znorm.data.array_file import ArrayFile, cached_array
 from lightning_znorm.data.decoding import with_progress
+from lightning_znorm.data.files import file_identity
 from lightning_znorm.data.images import Labels
 
 PATCH = (96, 96, 3)
@@ -23,6 +24,18 @@ ADVICE = (
 def h5_path(folder: Path, split: str, what: str) -> Path:
     """Return the path of the images (``x``) or labels (``y``) of ``train``, ``valid`` or ``test``."""
     return folder / f"camelyonpatch_level_2_split_{split}_{what}.h5"
+
+
+def refuse_same_files(paths: Iterable[Path]) -> None:
+    """Refuse files that are one file under several names: a split would be validated or tested on itself.
+
+    Raises:
+        ValueError: If there are such.
+    """
+    by_identity: dict[object, Path] = {}
+    for path in paths:
+        if (first := by_identity.setdefault(file_identity(path), path)) != path:
+            raise ValueError(f"{path} is the same file as {first}: {ADVICE}.")
 
 
 def read_h5(folder: Path, split: str, cache: Path) -> tuple[ArrayFile, Labels]:

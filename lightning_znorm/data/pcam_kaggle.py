@@ -1,14 +1,14 @@
 """PatchCamelyon as Kaggle's competition `histopathologic-cancer-detection` has it."""
 
 import csv
-import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_znorm.data.array_file import ArrayFile, cached_array
-from lightning_znorm.data.decoding import BadFileError, read_all, read_pixels, refuse
+from lightning_znorm.data.decoding import VERSION, BadFileError, read_all, read_pixels, refuse
+from lightning_znorm.data.files import Listing, list_files, same_files, warn_of_skipped
 from lightning_znorm.data.images import Labels
 
 LABELS = "train_labels.csv"
@@ -29,11 +29,13 @@ def read_kaggle(folder: Path, cache: Path) -> tuple[ArrayFile, Labels]:
         ValueError: If images and labels do not belong together, or an image is damaged: all such are named.
     """
     labels, faults = _labels(folder / LABELS)
-    paths = {entry.name[:-4]: Path(entry) for entry in os.scandir(folder / "train") if entry.name.endswith(".tif")}
-    paths = {name: path for name, path in paths.items() if not name.startswith(".")}
+    listing = list_files(folder / "train", {".tif", ".tiff"}, recursive=False)
+    paths, faults_of_images = _by_name(listing)
+    faults += faults_of_images
     faults += [f"{path}: has no label in {LABELS}" for name, path in sorted(paths.items()) if name not in labels]
     faults += [f"{folder / 'train' / name}.tif: is missing" for name in sorted(labels) if name not in paths]
     refuse(faults, folder)
+    warn_of_skipped(folder / "train", listing)
     names = sorted(labels)
 
     def fill(array: NDArray[np.uint8]) -> None:
@@ -51,8 +53,22 @@ def read_kaggle(folder: Path, cache: Path) -> tuple[ArrayFile, Labels]:
         refuse(read_all(read, len(names), "patches"), folder)
 
     sources = [folder / LABELS, *(paths[name] for name in names)]
-    images = cached_array("pcam-kaggle", sources, (len(names), *PATCH), fill, cache)
+    images = cached_array(f"pcam-kaggle-{VERSION}", sources, (len(names), *PATCH), fill, cache)
     return images, np.array([labels[name] for name in names], dtype=np.int64)
+
+
+def _by_name(listing: Listing) -> tuple[dict[str, Path], list[str]]:
+    faults = listing.faults
+    paths: dict[str, Path] = {}
+    for path in map(Path, listing.paths):
+        if (other := paths.setdefault(path.stem, path)) != path:
+            faults.append(f"{path}: has the name of {other.name} but for the suffix")
+    # In which of the sets each name would be, chance decides.
+    faults += [
+        f"{listing.paths[other]}: is the same file as {listing.paths[first]}"
+        for first, other in same_files(listing.paths, listing.inodes)
+    ]
+    return paths, faults
 
 
 def _labels(path: Path) -> tuple[dict[str, int], list[str]]:

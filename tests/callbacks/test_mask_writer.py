@@ -1,6 +1,8 @@
 """Predicted masks as files."""
 
 import csv
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,17 @@ def test_masks_and_scores(tmp_path: Path, format: str):
     first = logits[0].sigmoid()
     assert float(written[0]["mean_probability"]) == pytest.approx(first[first >= 0.5].mean().item(), abs=1e-6)
     assert len([path for path in (tmp_path / "out").rglob("*") if path.is_file()]) == 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are unicode elsewhere")
+def test_names_that_are_not_utf_8(tmp_path: Path):
+    names = [os.fsdecode(name) for name in (b"M\xfcller.tif", b"\xff/\xfe.tif", b"c.tif")]
+    predict(tmp_path / "out", Named(LOGITS, names))
+    with (tmp_path / "out" / "scores.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        written = list(csv.DictReader(file))
+    assert [row["image"] for row in written] == names
+    for row, logits in zip(written, LOGITS[:, 0], strict=False):
+        assert (pixels(tmp_path / "out" / row["mask"]) == 255 * (logits >= 0).numpy()).all()
 
 
 def test_a_file_for_each_class(tmp_path: Path):

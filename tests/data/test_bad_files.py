@@ -1,13 +1,12 @@
 """Files that are damaged, gone, unreadable or too few: an error that names them, or a right run."""
 
-import contextlib
 import dataclasses
 import os
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_znorm.data import PCamDataModule
 from lightning_znorm.data.images import stratified_indices
 from lightning_znorm.tasks import ClassificationTask
+from tests.data.somebody_else import as_somebody_else
 from tests.fuzz.mutations import read_mutated
 from tests.fuzz.readers import RUN, SENTENCE, TARGETS, outcome
 from tests.medical import PCAM, write_pcam
@@ -84,18 +84,6 @@ def test_unreadable_file(name: str) -> None:
                 target.read(folder)
 
         assert outcome(dataclasses.replace(target, read=read), folder, path) == SENTENCE
-
-
-@contextlib.contextmanager
-def as_somebody_else() -> Iterator[None]:
-    """For root may read everything."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if "YAML" in name])

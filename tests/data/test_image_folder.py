@@ -364,7 +364,7 @@ class TestMistakes:
         with pytest.raises(RuntimeError) as caught:
             list(data.test_dataloader())
         assert f"{path} cannot be read as an image (" in str(caught.value)
-        assert "): replace or remove it." in str(caught.value)
+        assert "): convert, replace or remove it." in str(caught.value)
         # They hold the workers, which Python 3.10 ends badly, in some later test, if it is by collecting garbage.
         traceback.clear_frames(caught.tb)
 

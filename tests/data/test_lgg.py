@@ -464,8 +464,7 @@ class TestPredict:
         (tmp_path / "e.png").write_bytes(b"no image")
         with pytest.raises(ValueError, match="for 3 reasons") as caught:
             set_up(tmp_path, "predict", predict_root=tmp_path)
-        # Pillow 10.1 opens a grey PNG of 16 bits in mode I, Pillow 13 in I;16.
-        for line in ("c.png: is 16x8 pixels", "d.png: has pixels of Pillow's mode I", "e.png: cannot be read"):
+        for line in ("c.png: is 16x8 pixels", "d.png: has more than 8 bits", "e.png: cannot be read"):
             assert f"{tmp_path}/{line}" in str(caught.value)
 
     def test_nothing_there(self, tmp_path):

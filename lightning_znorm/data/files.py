@@ -1,0 +1,217 @@
+"""Which files in a folder are images, each of them once, and which are left out."""
+
+import os
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+
+# What systems leave in folders, besides hidden files.
+_LITTER = {"__macosx", "desktop.ini", "lost+found", "thumbs.db"}
+# What often comes with images and is none; README and LICENSE have no suffix.
+_TEXTS = {"", ".bib", ".csv", ".html", ".json", ".log", ".md", ".pdf", ".rst", ".tsv", ".txt", ".xml", ".yaml", ".yml"}
+
+OTHER_TYPES = "of other types"
+OUTSIDE = "outside of the folders that hold the images"
+NESTED = "folders where only files are expected"
+AGAIN = "further names of what counts once"
+
+
+@dataclass
+class Listing:
+    """What lies in a folder.
+
+    Hidden files and folders, what systems leave behind, and texts such as README and data.csv are neither listed nor
+    named as skipped: they are everywhere, and nobody takes them for images.
+
+    Args:
+        paths: The files that were asked for, by folder and then by name.
+        inodes: Of each of them; names of one file have the same.
+        skipped: Paths of other files and folders, by the reason why they are left out.
+        faults: What keeps the folder from being used, in sentences that begin with a path.
+    """
+
+    paths: list[str] = field(default_factory=list)
+    inodes: list[int] = field(default_factory=list)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    def skip(self, reason: str, paths: Iterable[str]) -> None:
+        """Add paths, if there are any, to those that are left out."""
+        if paths := [*paths]:
+            self.skipped.setdefault(reason, []).extend(paths)
+
+    def extend(self, other: "Listing") -> None:
+        """Add all of another listing."""
+        self.paths += other.paths
+        self.inodes += other.inodes
+        self.faults += other.faults
+        for reason, paths in other.skipped.items():
+            self.skip(reason, paths)
+
+
+def list_files(folder: str | Path, suffixes: Collection[str], recursive: bool = True) -> Listing:
+    """List the files in a folder that end in one of some suffixes, in upper or lower case.
+
+    Links to files and folders are followed. No folder is entered twice: a link to a folder above it, or to one that is
+    listed already, is skipped.
+
+    Args:
+        folder: Where to look.
+        suffixes: In lower case, with their dots.
+        recursive: Whether to look in the folders inside it too; else these are skipped.
+
+    Returns:
+        The files. Folders that cannot be listed and links that lead nowhere are among the faults.
+    """
+    listing = Listing()
+    by_folder: dict[str, Listing] = {}
+    entered = _identities_above(folder)
+    # Links last: what lies inside the folder is then found under its own name.
+    folders, links = [os.fspath(folder)], list[str]()
+    while folders or links:
+        path = folders.pop() if folders else links.pop(0)
+        try:
+            identity = file_identity(path)
+            if identity in entered:
+                listing.skip(AGAIN, [path])
+                continue
+            entries = _entries(path)
+        except OSError as error:
+            listing.faults.append(f"{path}: cannot be listed ({error.strerror})")
+            continue
+        entered.add(identity)
+        by_folder[path] = Listing()
+        for entry in entries:
+            if not _is_folder(entry):
+                _add_file(entry, suffixes, by_folder[path])
+            elif recursive:
+                (links if entry.is_symlink() else folders).append(entry.path)
+            else:
+                listing.skip(NESTED, [entry.path])
+    for _, files in sorted(by_folder.items()):
+        listing.extend(files)
+    return listing
+
+
+def list_subfolders(folder: str | Path, suffixes: Collection[str]) -> tuple[list[str], Listing]:
+    """List the folders in a folder; files beside them are skipped.
+
+    Args:
+        folder: Where to look.
+        suffixes: Of the files that the folders are to hold, in lower case.
+
+    Returns:
+        Names of the folders, sorted, and what is skipped.
+    """
+    names, listing = [], Listing()
+    for entry in _entries(folder):
+        if _is_folder(entry):
+            names.append(entry.name)
+        elif _suffix(entry) in suffixes:
+            listing.skip(OUTSIDE, [entry.path])
+        elif _suffix(entry) not in _TEXTS:
+            listing.skip(OTHER_TYPES, [entry.path])
+    return names, listing
+
+
+def same_files(paths: list[str], inodes: list[int]) -> list[tuple[int, int]]:
+    """Find names of one file: links to it, and hard links.
+
+    Args:
+        paths: Of files, from a `Listing`.
+        inodes: Of each of them, from there too.
+
+    Returns:
+        Pairs of indices of ``paths``: the first name of a file, which is no link if there is such a name, and
+        another.
+    """
+    numbers = np.array(inodes, dtype=np.uint64)
+    order = np.argsort(numbers, kind="stable")
+    repeated = np.flatnonzero(numbers[order][1:] == numbers[order][:-1])
+    # Only for these the files are looked at: the inodes of two file systems may be equal by chance.
+    by_identity: dict[object, list[int]] = {}
+    for index in sorted({*order[repeated].tolist(), *order[repeated + 1].tolist()}):
+        by_identity.setdefault(file_identity(paths[index]), []).append(index)
+    pairs = []
+    for indices in by_identity.values():
+        first = min(indices, key=lambda index: (os.path.islink(paths[index]), index))
+        pairs += [(first, index) for index in indices if index != first]
+    return pairs
+
+
+def file_identity(path: str | Path) -> object:
+    """Return what all names of a file or folder have in common."""
+    state = os.stat(path)
+    # Some network file systems number nothing.
+    return (state.st_dev, state.st_ino) if state.st_ino else os.path.realpath(path)
+
+
+def warn_of_skipped(folder: Path, listing: Listing) -> None:
+    """Say what is left out of a folder, once in a process; but where there are faults, these are to be mended first."""
+    if listing.faults:
+        return
+    reasons = [
+        f"{reason} ({len(paths)}: {some(os.path.relpath(path, folder) for path in paths)})"
+        for reason, paths in sorted(listing.skipped.items())
+    ]
+    if reasons:
+        count = sum(map(len, listing.skipped.values()))
+        _warn_once(f"{folder}: {count} {'entry is' if count == 1 else 'entries are'} left out: {'; '.join(reasons)}.")
+
+
+def some(names: Iterable[str]) -> str:
+    """Join a few names, and count the others."""
+    names = sorted(names)
+    others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{others}"
+
+
+@cache
+def _warn_once(message: str) -> None:
+    rank_zero_warn(message)
+
+
+def _entries(folder: str | Path) -> list["os.DirEntry[str]"]:
+    """Return the entries of a folder by name, without hidden ones and what systems leave behind."""
+    with os.scandir(folder) as entries:
+        shown = [entry for entry in entries if entry.name[0] != "." and entry.name.lower() not in _LITTER]
+    return sorted(shown, key=lambda entry: entry.name)
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _suffix(entry: "os.DirEntry[str]") -> str:
+    return os.path.splitext(entry.name)[1].lower()
+
+
+def _add_file(entry: "os.DirEntry[str]", suffixes: Collection[str], listing: Listing) -> None:
+    if _suffix(entry) not in suffixes:
+        if _suffix(entry) not in _TEXTS:
+            listing.skip(OTHER_TYPES, [entry.path])
+        return
+    try:
+        # `os.stat` raises where a link leads nowhere; files that are no links need no look.
+        inode = os.stat(entry.path).st_ino if entry.is_symlink() else entry.inode()
+        if not entry.is_file():
+            listing.faults.append(f"{entry.path}: is neither a file nor a folder")
+            return
+    except OSError as error:
+        listing.faults.append(f"{entry.path}: is a link that cannot be followed ({error.strerror})")
+        return
+    listing.paths.append(entry.path)
+    listing.inodes.append(inode)
+
+
+def _identities_above(folder: str | Path) -> set[object]:
+    """Identify the folders that a folder lies in, by its path and by where that leads."""
+    parents = {*Path(os.path.abspath(folder)).parents, *Path(os.path.realpath(folder)).parents}
+    return {file_identity(parent) for parent in parents}
