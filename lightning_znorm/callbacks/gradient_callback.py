@@ -67,6 +67,7 @@ class GradientCallback(Callback, ABC):
         # Of a run, and gone with it, so that the callback does not keep a model alive.
         self._trainer: pl.Trainer | None = None
         self._model: ModelState | None = None
+        self._in_fit_loop = False
         self._used_up = False
         self._in_batch = False
         self._backward_in_batch = False
@@ -142,6 +143,7 @@ class GradientCallback(Callback, ABC):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin(trainer)  # a step before this may have met the model before a checkpoint was loaded
+        self._in_fit_loop = True
         model = self._model_of(trainer, pl_module)
         model.watch.start(trainer.optimizers)
         for optimizer in trainer.optimizers:
@@ -192,7 +194,7 @@ class GradientCallback(Callback, ABC):
             return
         found = self._before_step(trainer, model, optimizer, scaler, repeated)
         self._used_up = True
-        if found is not None and trainer.training:
+        if found is not None and self._is_training(trainer):
             model.watch.search(optimizer, found, may_miss_backwards=not automatic)
 
     @override
@@ -207,6 +209,10 @@ class GradientCallback(Callback, ABC):
             self._model.watch.end_epoch()
 
     @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._in_fit_loop = False
+
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._end(trainer)  # Lightning calls no `teardown` then
 
@@ -219,13 +225,17 @@ class GradientCallback(Callback, ABC):
         if self._model is not None:
             self._model.watch.close()
         self._trainer, self._model = trainer, None
-        self._used_up = self._in_batch = self._backward_in_batch = False
+        self._in_fit_loop = self._used_up = self._in_batch = self._backward_in_batch = False
 
     def _end(self, trainer: pl.Trainer) -> None:
         if self._trainer is trainer:
             self._begin(None)
             for name in ("log", "log_dict"):  # Lightning makes them methods of the model, in each run anew
                 vars(self).pop(name, None)
+
+    def _is_training(self, trainer: pl.Trainer) -> bool:
+        """Whether a step is one of training, which a step in `on_fit_start`, or of a validation in between, is not."""
+        return self._in_fit_loop and trainer.training
 
     def _check_strategy(self, trainer: pl.Trainer) -> None:
         check_strategy(trainer.strategy, self._name, self._required_method, self.allow_untested_strategy)

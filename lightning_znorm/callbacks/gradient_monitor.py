@@ -166,7 +166,7 @@ class GradientMonitor(GradientCallback):
         repeated: bool,
     ) -> Iterable[Place] | None:
         logs = trainer._logger_connector.should_update_logs or _is_trial(trainer)
-        if repeated or not logs or not trainer.training:
+        if repeated or not logs or not self._is_training(trainer):
             return None
         places, stats = measure_places(
             self._places(trainer, model, optimizer), model.source.loss_scale() if scaler is None else scale_of(scaler)
@@ -182,13 +182,16 @@ class GradientMonitor(GradientCallback):
             for name, values in _of_each(summary, ratio).items():
                 for place, value in zip(places, values.tolist(), strict=True):
                     metrics[f"{self.prefix}_{name}/{place.names[0]}"] = value
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        trainer.callback_metrics.update(
+            {name: torch.tensor(value, dtype=torch.float32) for name, value in metrics.items()}
+        )
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
         return places
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
         self._draw(trainer)
 
     @override

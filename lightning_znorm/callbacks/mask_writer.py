@@ -33,7 +33,7 @@ class MaskWriter(BasePredictionWriter):
         format: Of the files, ``"png"`` or ``"tif"``.
 
     Raises:
-        ValueError: If the format is neither.
+        ValueError: If the format is neither; during prediction, if the probabilities of an image hold NaN.
         MisconfigurationException: Before the first prediction, if the folder holds anything, or if the module does not
             turn probabilities into masks; at the first volume, if the format is ``"png"``.
 
@@ -93,6 +93,12 @@ class MaskWriter(BasePredictionWriter):
                 "MaskWriter writes volumes as TIFF files of several pages: set format='tif'"
             )
         probabilities = prediction.cpu()
+        for index in probabilities.flatten(1).isnan().any(dim=1).nonzero().flatten().tolist():
+            image = f"image {index} of batch {batch_idx}" if names is None else names[index]
+            raise ValueError(
+                f"MaskWriter was given NaN for {image}, which no threshold finds: look for NaN or inf in the image and "
+                f"in the weights. The masks before it are in {self._folder}"
+            )
         rows = []
         for index in range(len(masks)):
             numbers = [f"_{number}" for number in range(len(masks[index]))] if len(masks[index]) > 1 else [""]
@@ -110,7 +116,7 @@ class MaskWriter(BasePredictionWriter):
                         marked,
                         f"{marked / mask.numel():.6f}",
                         f"{probability.max():.6f}",
-                        f"{probability[mask].mean():.6f}" if marked else "",
+                        f"{probability[mask].double().mean():.6f}" if marked else "",
                     ]
                 )
         with _opened(self._scores(trainer), "a") as file_of_scores:

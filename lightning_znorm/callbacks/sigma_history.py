@@ -65,10 +65,12 @@ class SigmaHistory:
         size, index = len(self.names), torch.tensor(rows, dtype=torch.int64)
         self._sums, self._weights = _grown(self._sums, size, 0.0), _grown(self._weights, size, 0.0)
         sums, weights = self._sums[index], self._weights[index]
-        ratio = torch.where(weights > 0, sigma * weights / sums, torch.where(is_finite, 1.0, torch.nan))
+        ratio = torch.where(
+            weights > 0, sigma * weights / sums, torch.ones_like(sums).masked_fill(~is_finite, torch.nan)
+        )
         self._sums[index] = torch.where(is_finite, _DECAY * sums + (1 - _DECAY) * sigma, sums)
         self._weights[index] = torch.where(is_finite, _DECAY * weights + (1 - _DECAY), weights)
-        column = torch.full((size,), torch.nan)
+        column = torch.full((size,), torch.nan, dtype=torch.float32)
         column[index] = sigma.masked_fill(~is_finite, torch.inf).float()
         self._put(step, column)
         return ratio
@@ -98,7 +100,7 @@ class SigmaHistory:
             "names": list(self.names),
             "ndims": list(self.ndims),
             "steps": list(self.steps),
-            "sigma": self.sigma if self.steps else torch.zeros(0, 0),
+            "sigma": self.sigma if self.steps else torch.zeros(0, 0, dtype=torch.float32),
             "sums": self._sums.clone(),
             "weights": self._weights.clone(),
             "counters": [self._stride, self._seen, self._last],

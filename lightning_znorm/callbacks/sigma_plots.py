@@ -115,7 +115,7 @@ def _cells(axes: Any, steps: Sequence[int], sigma: Tensor, norm: Any) -> None:
     axes.pcolormesh(edges, tops, cells, norm=norm, cmap="viridis", rasterized=True)
     for where, colour in ((sigma == 0, _ZERO), (sigma.isinf(), _NOT_FINITE)):
         if bool(where.any()):
-            mask = torch.where(where, 1.0, torch.nan).numpy()
+            mask = torch.ones_like(sigma).masked_fill(~where, torch.nan).numpy()
             axes.pcolormesh(edges, tops, mask, cmap=ListedColormap([colour]), vmin=0, vmax=1, rasterized=True)
     bad = sigma.isinf().any(0).nonzero().flatten().tolist()
     middles = [(edges[number] + edges[number + 1]) / 2 for number in bad]

@@ -56,7 +56,7 @@ class DeepSpeedSource(GradientSource):
     def loss_scale(self) -> Tensor | None:  # noqa: D102
         if not self._engine.fp16_enabled():
             return None
-        return torch.tensor(float(self._engine.optimizer.loss_scale))
+        return torch.tensor(float(self._engine.optimizer.loss_scale), dtype=torch.float32)
 
     def places(self) -> Iterator[Place]:  # noqa: D102
         yield from self._places.values()

@@ -61,7 +61,7 @@ def check_finite(places: Iterable[Place], found_inf: Iterable[Tensor] = (), step
     numbers = _numbers(suspected)
     if not numbers:
         return
-    flags = torch.zeros(len(parts))
+    flags = torch.zeros(len(parts), dtype=torch.float32)
     for number in numbers:
         part = parts[number]
         flags[number] = part is not None and not part.isfinite().all()
@@ -75,7 +75,7 @@ def _norm_is_not_finite(parts: Sequence[Tensor | None], device: torch.device) ->
     for number, part in enumerate(parts):
         if part is not None and part.numel() > 0:
             alike[part.device, part.dtype][number] = part
-    flags = dict.fromkeys(range(len(parts)), torch.zeros((), device=device))
+    flags = dict.fromkeys(range(len(parts)), torch.zeros((), dtype=torch.float32, device=device))
     for (_, dtype), members in alike.items():
         # In half precision the norm of any large layer overflows.
         wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None

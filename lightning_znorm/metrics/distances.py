@@ -80,7 +80,7 @@ def hausdorff_distances_on_device(
 ) -> Tensor:
     """`hausdorff_distances` in torch alone, of all masks at once, without a wait for the device."""
     if preds.numel() == 0:
-        return torch.zeros(len(preds), device=preds.device)
+        return torch.zeros(len(preds), dtype=torch.float32, device=preds.device)
     if percentile is not None:
         preds, target = _surface(preds), _surface(target)
     there = _squared_distances(target, spacing).flatten(1)
@@ -115,7 +115,7 @@ def _squared_distances(masks: Tensor, spacing: Sequence[float]) -> Tensor:
     The squared distance is a sum over the axes, so its minimum may be taken one axis after the other: of each row, the
     least of the minima so far plus the squared distances along the row.
     """
-    squared = torch.where(masks, 0.0, torch.inf)
+    squared = torch.zeros(masks.shape, dtype=torch.float32, device=masks.device).masked_fill_(~masks, torch.inf)
     for axis, step in enumerate(spacing, start=1):
         n = masks.shape[axis]
         position = torch.arange(n, dtype=torch.float32, device=masks.device)

@@ -10,6 +10,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 from typing_extensions import override
 
+from lightning_znorm.metrics.dtypes import at_least_float32, orderable, widest_float
+
 
 class MaskMetric(Metric):
     """Base of the scores of masks: the mean over images and channels, each of which has a score of its own.
@@ -46,12 +48,12 @@ class MaskMetric(Metric):
         if not 0 < threshold < 1:
             raise ValueError(f"threshold is a probability, in (0, 1), got {threshold}.")
         self.threshold = threshold
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         # MetricCollection takes metrics whose states agree after the first batch for one and updates only the first
         # from then on, and over empty or perfect masks all of ours agree. The name of this state keeps them apart.
         self._counts = f"counts of {type(self).__name__}{(threshold, *settings)}"
         # Of masks in the mean, of masks left out; of batches with values that preds cannot have, that target cannot.
-        self.add_state(self._counts, torch.tensor([0, 0, 0, 0]), dist_reduce_fx="sum")
+        self.add_state(self._counts, torch.tensor([0, 0, 0, 0], dtype=torch.int64), dist_reduce_fx="sum")
         self._within_forward = False
         self._warned = False
 
@@ -79,7 +81,7 @@ class MaskMetric(Metric):
             target: True masks, likewise.
 
         Returns:
-            Shape ``(M,)``, float32. Where a mask is empty, any number.
+            Shape ``(M,)``, float32 or float64 whatever torch's default is. Where a mask is empty, any number.
         """
 
     @abstractmethod
@@ -113,12 +115,12 @@ class MaskMetric(Metric):
         counted = predicted | true
         numbers = torch.cat([torch.stack([counted.sum(), (~counted).sum()]), misfits])
         # Not in place: a state that was reset in inference mode cannot be changed in place outside of it.
-        self.total = self.total + torch.where(counted, scores, 0.0).sum()
+        self.total = self.total + torch.where(counted, scores, 0.0).sum(dtype=self.total.dtype)
         setattr(self, self._counts, self._numbers + numbers)
 
     @override
     def compute(self) -> Tensor:
-        """Return the mean over all masks that count; NaN if there is none.
+        """Return the mean over all masks that count, in float32; NaN if there is none.
 
         Raises:
             ValueError: If ``preds`` or ``target`` had values that they cannot have.
@@ -126,7 +128,7 @@ class MaskMetric(Metric):
         if not self._within_forward:
             self._require_fitting_values(self._numbers[2:])
             self._warn_of_nothing()
-        return self.total / self.counted
+        return (self.total / self.counted).float()
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -157,17 +159,23 @@ class MaskMetric(Metric):
     @override
     def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> nn.Module:
         # A sum in half precision stops growing at a few hundred: Module.to(dtype), by which Lightning makes a module
-        # "bf16-true", moves it to another device but leaves its type alone.
-        super()._apply(fn, [*exclude_state, "total"])
-        self.total = self.total.to(self.device)
-        self._defaults["total"] = torch.zeros_like(self.total)
+        # "bf16-true", and Metric.set_dtype move states to another device but leave their types alone.
+        computed = self._computed
+        super()._apply(fn, [*exclude_state, *self._defaults])
+        for name, default in self._defaults.items():
+            setattr(self, name, self._moved(getattr(self, name)))
+            self._defaults[name] = self._moved(default)
+        self._computed = None if computed is None else computed.to(self.device)
         return self
 
+    def _moved(self, state: Any) -> Tensor:
+        dtype = widest_float(self.device) if state.is_floating_point() else state.dtype
+        moved: Tensor = state.to(self.device, dtype)
+        return moved
+
     def _marked(self, preds: Tensor) -> Tensor:
-        if preds.dtype == torch.bool:
-            return preds
         # In half precision the threshold would be rounded as well.
-        return preds.to(torch.promote_types(preds.dtype, torch.float32)) >= self.threshold
+        return preds if preds.dtype == torch.bool else at_least_float32(preds) >= self.threshold
 
     def _require_masks(self, preds: Tensor, target: Tensor) -> None:
         name = type(self).__name__
@@ -224,5 +232,5 @@ def _not_empty(masks: Tensor) -> Tensor:
 def _leaves_unit_interval(values: Tensor) -> Tensor:
     if values.dtype == torch.bool or values.numel() == 0:
         return torch.zeros((), dtype=torch.bool, device=values.device)
-    low, high = values.detach().aminmax()  # NaN if there is one, which no comparison holds for
+    low, high = orderable(values.detach()).aminmax()  # NaN if there is one, which no comparison holds for
     return ~((low >= 0) & (high <= 1))

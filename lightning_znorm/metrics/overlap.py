@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_znorm.metrics.dtypes import widest_float
 from lightning_znorm.metrics.mask_metric import MaskMetric
 
 
@@ -142,4 +143,5 @@ class DiceScore(MaskMetric):
 
 
 def _sizes(masks: Tensor) -> Tensor:
-    return masks.flatten(1).sum(dim=1)
+    # A quotient of integers would be of torch's default type, and float16 ends at 65504 pixels.
+    return masks.flatten(1).sum(dim=1).to(widest_float(masks.device))

@@ -3,7 +3,8 @@
 import inspect
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_znorm.metrics.dtypes import at_least_float32
 from lightning_znorm.tasks.random_state import random_state, set_random_state
+from lightning_znorm.tasks.targets import TargetCheck
 
 _RANDOM_STATES = "random_states"
 
@@ -26,6 +29,13 @@ class Task(LightningModule):
     Its checkpoints hold the state of all random numbers (Python's, NumPy's, torch's and the device's, of each process),
     and a training that is resumed goes on from it: dropout and augmentations draw what they would have drawn.
 
+    The values of targets are checked in every batch. A single process on the CPU raises at once. On other devices to
+    read a value makes the step wait, and of several processes one that raises leaves the others waiting. There the loss
+    of a batch with a wrong target is 0, so that it has no gradient, and all processes raise together: after the first
+    batch of training, of evaluation too in a single process, and at the end of each epoch and evaluation.
+
+    A subclass sets ``criterion`` (the loss) and ``target_check``, and calls ``super()`` in the hooks that it overrides.
+
     Args:
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning rate scheduler from the optimizer; none by default. A
@@ -33,6 +43,9 @@ class Task(LightningModule):
             follows ``val/loss``.
         lr_scheduler_interval: Whether the scheduler steps after every epoch, or after every optimizer step.
     """
+
+    criterion: nn.Module
+    target_check: TargetCheck
 
     def __init__(
         self,
@@ -98,6 +111,40 @@ class Task(LightningModule):
         }
 
     @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Task":
+        # The loss is computed in float32 or more, so its class weights and kernels stay in it when Lightning converts
+        # the module to half precision: rounded they would weigh something else, and cross entropy refuses them.
+        criterion = self._modules.get("criterion")
+        before = [] if criterion is None else [(module, dict(module._buffers)) for module in criterion.modules()]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for module, buffers in before:
+            for name, old in buffers.items():
+                new = module._buffers[name]
+                if old is not None and new is not None and at_least_float32(new) is not new:
+                    module._buffers[name] = at_least_float32(old).to(new.device)
+        return self
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Forget the wrong targets of a run that was interrupted."""
+        self.target_check.clear()
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        """Raise on all processes if a target of the epoch was wrong."""
+        self._refuse_noted_targets()
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        """Raise on all processes if a target was wrong."""
+        self._refuse_noted_targets()
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        """Raise on all processes if a target was wrong."""
+        self._refuse_noted_targets()
+
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the state of all random numbers, of each process; where one failed, of that alone."""
         trainer = self._trainer
@@ -132,9 +179,68 @@ class Task(LightningModule):
                 "dropout and augmentations draw others than they would have."
             )
 
+    def check_targets(self, targets: Tensor, stage: str, batch_idx: int) -> tuple[Tensor, Tensor | None]:
+        """Raise if a target is out of range: now, or at the end of the epoch where that would make processes wait.
+
+        Args:
+            targets: Those of a batch.
+            stage: One of `lightning_znorm.tasks.targets.STAGES`.
+            batch_idx: Number of the batch in its epoch.
+
+        Returns:
+            Targets that a loss can be computed of. Where the check is put off, also whether the given ones are out of
+            range, a bool scalar for :meth:`compute_loss`; otherwise ``None``.
+
+        Raises:
+            ValueError: If a target is out of range, and the check is not put off.
+        """
+        if not self._puts_off_checks(targets.device):
+            self.target_check.require(targets, stage, batch_idx)
+            return targets, None
+        targets, misfit = self.target_check.note(targets, stage, batch_idx)
+        # So a mistake in all of the data costs no epoch. Not in evaluation by several processes: one may have no batch.
+        if batch_idx == 0 and (stage == "training" or self.trainer.world_size == 1):
+            self._refuse_noted_targets()
+        return targets, misfit
+
+    def _puts_off_checks(self, device: torch.device) -> bool:
+        # Without a Trainer no hook says when an epoch ends.
+        return self._trainer is not None and (self.trainer.world_size > 1 or device.type != "cpu")
+
+    def _refuse_noted_targets(self) -> None:
+        if not self._puts_off_checks(self.device):
+            return
+        notes = self.target_check.notes(self.device)
+        by_rank: Any = self.all_gather(notes) if self.trainer.world_size > 1 else notes.unsqueeze(0)
+        self.target_check.refuse(by_rank)
+
+    def compute_loss(self, logits: Tensor, targets: Tensor, misfit: Tensor | None = None) -> Tensor:
+        """Return the loss, computed in float32 or more, whatever the precision of the network.
+
+        Args:
+            logits: Of the network.
+            targets: For the loss.
+            misfit: Whether the true targets are out of range, a bool scalar; the loss is 0 then, without a gradient.
+        """
+        logits = at_least_float32(logits)
+        with torch.autocast(logits.device.type, enabled=False), _default_dtype(logits.dtype):
+            loss: Tensor = self.criterion(logits, targets)
+        return loss if misfit is None else loss.masked_fill(misfit, 0.0)
+
     def log_loss(self, name: str, loss: Tensor, batch_size: int) -> None:
         """Log the mean of a loss over an epoch and all processes."""
         self.log(name, loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=batch_size, sync_dist=True)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Change torch's default type for what a loss makes itself, such as the kernel of MONAI's SSIMLoss."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _is_requeued() -> bool:

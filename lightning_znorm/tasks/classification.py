@@ -10,8 +10,10 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 from typing_extensions import override
 
+from lightning_znorm.metrics.dtypes import at_least_float32
 from lightning_znorm.tasks.base import Task
 from lightning_znorm.tasks.networks import create_classifier
+from lightning_znorm.tasks.targets import TargetCheck
 
 
 class ClassificationTask(Task):
@@ -23,7 +25,14 @@ class ClassificationTask(Task):
 
     With ``num_classes=1`` the network has one logit that tells two classes, 0 and 1, apart (binary cross entropy).
 
+    The labels of every batch are checked. A single process on the CPU raises at once. On other devices, and in several
+    processes, all raise together after the first batch of training and at the end of each epoch and evaluation, so that
+    no step waits; until then the loss of a batch with a wrong label is 0. An image whose logits hold NaN counts as
+    classified wrongly.
+
     Note:
+        Loss and probabilities are computed in float32 or more, whatever the precision of the network.
+
         A checkpoint holds plain values only, and loads with ``torch.load(..., weights_only=True)``. So where a task
         was built in Python, its ``optimizer``, its ``lr_scheduler`` and a ``model`` that is a module are no
         hyperparameters: pass them to ``load_from_checkpoint`` again (the first two, if training is to go on).
@@ -45,7 +54,8 @@ class ClassificationTask(Task):
     Raises:
         ValueError: If no network has the name, if ``model_kwargs`` come with a module or hold anything but plain
             values, if ``num_classes`` is less than 1 or not the data module's, if the network's output has another
-            width, or if a label is out of range.
+            width, or if labels have another shape, are out of range or not whole.
+        TypeError: If labels are not integers; with one logit they may be floating-point numbers, 0.0 and 1.0.
 
     Example:
         >>> task = ClassificationTask("resnet20", num_classes=10, in_chans=1)
@@ -69,6 +79,14 @@ class ClassificationTask(Task):
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}.")
         self.num_classes = num_classes
+        # Cross entropy kills a CUDA process over a wrong label, and binary cross entropy takes it without a word.
+        self.target_check = TargetCheck(
+            "Labels",
+            last=max(num_classes, 2) - 1,
+            only_whole=True,
+            settings=f"num_classes={num_classes}",
+            remedy="change num_classes or the labels",
+        )
         create = partial(create_classifier, num_classes=num_classes, in_chans=in_chans)
         self.configure_network(model, create, model_kwargs or {}, compile)
         self.configure_losses()
@@ -80,7 +98,7 @@ class ClassificationTask(Task):
 
     def configure_metrics(self) -> None:
         """Set the metrics."""
-        # What validate_args would look for, `_check_labels` does once per epoch: each look at values waits for a GPU.
+        # What validate_args would look for, `check_targets` does without a wait for the device.
         if self.num_classes == 1:
             accuracy: Metric = BinaryAccuracy(validate_args=False)
         else:
@@ -91,6 +109,7 @@ class ClassificationTask(Task):
     @override
     def setup(self, stage: str) -> None:
         """Compare the number of classes with the data module's, if that says it."""
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         data_classes = getattr(data, "num_classes", self.num_classes)
         if data_classes != self.num_classes and (self.num_classes, data_classes) != (1, 2):
@@ -119,7 +138,7 @@ class ClassificationTask(Task):
             ValueError: If batch normalization meets a batch of one image where its size is down to 1x1.
         """
         try:
-            loss, _ = self._loss_and_logits(batch, batch_idx)
+            loss, _, labels = self._loss_logits_labels(batch, "training", batch_idx)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -128,18 +147,18 @@ class ClassificationTask(Task):
                 f"{type(self.model).__name__} has made them 1x1: choose a batch_size that is not 1, and of which no "
                 "single image is left over at the end of an epoch."
             ) from error
-        self.log_loss("train/loss", loss, len(batch[1]))
+        self.log_loss("train/loss", loss, len(labels))
         return loss
 
     @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Log loss and accuracy of the validation images."""
-        self._evaluation_step("val/loss", self.val_metrics, batch, batch_idx)
+        self._evaluation_step("validation", "val/loss", self.val_metrics, batch, batch_idx)
 
     @override
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Log loss and accuracy of the test images."""
-        self._evaluation_step("test/loss", self.test_metrics, batch, batch_idx)
+        self._evaluation_step("test", "test/loss", self.test_metrics, batch, batch_idx)
 
     @override
     def predict_step(self, batch: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
@@ -155,32 +174,43 @@ class ClassificationTask(Task):
         return self._probabilities(self(images))
 
     def _evaluation_step(
-        self, loss_name: str, metrics: MetricCollection, batch: tuple[Tensor, Tensor], batch_idx: int
+        self, stage: str, loss_name: str, metrics: MetricCollection, batch: tuple[Tensor, Tensor], batch_idx: int
     ) -> None:
-        loss, logits = self._loss_and_logits(batch, batch_idx)
-        metrics.update(self._probabilities(logits), batch[1])
-        self.log_loss(loss_name, loss, len(batch[1]))
-        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch[1]))
+        loss, logits, labels = self._loss_logits_labels(batch, stage, batch_idx)
+        metrics.update(self._scored_probabilities(logits, labels), labels)
+        self.log_loss(loss_name, loss, len(labels))
+        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
 
-    def _loss_and_logits(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
+    def _loss_logits_labels(
+        self, batch: tuple[Tensor, Tensor], stage: str, batch_idx: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         images, labels = batch
-        if batch_idx == 0:
-            self._check_labels(labels)
+        self._require_labels(images, labels)
+        labels, misfit = self.check_targets(labels, stage, batch_idx)
+        labels = labels.long()
         logits = self(images)
-        if self.num_classes == 1:
-            labels = labels.to(logits.dtype).unsqueeze(1)
-        loss: Tensor = self.criterion(logits, labels)
-        return loss, logits
+        targets = labels.to(at_least_float32(logits).dtype).unsqueeze(1) if self.num_classes == 1 else labels
+        return self.compute_loss(logits, targets, misfit), logits, labels
 
     def _probabilities(self, logits: Tensor) -> Tensor:
+        logits = at_least_float32(logits)
         return logits.squeeze(1).sigmoid() if self.num_classes == 1 else logits.softmax(dim=1)
 
-    def _check_labels(self, labels: Tensor) -> None:
-        # Cross entropy kills a CUDA process over such a label, and binary cross entropy takes it without a word.
-        smallest, largest = (int(bound) for bound in labels.aminmax())
-        last = max(self.num_classes, 2) - 1
-        if smallest < 0 or largest > last:
+    def _scored_probabilities(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Probabilities; where they are NaN, of which the largest would be some class, those of a wrong class."""
+        probabilities = self._probabilities(logits)
+        if self.num_classes == 1:
+            return torch.where(probabilities.isnan(), (1 - labels).to(probabilities.dtype), probabilities)
+        # `one_hot` would wait for the device.
+        wrong = torch.arange(self.num_classes, device=labels.device) == ((labels + 1) % self.num_classes).unsqueeze(1)
+        unknown = probabilities.isnan().any(dim=1, keepdim=True)
+        return torch.where(unknown, wrong.to(probabilities.dtype), probabilities)
+
+    def _require_labels(self, images: Tensor, labels: Tensor) -> None:
+        if labels.shape != (len(images),):
             raise ValueError(
-                f"Labels run from {smallest} to {largest} in a batch, and num_classes={self.num_classes} allows 0 to "
-                f"{last}: change num_classes or the labels."
+                f"Labels have shape {tuple(labels.shape)}, and {len(images)} images ask for {(len(images),)}: the "
+                "number of the class of each."
             )
+        if labels.is_complex() or (labels.is_floating_point() and self.num_classes > 1):
+            raise TypeError(f"Labels are {labels.dtype}, and class numbers are integers: pass labels.long().")

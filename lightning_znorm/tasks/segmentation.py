@@ -11,8 +11,10 @@ from torchmetrics import MetricCollection
 from typing_extensions import override
 
 from lightning_znorm.metrics import DiceScore, HausdorffDistance, TverskyIndex
+from lightning_znorm.metrics.dtypes import at_least_float32, orderable
 from lightning_znorm.tasks.base import Task
 from lightning_znorm.tasks.networks import create_segmenter
+from lightning_znorm.tasks.targets import TargetCheck
 
 Batch = tuple[Tensor, Tensor]
 """Images of shape ``(N, C, H, W)`` or ``(N, C, D, H, W)``, and masks of the same size."""
@@ -30,7 +32,11 @@ class SegmentationTask(Task):
 
     Logged, once per epoch: ``train/loss``, ``val/loss``, ``val/dice``, ``val/tversky``, ``val/hausdorff`` and the same
     for ``test``; see `lightning_znorm.metrics` for what they do with empty masks. With softmax, the background is not
-    scored.
+    scored. A mask predicted with NaN gets the worst score there is.
+
+    The masks of every batch are checked. A single process on the CPU raises at once. On other devices, and in several
+    processes, all raise together after the first batch of training and at the end of each epoch and evaluation, so that
+    no step waits; until then the loss of a batch with a wrong mask is 0.
 
     The default loss adds Dice loss and cross entropy, and takes Dice over the pixels of the whole batch. Where most
     masks are empty and a structure covers a hundredth of the pixels, the Dice loss of a single empty image is close to
@@ -104,6 +110,15 @@ class SegmentationTask(Task):
         self.num_classes = num_classes
         self.activation = activation
         self.threshold = threshold
+        self.target_check = TargetCheck(
+            "Masks",
+            last=1 if activation == "sigmoid" else num_classes - 1,
+            only_whole=activation == "softmax",
+            settings=f"activation={activation!r} with num_classes={num_classes}",
+            remedy="of masks of 0 and 255 pass masks > 0, or change one of these"
+            if activation == "sigmoid"
+            else "change num_classes or the masks",
+        )
         create = partial(create_segmenter, num_classes=num_classes, in_chans=in_chans, spatial_dims=spatial_dims)
         self.configure_network(model, create, model_kwargs or {}, compile)
         self.configure_losses(loss)
@@ -135,22 +150,21 @@ class SegmentationTask(Task):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch: the mean over the network's outputs."""
         images, masks = batch
-        if batch_idx == 0:
-            self._check_masks(images, masks)
+        masks, misfit = self._checked_masks(images, masks, "training", batch_idx)
         outputs = self._outputs(images)
-        loss = torch.stack([self._loss(logits, masks) for logits in outputs]).mean()
+        loss = torch.stack([self._loss(logits, masks, misfit) for logits in outputs]).mean()
         self.log_loss("train/loss", loss, len(images))
         return loss
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Log loss and scores of validation images; return their masks (``preds``) and the true ones (``target``)."""
-        return self._evaluation_step("val/loss", self.val_metrics, batch, batch_idx)
+        return self._evaluation_step("validation", "val/loss", self.val_metrics, batch, batch_idx)
 
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Log loss and scores of test images; return their masks (``preds``) and the true ones (``target``)."""
-        return self._evaluation_step("test/loss", self.test_metrics, batch, batch_idx)
+        return self._evaluation_step("test", "test/loss", self.test_metrics, batch, batch_idx)
 
     @override
     def predict_step(self, batch: Tensor | Sequence[Any]) -> Tensor:
@@ -164,7 +178,7 @@ class SegmentationTask(Task):
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the probability of each class at each pixel, same shape as the logits, at least in float32."""
-        logits = _at_least_float32(logits)
+        logits = at_least_float32(logits)
         return logits.sigmoid() if self.activation == "sigmoid" else logits.softmax(dim=1)
 
     def marked(self, probabilities: Tensor) -> Tensor:
@@ -175,12 +189,15 @@ class SegmentationTask(Task):
 
     def truth(self, masks: Tensor) -> Tensor:
         """Return masks in the form of :meth:`marked`: bool, ``(N, num_classes, ...)``."""
-        return masks >= 0.5 if self.activation == "sigmoid" else self._one_hot(masks.long())
+        return orderable(masks) >= 0.5 if self.activation == "sigmoid" else self._one_hot(masks.long())
 
-    def _loss(self, logits: Tensor, masks: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, masks: Tensor, misfit: Tensor | None) -> Tensor:
         # In half precision the sum over the pixels of a batch, which Dice takes, is infinite or has two digits.
-        loss: Tensor = self.criterion(_at_least_float32(logits), _at_least_float32(masks))
-        return loss
+        if masks.is_floating_point():
+            masks = at_least_float32(masks)
+        else:
+            masks = masks.to(at_least_float32(logits).dtype) if self.activation == "sigmoid" else masks.long()
+        return self.compute_loss(logits, masks, misfit)
 
     def _one_hot(self, classes: Tensor) -> Tensor:
         numbers = torch.arange(self.num_classes, device=classes.device)
@@ -201,36 +218,33 @@ class SegmentationTask(Task):
         return outputs
 
     def _evaluation_step(
-        self, loss_name: str, metrics: MetricCollection, batch: Batch, batch_idx: int
+        self, stage: str, loss_name: str, metrics: MetricCollection, batch: Batch, batch_idx: int
     ) -> dict[str, Tensor]:
         images, masks = batch
-        if batch_idx == 0:
-            self._check_masks(images, masks)
+        masks, misfit = self._checked_masks(images, masks, stage, batch_idx)
         logits = self(images)
-        self.log_loss(loss_name, self._loss(logits, masks), len(images))
-        preds, target = self.marked(self.probabilities(logits)), self.truth(masks)
+        self.log_loss(loss_name, self._loss(logits, masks, misfit), len(images))
+        probabilities, target = self.probabilities(logits), self.truth(masks)
+        preds = _worst_where_nan(self.marked(probabilities), probabilities, target)
         if self.activation == "softmax":  # without the background
             preds, target = preds[:, 1:], target[:, 1:]
         metrics.update(preds, target)
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
         return {"preds": preds, "target": target}
 
-    def _check_masks(self, images: Tensor, masks: Tensor) -> None:
-        # Of the first batch of an epoch alone: each look at values waits for a GPU.
-        channels, last = (self.num_classes, 1) if self.activation == "sigmoid" else (1, self.num_classes - 1)
+    def _checked_masks(self, images: Tensor, masks: Tensor, stage: str, batch_idx: int) -> tuple[Tensor, Tensor | None]:
+        channels = self.num_classes if self.activation == "sigmoid" else 1
         expected = (len(images), channels, *images.shape[2:])
         if masks.shape != expected:
             raise ValueError(
                 f"Masks have shape {tuple(masks.shape)}, and images of shape {tuple(images.shape)} with "
                 f"activation={self.activation!r} and num_classes={self.num_classes} ask for {expected}."
             )
-        smallest, largest = (float(bound) for bound in masks.aminmax())
-        if not (smallest >= 0 and largest <= last):  # NaN neither
-            raise ValueError(
-                f"Masks run from {smallest:g} to {largest:g} in a batch, and activation={self.activation!r} with "
-                f"num_classes={self.num_classes} allows 0 to {last}: change one of them or the masks."
-            )
+        return self.check_targets(masks, stage, batch_idx)
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+def _worst_where_nan(preds: Tensor, probabilities: Tensor, target: Tensor) -> Tensor:
+    """Masks; those predicted with NaN, which no threshold finds, become empty, or full where the true mask is empty."""
+    pixels = tuple(range(2, preds.ndim))
+    unknown = probabilities.isnan().any(dim=pixels, keepdim=True)
+    return torch.where(unknown, ~target.any(dim=pixels, keepdim=True), preds)

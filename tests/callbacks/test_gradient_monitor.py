@@ -21,6 +21,7 @@ from lightning_znorm.callbacks.sigma_history import SigmaHistory
 from lightning_znorm.callbacks.sigma_plots import by_depth, heat_map
 from tests.callbacks.test_strategies import ThirdParty
 from tests.callbacks.training import LR, OPTIMIZERS, ManualTraining, Training, Weights, amp, batches, loss_of, network
+from tests.dtypes import DEFAULTS, default_dtype
 from tests.gradients.reference import wide
 
 pytestmark = pytest.mark.filterwarnings("ignore:GradScaler is going to stop passing itself:FutureWarning")
@@ -126,6 +127,27 @@ def test_per_parameter(fit) -> None:
         assert logged[f"g_sigma/net.{name}"] == pytest.approx(float(grad.std(correction=0)), rel=1e-5)
         assert logged[f"g_norm/net.{name}"] == pytest.approx(float(grad.norm()), rel=1e-5)
         assert logged[f"g_znorm_norm/net.{name}"] == pytest.approx(math.sqrt(grad.numel()), rel=1e-5)
+
+
+@pytest.mark.parametrize("default", [dtype for dtype in DEFAULTS if dtype != torch.float32], ids=str)
+def test_torchs_default_type_changes_nothing(fit, tmp_path: Path, default: torch.dtype) -> None:
+    runs = []
+    for each in (torch.float32, default):
+        module, data, monitor, collected = Training(), batches(1), GradientMonitor(per_parameter=True), Collected()
+        module.net.last.weight.data *= 1e4  # a norm that float16 has no number for
+        with default_dtype(each):
+            fit(module, data, monitor, collected, **QUIET)
+            assert monitor.state_dict()["sigma"].dtype == torch.float32
+            twin = SigmaHistory()
+            assert twin.state_dict()["sigma"].dtype == torch.float32
+            twin.load_state_dict(monitor.state_dict())
+            assert torch.equal(twin.sigma, monitor._history.sigma)
+        runs.append((collected.metrics, monitor.state_dict()["sums"].tolist()))
+        assert len(list((tmp_path / "gradients").glob("*.png"))) == 2
+        for picture in (tmp_path / "gradients").glob("*.png"):
+            picture.unlink()
+    assert runs[1] == runs[0]
+    assert runs[0][0][0]["grad/norm"] > 65504
 
 
 def test_share_below_the_threshold(fit) -> None:

@@ -18,6 +18,7 @@ from lightning_znorm import MaskOverlay
 from lightning_znorm.callbacks import mask_overlay
 from lightning_znorm.callbacks.drawing import GAP, LEAST_SIZE, LINE, Case, grid, outline
 from lightning_znorm.tasks import SegmentationTask
+from tests.dtypes import DEFAULTS, default_dtype
 from tests.processes import run_python
 from tests.trainers import trainer
 
@@ -62,6 +63,13 @@ class TestDrawing:
             origin = np.array([LINE, GAP + number * panel])
             assert (drawn.min(axis=0) - origin == factor * np.array([top, left])).all()
             assert (drawn.max(axis=0) - origin == factor * (np.array([top, left]) + side) - 1).all()
+
+    @pytest.mark.parametrize("default", DEFAULTS, ids=str)
+    def test_torchs_default_type_changes_nothing(self, default: torch.dtype):
+        case = Case(torch.rand(3, 32, 32).half(), square(32, 10, 20, 3), square(32, 4, 5, 2), "case 0")
+        expected = np.asarray(grid([case]))
+        with default_dtype(default):
+            assert (np.asarray(grid([case])) == expected).all()
 
     def test_outlines_are_seen_on_a_bright_image_and_leave_small_structures_open(self):
         image, mask = torch.linspace(0, 1, 256**2).view(1, 256, 256), square(256, 250, 100, 3)

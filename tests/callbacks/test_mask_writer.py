@@ -91,6 +91,17 @@ def test_names_that_are_not_utf_8(tmp_path: Path):
         assert (pixels(tmp_path / "out" / row["mask"]) == 255 * (logits >= 0).numpy()).all()
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_nan_is_no_empty_mask(tmp_path: Path, named: bool):
+    logits = LOGITS.clone()
+    logits[3, 0, 0, 0] = torch.nan
+    data = Named(logits, ["a.png", "b.png", "c.png", "d.png", "e.png"]) if named else TensorDataset(logits)
+    image = "d.png" if named else "image 1 of batch 1"
+    with pytest.raises(ValueError, match=f"MaskWriter was given NaN for {image}, which no threshold finds"):
+        predict(tmp_path / "out", data)
+    assert len(rows(tmp_path / "out")) == 2
+
+
 def test_a_file_for_each_class(tmp_path: Path):
     logits = torch.randn(2, 3, 6, 6)
     predict(

@@ -5,12 +5,20 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor, nn
 from torch.amp import GradScaler, grad_scaler
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.data import DataLoader
 
-from lightning_znorm.gradients import UnsupportedGradientError
+from lightning_znorm import ZNormCallback
+from lightning_znorm.functional import attach
+from lightning_znorm.gradients import UnsupportedGradientError, amp
 from lightning_znorm.gradients.amp import check_grad_scaler
+from tests.test_functional import ScalerAware
 
 
 @pytest.fixture(autouse=True)
@@ -92,3 +100,57 @@ def test_scaler_of_this_release_is_as_before() -> None:
     check_grad_scaler()
     handle.remove()
     assert not seen  # hooks that a program has for all optimizers
+
+
+@pytest.mark.parametrize(
+    "make", [lambda weight: SGD([weight], lr=1.0, fused=True), lambda weight: ScalerAware([weight], lr=1.0)]
+)
+def test_attaching_to_what_unscales_in_its_step_looks_first(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    attach(make(weight))
+    check_grad_scaler.cache_clear()
+    _with_other_names_for_fused_optimizers(monkeypatch)
+    attach(SGD([weight], lr=1.0))  # which the scaler unscales itself
+    with pytest.raises(UnsupportedGradientError, match="GradScaler"):
+        attach(make(weight))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+def test_training_does_not_begin(monkeypatch: pytest.MonkeyPatch, enabled: bool) -> None:
+    scaler = GradScaler("cpu", enabled=enabled)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        plugins=MixedPrecision("16-mixed", "cpu", scaler) if enabled else None,
+        callbacks=ZNormCallback(),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    steps: list[Optimizer] = []
+    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: steps.append(optimizer))
+    # Nothing but our own look at it notices.
+    monkeypatch.setattr(amp, "unscales_in_step", lambda optimizer: False)
+    try:
+        if enabled:
+            with pytest.raises(UnsupportedGradientError, match="what it hands to fused optimizers"):
+                trainer.fit(OneWeight(), DataLoader(torch.ones(2, 2)))
+        else:
+            trainer.fit(OneWeight(), DataLoader(torch.ones(2, 2)))
+    finally:
+        handle.remove()
+    assert len(steps) == (not enabled)
+
+
+class OneWeight(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return (self.weight * batch).square().sum()
+
+    def configure_optimizers(self) -> SGD:
+        return SGD(self.parameters(), lr=0.1)

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_znorm.functional import zscore_grads_
-from lightning_znorm.gradients import Statistics, measure
+from lightning_znorm.functional import centralize_grads_, transform_grads_, zscore_grads_
+from lightning_znorm.gradients import SING, NonFiniteGradientError, Statistics, measure
+from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.kernels import measure_shards
 from lightning_znorm.gradients.measure import measure_places
 from lightning_znorm.gradients.places import NumberedPlaces
 from lightning_znorm.gradients.summary import GradientSummary
+from tests.dtypes import default_is_never_read
 from tests.gradients.reference import wide
 from tests.gradients.simulated import Group, on_ranks
 from tests.gradients.test_shards import box_shard, cut, flat_shard, gradients
@@ -69,6 +71,21 @@ def test_whole_gradients(dtype: torch.dtype, scale: float | None) -> None:
     check(stats, grads)
     for param, grad in zip(params, before, strict=True):
         assert torch.equal(param.grad, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.cfloat], ids=str)
+def test_torchs_default_type_is_never_read(dtype: torch.dtype) -> None:
+    params, scale = parameters(dtype), torch.tensor(8.0)
+    params[1].grad = None
+    with default_is_never_read():
+        GradientSummary(measured(params, scale))
+        assert len(measured([params[1]]).count) == 0
+        check_finite(NumberedPlaces(params))
+        for transform in (zscore_grads_, centralize_grads_, lambda own: transform_grads_(own, SING())):
+            transform(params)
+    params[2].grad[0, 0, 0, 0] = math.inf
+    with default_is_never_read(), pytest.raises(NonFiniteGradientError, match="parameter 2 "):
+        check_finite(NumberedPlaces(params))
 
 
 def test_large_mean_costs_no_digits() -> None:

@@ -151,7 +151,7 @@ class TestMean:
         expected = make()(self.preds[:1], self.target[:1])
         torch.testing.assert_close(metric.compute(), expected, rtol=1e-5, atol=0)
         metric.reset()
-        assert metric.total.dtype == torch.float32
+        assert metric.total.dtype == torch.float64
 
     def test_inference_mode(self) -> None:
         metric = DiceScore()

@@ -436,12 +436,12 @@ def resume(name: str, processes: int, directory: Path) -> None:
         trainer.fit(module, batches(scenario), **kwargs)
         return trainer, module
 
-    _, whole = fit(2, scenario.callback)
-    trainer, half = fit(1, scenario.callback)
-    trainer.save_checkpoint(path)
-    trainer, rest = fit(2, scenario.callback, ckpt_path=path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        _, whole = fit(2, scenario.callback)
+        trainer, half = fit(1, scenario.callback)
+        trainer.save_checkpoint(path)
+        trainer, rest = fit(2, scenario.callback, ckpt_path=path)
         fit(2, ckpt_path=path)
     record = {"whole": whole.weights, "half": half.weights, "rest": rest.weights}
     record["warnings"] = [str(warning.message) for warning in caught]

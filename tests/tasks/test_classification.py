@@ -13,7 +13,6 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LightningCLI, ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_znorm.data import DigitsDataModule
@@ -198,40 +197,6 @@ class TestLogging:
         run = trainer(callbacks=Watch(), num_sanity_val_steps=0)
         run.fit(ClassificationTask(linear(), num_classes=10), datamodule=Digits())
         assert shown == [set(), set(), set(), set(), KEYS]
-
-    @pytest.mark.parametrize("num_classes", [1, 10])
-    def test_no_step_waits_for_a_value(self, num_classes):
-        class Reads(TorchDispatchMode):
-            """Counts the calls that need a tensor's value on the host."""
-
-            def __init__(self) -> None:
-                super().__init__()
-                self.count = 0
-
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                self.count += func is torch.ops.aten._local_scalar_dense.default
-                return func(*args, **(kwargs or {}))
-
-        class Counted(ClassificationTask):
-            def training_step(self, batch, batch_idx):
-                with Reads() as reads:
-                    loss = super().training_step(batch, batch_idx)
-                counts["train"].append(reads.count)
-                return loss
-
-            def validation_step(self, batch, batch_idx):
-                with Reads() as reads:
-                    super().validation_step(batch, batch_idx)
-                counts["val"].append(reads.count)
-
-        counts: dict[str, list[int]] = {"train": [], "val": []}
-        data = batches(torch.randn(40, 64), torch.randint(2, (40,)), 10)
-        trainer(num_sanity_val_steps=0).fit(Counted(linear(num_classes), num_classes=num_classes), data, data)
-        # The least and the greatest label of an epoch's first batch, and nothing thereafter.
-        assert counts["train"] == [2, 0, 0, 0]
-        # Where predictions are binary, torchmetrics looks at them on a CPU, but on no other device.
-        looks = num_classes == 1
-        assert counts["val"] == [2 + looks, looks, looks, looks]
 
 
 class TestOptimizer:
@@ -444,14 +409,6 @@ class TestMistakes:
     def test_another_width_than_the_network(self, network):
         with pytest.raises(ValueError, match=r"turned 144 images into an output of shape \(144, .* \(144, 10\)"):
             trainer().fit(ClassificationTask(network, num_classes=10), datamodule=Digits())
-
-    @pytest.mark.parametrize(("num_classes", "label", "last"), [(1, 2, 1), (2, 2, 1), (3, 3, 2), (3, -1, 2)])
-    def test_label_out_of_range(self, num_classes, label, last):
-        data = batches(torch.randn(4, 4), torch.tensor([0, 1, label, 0]), batch_size=4)
-        low, high = min(0, label), max(1, label)
-        message = f"Labels run from {low} to {high} in a batch, and num_classes={num_classes} allows 0 to {last}"
-        with pytest.raises(ValueError, match=message):
-            trainer().fit(ClassificationTask(nn.Linear(4, num_classes), num_classes=num_classes), data, data)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed"])

@@ -83,7 +83,9 @@ def runs_triton(device: torch.device) -> bool:
         from lightning_znorm.gradients.kernels.pointer_table import Table
 
         for method in (ZScore(), Centralization()):
-            Table([Piece(torch.zeros(2, 2, device=device), method.over == "row")]).transform_(method)
+            Table([Piece(torch.zeros(2, 2, dtype=torch.float32, device=device), method.over == "row")]).transform_(
+                method
+            )
     except Exception:  # whatever Triton's, the system's or the driver's compiler raises: they are many
         return False
     return True

@@ -1,0 +1,58 @@
+"""Torch's default type, changed for a while, and what must not be made of it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import combinations, product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+DEFAULTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Types(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[torch.dtype, str] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.made |= {leaf.dtype: str(func) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+        return result
+
+
+@contextmanager
+def default_is_never_read() -> Iterator[None]:
+    """Fails if a tensor of torch's default type is made; the code under test must have no bfloat16 of its own."""
+    with default_dtype(torch.bfloat16), _Types() as types:
+        yield
+    assert torch.bfloat16 not in types.made, types.made[torch.bfloat16]
+
+
+def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Returns few rows, of one value of each axis, in which any two values of two axes meet."""
+
+    def pairs(row: tuple[int, ...]) -> set[tuple[tuple[int, int], ...]]:
+        return set(combinations(enumerate(row), 2))
+
+    every_row = list(product(*(range(len(axis)) for axis in axes)))
+    open_pairs = set().union(*map(pairs, every_row))
+    rows = []
+    while open_pairs:
+        best = max(every_row, key=lambda row: len(pairs(row) & open_pairs))
+        open_pairs -= pairs(best)
+        rows.append(tuple(axis[number] for axis, number in zip(axes, best, strict=True)))
+    return rows

@@ -1,0 +1,68 @@
+"""Two processes meet labels that cannot be, and write down what is said to each. Run by test_targets.py."""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_znorm.tasks import ClassificationTask
+from tests.trainers import trainer
+
+
+def batches(rank: int, wrong: dict[tuple[int, int], int], counts: tuple[int, int] = (3, 3)) -> DataLoader:
+    """Batches of each process, with a wrong value in those given by rank and number."""
+
+    def batch(number: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(2, 4), torch.tensor([0, wrong.get((rank, number), 1)])
+
+    return DataLoader([batch(number) for number in range(counts[rank])], batch_size=None)
+
+
+class Steps(Callback):
+    count = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.count += 1
+
+
+def process(rank: int, folder: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    # As torchrun does.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "1"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    os.environ |= {"LOCAL_WORLD_SIZE": "2"}
+    good = batches(rank, {})
+    scenarios = {
+        "training, later": ("fit", batches(rank, {(1, 2): 7})),
+        "training, first": ("fit", batches(rank, {(0, 0): -3})),
+        "validation, of uneven batches": ("validate", batches(rank, {(0, 1): 2, (0, 2): 9}, (3, 1))),
+        "good": ("fit", good),
+    }
+    record = {}
+    for name, (method, data) in scenarios.items():
+        steps, said = Steps(), None
+        run = trainer(strategy="ddp", devices=2, use_distributed_sampler=False, callbacks=[steps])
+        task = ClassificationTask(nn.Linear(4, 1), num_classes=1)
+        try:
+            getattr(run, method)(task, data, *([good] if method == "fit" else []))
+        except ValueError as error:
+            said = str(error)
+        record[name] = [steps.count, said]
+    (folder / f"{rank}.json").write_text(json.dumps(record))
+    torch.distributed.barrier()  # gloo aborts a process whose partner has left in mid-talk
+
+
+if __name__ == "__main__":
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        number = free.getsockname()[1]
+    # Forked, so that torch is imported once.
+    torch.multiprocessing.start_processes(process, (Path(sys.argv[1]), number), nprocs=2, start_method="fork")
