@@ -4,9 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = str(Path(__file__).parents[1])
 
@@ -40,3 +45,32 @@ def run_python(
         os.killpg(process.pid, signal.SIGKILL)
         raise
     return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def run_forked(arguments: Sequence[str], log: Path) -> int:
+    """Runs ``python -m lightning_znorm ARGUMENTS`` in a copy of this process, which need not import anything.
+
+    Returns its exit code, or the negative number of the signal that ended it; what it prints is appended to ``log``.
+    """
+    from lightning_znorm.cli import main
+
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if process := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    code = 1
+    try:
+        os.setsid()  # so that what kills its process group leaves this one alone
+        with log.open("a") as output, redirect_stdout(output), redirect_stderr(output):
+            warnings.simplefilter("ignore")
+            torch.set_num_threads(1)  # those of OpenMP are not there after a fork
+            try:
+                main(list(arguments))
+                code = 0
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+                if code:
+                    print(end.code)
+            except BaseException:
+                traceback.print_exc()
+    finally:
+        os._exit(code)

@@ -341,6 +341,40 @@ class TestRun:
         assert predictions.shape == (360, 10)
         assert torch.allclose(predictions.sum(1), torch.ones(360))
 
+    def test_best_of_a_resumed_run(self, capsys):
+        """Lightning forgets the best score when the folder changes: what is best since then is said to be so."""
+        main(["fit", *configs(DIGITS), *SHORT])
+        capsys.readouterr()
+        main(["fit", *configs(DIGITS), *SHORT, "--ckpt_path", "last", "--trainer.max_epochs", "2"])
+        run = "logs/digits-resnet20/version_"
+        since = f"(of the epochs after {run}0/checkpoints/last.ckpt)"
+        out = capsys.readouterr().out
+        assert f"best checkpoint  {run}1/checkpoints/best.ckpt {since}\n" in out
+        assert re.search(rf"val/accuracy     final .*   best 0\.\d+ {re.escape(since)}\n", out)
+
+    def test_checkpoint_that_no_metric_chose(self, capsys):
+        """Lightning calls the last one its best."""
+        write("mine.yaml", "trainer: {callbacks: []}")
+        main(["fit", *configs(DIGITS, "mine.yaml"), *SHORT])
+        out = capsys.readouterr().out
+        assert re.search(r"last checkpoint  logs/digits-resnet20/version_0/checkpoints/epoch=0-step=\d+.ckpt\n", out)
+        assert "best" not in out
+        write("mine.yaml", "trainer: {callbacks: [LastCheckpoint]}")
+        main(["fit", *configs(DIGITS, "mine.yaml"), *SHORT])
+        out = capsys.readouterr().out
+        assert "last checkpoint  logs/digits-resnet20/version_1/checkpoints/last.ckpt\n" in out
+        assert "--ckpt_path logs/digits-resnet20/version_1/checkpoints/last.ckpt\n" in out
+
+    def test_last_checkpoint_of_improving_epochs_alone(self, recwarn):
+        message = "writes the last checkpoint only in epochs that are among the best"
+        checkpoint = "{class_path: ModelCheckpoint, init_args: {monitor: val/loss, save_last: true}}"
+        write("mine.yaml", f"trainer: {{callbacks: [{checkpoint}]}}")
+        with pytest.warns(UserWarning, match=message):
+            main(["fit", *configs(DIGITS, "mine.yaml"), *SHORT])
+        for callbacks in (f"[{checkpoint}, LastCheckpoint]", f"[{checkpoint[:-2]}, save_top_k: -1}}}}]"):
+            write("mine.yaml", f"trainer: {{callbacks: {callbacks}}}")
+            main(["fit", *configs(DIGITS, "mine.yaml"), *SHORT])  # a warning is an error
+
     def test_same_command_again(self):
         command = ["fit", *configs(DIGITS), *SHORT]
         main(command)

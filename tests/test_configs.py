@@ -84,7 +84,7 @@ def test_experiment_names_no_method(experiment):
     assert not file.is_method
     assert "trainer.callbacks" not in file.settings
     pictures = ["MaskOverlay", "MaskWriter"] if experiment in LGG else []
-    assert sorted(file.callbacks) == [*pictures, "ModelCheckpoint", "RichProgressBar"]
+    assert sorted(file.callbacks) == sorted([*pictures, "LastCheckpoint", "ModelCheckpoint", "RichProgressBar"])
     assert not any("clip" in key or "weight_decay" in key for key in file.settings)
 
 
@@ -94,10 +94,13 @@ def test_what_every_experiment_keeps(experiment, capsys):
     assert config["seed_everything"] == 0
     assert config["trainer"]["logger"]["class_path"].endswith(".CSVLogger")
     assert config["trainer"]["logger"]["init_args"]["name"] == f"{experiment.parent.name}-{experiment.stem}"
-    checkpoint = config["trainer"]["callbacks"][0]["init_args"]
+    best, last = config["trainer"]["callbacks"][:2]
     metric = "val/dice" if experiment in LGG else "val/accuracy"
-    assert (checkpoint["monitor"], checkpoint["mode"], checkpoint["save_last"]) == (metric, "max", True)
-    assert (checkpoint["filename"], checkpoint["auto_insert_metric_name"]) == ("best", False)
+    assert (best["init_args"]["monitor"], best["init_args"]["mode"]) == (metric, "max")
+    assert (best["init_args"]["filename"], best["init_args"]["auto_insert_metric_name"]) == ("best", False)
+    # Lightning's own is written in improving epochs alone: tests/test_cli_interruptions.py.
+    assert best["init_args"]["save_last"] is None
+    assert last == {"class_path": "lightning_znorm.LastCheckpoint", "init_args": {"dirpath": None}}
 
 
 def test_all_models_of_the_paper():

@@ -1,8 +1,9 @@
-"""Lightning callbacks that transform or show gradients, and show masks."""
+"""Lightning callbacks that transform or show gradients, show masks, and keep the last checkpoint."""
 
 from lightning_znorm.callbacks.gradient_centralization import GradientCentralizationCallback
 from lightning_znorm.callbacks.gradient_monitor import GradientMonitor
 from lightning_znorm.callbacks.gradient_transform import GradientTransform
+from lightning_znorm.callbacks.last_checkpoint import LastCheckpoint
 from lightning_znorm.callbacks.mask_overlay import MaskOverlay
 from lightning_znorm.callbacks.mask_writer import MaskWriter
 from lightning_znorm.callbacks.sing import SINGCallback
@@ -12,6 +13,7 @@ __all__ = [
     "GradientCentralizationCallback",
     "GradientMonitor",
     "GradientTransform",
+    "LastCheckpoint",
     "MaskOverlay",
     "MaskWriter",
     "SINGCallback",

@@ -199,12 +199,12 @@ class StepWatch:
         for optimizer, steps in self._steps.items():
             if steps.searched >= least and not steps.is_settled:
                 self._check_optimizer(optimizer, steps)
+        if not self._unmet or all(steps.searched < least for steps in self._steps.values()):
+            return
         # An optimizer that has not stepped often enough may still find what a pattern is about.
-        waiting: set[str] = set()
-        if self._unmet and any(steps.searched >= least for steps in self._steps.values()):
-            waiting = _names(self._places_of(*(o for o, steps in self._steps.items() if steps.searched < least)))
-            for pattern in list(self._unmet):
-                self._check_pattern(pattern, waiting)
+        waiting = _names(self._places_of(*(one for one, steps in self._steps.items() if steps.searched < least)))
+        for pattern in list(self._unmet):
+            self._check_pattern(pattern, waiting)
 
     def _report_missed(self) -> None:
         names = []

@@ -10,8 +10,8 @@ def last_checkpoint(trainer: Mapping[str, Any]) -> Path | None:
     """Find the newest ``last.ckpt`` of the runs that were started with a trainer's settings.
 
     Each run logs into a folder of its own, ``version_0``, ``version_1``, ..., and keeps its checkpoints there, unless
-    the logger was given a ``version`` or `ModelCheckpoint` a ``dirpath``. Lightning looks for the last checkpoint in
-    the folder of the run that is about to begin, where there is none.
+    the logger was given a ``version``, or `LastCheckpoint` or `ModelCheckpoint` a ``dirpath``. Lightning looks for the
+    last checkpoint in the folder of the run that is about to begin, where there is none.
 
     Args:
         trainer: Settings of the trainer.
@@ -24,11 +24,17 @@ def last_checkpoint(trainer: Mapping[str, Any]) -> Path | None:
 
 
 def _folders(trainer: Mapping[str, Any]) -> list[Path]:
-    checkpoints = [entry for entry in _entries(trainer.get("callbacks")) if "ModelCheckpoint" in str(entry)]
-    dirpaths = [(entry.get("init_args") or {}).get("dirpath") for entry in checkpoints]
+    entries = _entries(trainer.get("callbacks"))
+    dirpaths = [_dirpath(entry) for entry in entries if "ModelCheckpoint" in str(entry)]
+    # LastCheckpoint keeps to the folder of the first ModelCheckpoint.
+    dirpaths += [_dirpath(entry) or next(iter(dirpaths), None) for entry in entries if "LastCheckpoint" in str(entry)]
     named = [Path(folder) for folder in dirpaths if folder]
     # One that names no folder keeps its checkpoints beside the logs, whatever another names.
     return named if named and all(dirpaths) else [*named, *_beside_logs(trainer)]
+
+
+def _dirpath(entry: Mapping[str, Any]) -> str | None:
+    return (entry.get("init_args") or {}).get("dirpath")
 
 
 def _beside_logs(trainer: Mapping[str, Any]) -> list[Path]:

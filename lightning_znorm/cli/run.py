@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -18,7 +18,7 @@ from typing_extensions import override
 # Imported for their names: YAML may then name these classes without their modules.
 import lightning_znorm.data
 import lightning_znorm.tasks  # noqa: F401
-from lightning_znorm.callbacks import GradientTransform
+from lightning_znorm.callbacks import GradientTransform, LastCheckpoint
 from lightning_znorm.callbacks.folders import run_folder
 from lightning_znorm.cli.checkpoint import check_checkpoint
 from lightning_znorm.cli.config_files import ConfigFile
@@ -146,23 +146,52 @@ class RunCLI(LightningCLI):
         if self.subcommand != "fit" and not self.config[self.subcommand].ckpt_path:
             rank_zero_warn(f"{self.subcommand} without --ckpt_path uses the weights that the model starts with.")
 
+    def before_fit(self) -> None:
+        """Warn if ``--ckpt_path last`` would repeat the epochs since the best one."""
+        checkpoints = self._model_checkpoints()
+        if not any(isinstance(checkpoint, LastCheckpoint) for checkpoint in checkpoints):
+            for checkpoint in checkpoints:
+                if checkpoint.save_last and checkpoint.monitor and checkpoint.save_top_k != -1:
+                    rank_zero_warn(
+                        f"ModelCheckpoint(monitor={checkpoint.monitor!r}, save_last={checkpoint.save_last!r}) writes "
+                        "the last checkpoint only in epochs that are among the best: a training that is resumed from "
+                        "it repeats those since. Add LastCheckpoint to the callbacks for one of every epoch."
+                    )
+
     def after_fit(self) -> None:
-        """Print what was reached, where the best checkpoint is and how to test it."""
+        """Print what was reached, where the best checkpoint (else the last) is, and how to test it."""
         if not self.trainer.is_global_zero:
             return
-        checkpoint = self.trainer.checkpoint_callback
-        monitor = getattr(checkpoint, "monitor", None)
-        best = getattr(checkpoint, "best_model_score", None)
+        checkpoints = self._model_checkpoints()
+        chosen = (checkpoint for checkpoint in checkpoints if checkpoint.monitor and checkpoint.best_model_path)
+        best = next(chosen, None)
+        since = self._best_since(best)
         print()
         for name, value in self.trainer.callback_metrics.items():
             if name.startswith("val/"):
-                note = f"   best {best:.4f}" if name == monitor and best is not None else ""
-                print(f"{name:<16} final {value:.4f}{note}")
-        if path := getattr(checkpoint, "best_model_path", ""):
+                score = None if best is None or best.monitor != name else best.best_model_score
+                print(f"{name:<16} final {value:.4f}{'' if score is None else f'   best {score:.4f}{since}'}")
+        which, path = "best", "" if best is None else best.best_model_path
+        if not path:  # without a monitor, Lightning's "best" model is the last that was saved
+            paths = (checkpoint.last_model_path or checkpoint.best_model_path for checkpoint in checkpoints)
+            which, path = "last", next(filter(None, paths), "")
+        if path:
             path = _relative(path)
             args = ["test", *_flags(file.name for file in self.files), *_without_checkpoint(self.args[1:])]
             args += ["--ckpt_path", path]
-            print(f"best checkpoint  {path}\ntest it with     {_PROGRAM} {shlex.join(args)}")
+            print(f"{which} checkpoint  {path}{since}\ntest it with     {_PROGRAM} {shlex.join(args)}")
+
+    def _best_since(self, best: ModelCheckpoint | None) -> str:
+        """Since when the best is looked for: `ModelCheckpoint` forgets a best score of another folder."""
+        resumed = str(self.trainer.ckpt_path or "")
+        if best is None or not resumed or best.best_model_score is None:
+            return ""
+        same = os.path.realpath(best.dirpath or "") == os.path.realpath(os.path.dirname(resumed))
+        return "" if same else f" (of the epochs after {_relative(resumed)})"
+
+    def _model_checkpoints(self) -> list[ModelCheckpoint]:
+        trainer: Any = self.trainer  # of which Lightning declares no callbacks
+        return [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
 
     def predict(self, **kwargs: Any) -> None:
         """Predict, and save what ``predict_step`` returned beside the logs: one tensor where batches can be joined.

@@ -1,15 +1,17 @@
-"""The two checkpoints of a run: the best, to test, and the last, to go on from.
+"""The checkpoint that a study tests. The one to resume from is `lightning_znorm.LastCheckpoint`'s.
 
 Both stay in one folder for all attempts at a run, because `ModelCheckpoint` forgets what the best score was when its
 folder changes.
 """
 
-import shutil
-from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
+
+MONITORED = "lightning_znorm.monitored"
+"""Key in a checkpoint: name of the metric by which it was chosen, and its value in that epoch."""
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -31,41 +33,20 @@ class BestCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
-
-class LastCheckpoint(Checkpoint):
-    """Keep the checkpoint of the last epoch that was finished.
-
-    Unlike that of `ModelCheckpoint`, it is one of every epoch, whether or not a metric has improved; and it takes its
-    place once the epoch's metrics are in the logs, so that none is missing after a resumption, and as a whole, whenever
-    the process dies. (Lightning logs after the hook in which it saves, and resumes rightly only what is saved there.)
-
-    Args:
-        dirpath: Folder.
-    """
-
-    def __init__(self, dirpath: str) -> None:
-        self.folder = Path(dirpath)
-        self._saved = False
-
     @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.save_checkpoint(self.folder / "new.ckpt")
-        self._saved = True
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Not the score in the callback's own state: that is infinite where the metric is NaN.
+        value = trainer.callback_metrics.get(str(self.monitor))
+        checkpoint[MONITORED] = {"name": self.monitor, "value": None if value is None else float(value)}
 
-    @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._put_in_place(trainer)
 
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._put_in_place(trainer)
-
-    def _put_in_place(self, trainer: pl.Trainer) -> None:
-        if self._saved and trainer.is_global_zero:
-            new, last, old = (self.folder / f"{name}.ckpt" for name in ("new", "last", "old"))
-            if last.is_dir():  # of a strategy that shards checkpoints; such a folder cannot take another one's place
-                shutil.rmtree(old, ignore_errors=True)  # of a process that died before it was gone
-                last.rename(old)
-            new.replace(last)
-            shutil.rmtree(old, ignore_errors=True)
-        self._saved = False
+def monitored_value(checkpoint: dict[str, Any]) -> tuple[str | None, float | None]:
+    """Return the metric by which a checkpoint was chosen, and its value; None where no metric chose it."""
+    if MONITORED in checkpoint:
+        return checkpoint[MONITORED]["name"], checkpoint[MONITORED]["value"]
+    for key, state in checkpoint["callbacks"].items():  # of version 0.1.0
+        if key.startswith(f"{BestCheckpoint.__name__}{{"):
+            return state["monitor"], None if state["current_score"] is None else float(state["current_score"])
+    return None, None

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lightning_znorm.compare.files import read_json, write_json
 from lightning_znorm.compare.findings import Findings
+from lightning_znorm.compare.gradient_setup import same_settings
 from lightning_znorm.compare.live import Progress, watch
 from lightning_znorm.compare.locks import InUseError, locked
 from lightning_znorm.compare.one_run import Outcome, shell_line
@@ -69,7 +70,7 @@ def commands(study: Study, means: Means, console: Console) -> list[str]:
     """
     with _claimed(study):
         plan = _prepared(study, means, Processes(), console)
-        return [shell_line(run, plan.monitor is not None) for run in study.runs if not run.is_done]
+        return [shell_line(run, plan.monitored) for run in study.runs if not run.is_done]
 
 
 @contextmanager
@@ -87,7 +88,10 @@ def _claimed(study: Study) -> Iterator[None]:
 
 def _prepared(study: Study, means: Means, processes: Processes, console: Console) -> Plan:
     console.print("Reading settings, and trying new methods on one batch ...", highlight=False)
-    return prepare(study, processes, min(cores(), max(means.jobs, 2)))
+    plan = prepare(study, processes, min(cores(), max(means.jobs, 2)))
+    for methods in same_settings(plan.settings):
+        console.print(f"{' and '.join(methods)} have the same settings.", highlight=False)
+    return plan
 
 
 def _run(plan: Plan, means: Means, processes: Processes, console: Console) -> list[Outcome]:
@@ -99,9 +103,9 @@ def _run(plan: Plan, means: Means, processes: Processes, console: Console) -> li
     write_json(plan.study.output / "study.json", record)
     progress = Progress(plan.study.runs, means.jobs, plan.metric)
     engine: AbstractContextManager[Pool | RayCluster] = (
-        pool(means.jobs, _devices(plan), processes)
+        pool(means.jobs, _devices(plan), plan.monitored, processes)
         if means.ray is None
-        else ray_cluster(means.ray, means.cpus, means.gpus)
+        else ray_cluster(means.ray, means.cpus, means.gpus, plan.monitored)
     )
     with engine as opened:
         watch({opened.submit(run): run for run in left}, progress, console)
@@ -119,7 +123,7 @@ def _devices(plan: Plan) -> int | None:
 
 def _report(plan: Plan, means: Means, failures: list[Outcome]) -> Table:
     study = plan.study
-    measurements = [m for run in study.runs if run.is_done for m in read_run(run, plan.monitor)]
+    measurements = [m for run in study.runs if run.is_done for m in read_run(run)]
     write_results(study.output / "results.csv", measurements)
     # Commands of a dry run may have gone on anywhere, so that nothing is known of runs that no study has started.
     alone = read_json(study.output / "study.json").get("alone", False)

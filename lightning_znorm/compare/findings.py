@@ -10,7 +10,7 @@ from lightning_znorm.compare.files import read_json
 from lightning_znorm.compare.metrics import train_loss
 from lightning_znorm.compare.one_run import Outcome
 from lightning_znorm.compare.prepare import Plan
-from lightning_znorm.compare.results import Measurement
+from lightning_znorm.compare.results import Evaluation, Measurement, read_test
 from lightning_znorm.compare.study import Run
 from lightning_znorm.compare.tables import make_rows
 
@@ -47,6 +47,22 @@ class Findings:
     def fits(self) -> dict[Run, dict[str, Any]]:
         """What runs that are done say of their training."""
         return {run: read_json(run.fit_file) for run in self.plan.study.runs if run.is_done}
+
+    @cached_property
+    def tests(self) -> dict[Run, Evaluation]:
+        """What runs that are done were tested at, and found."""
+        found = {run: read_test(run) for run in self.plan.study.runs if run.is_done}
+        return {run: tested for run, tested in found.items() if tested is not None}
+
+    @property
+    def which(self) -> str:
+        """Which checkpoint was tested, ``"best"`` or ``"last"``."""
+        return "best" if self.plan.monitored else "last"
+
+    @cached_property
+    def tested(self) -> set[str]:
+        """Names of what was measured at the tested checkpoint, not in training."""
+        return {metric for tested in self.tests.values() for metric in tested.metrics}
 
     @cached_property
     def followed(self) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from lightning_znorm.compare.files import read_json
 from lightning_znorm.compare.numbers import clock
 from lightning_znorm.compare.one_run import Outcome
+from lightning_znorm.compare.results import read_test
 from lightning_znorm.compare.study import Run
 
 
@@ -78,7 +79,8 @@ class Progress:
         return float((read_json(run.progress_file) or {}).get("share", 0))
 
     def _value(self, run: Run) -> str:
-        value = (read_json(run.test_file) or {}).get(self.metric)
+        tested = read_test(run)
+        value = None if tested is None else tested.metrics.get(self.metric)
         return "" if value is None else f"{value:.4f}"
 
     def _count(self) -> str:

@@ -36,7 +36,7 @@ def choose(
         asked = at_stage(monitor[0], "test", logged) or monitor[0]
     if asked not in logged:
         raise StudyError(f"--metric {asked}: nothing logs it. The experiment logs {names}.")
-    if mode is None and monitor and _STAGE.sub("", asked) == _STAGE.sub("", monitor[0]):
+    if mode is None and monitor and _STAGE.sub("", asked).strip("/_.-") == _STAGE.sub("", monitor[0]).strip("/_.-"):
         mode = monitor[1]
     if mode is None:
         mode = direction(asked)
@@ -52,7 +52,8 @@ def at_stage(name: str, stage: str, logged: Collection[str]) -> str | None:
         >>> at_stage("val_dice", "test", ["test_dice"])
         'test_dice'
     """
-    other = _STAGE.sub(stage, name)
+    # A name without a stage, which tests and training log alike, is named with one where it is of a test.
+    other = _STAGE.sub(stage, name) if _STAGE.match(name) else f"{stage}/{name}"
     return other if other in logged else None
 
 

@@ -27,13 +27,16 @@ class Outcome:
     seconds: float = 0.0
 
 
-def do_run(run: Run, environment: Mapping[str, str] | None = None, processes: Processes | None = None) -> Outcome:
-    """Do what is left of a run: train it, from its last checkpoint if there is one, and test its best checkpoint.
+def do_run(
+    run: Run, monitored: bool, environment: Mapping[str, str] | None = None, processes: Processes | None = None
+) -> Outcome:
+    """Do what is left of a run: train it, from its last checkpoint if there is one, and test it.
 
     Doing it again does no harm, nor does doing it at the same time elsewhere: one waits for the other.
 
     Args:
         run: The run, whose folder holds its settings.
+        monitored: Whether it has a best checkpoint to test, chosen by a metric; else the last one is tested.
         environment: Environment variables of its processes, laid over this one's.
         processes: Starts them.
     """
@@ -41,7 +44,8 @@ def do_run(run: Run, environment: Mapping[str, str] | None = None, processes: Pr
     processes = processes or Processes()
     # Handed on, for the run's process may outlive a study that is killed: who comes next waits for its end.
     with locked(run.folder / "lock", wait=processes.pause) as lock:
-        for command, finished in ((command_to_fit(run), run.fit_file), (command_to_test(run), run.test_file)):
+        commands = (command_to_fit(run), command_to_test(run, monitored))
+        for command, finished in zip(commands, (run.fit_file, run.test_file), strict=True):
             if finished.is_file():
                 continue
             code = processes.run(command, run.log, environment, held=lock)
@@ -57,15 +61,14 @@ def command_to_fit(run: Run) -> list[str]:
     return ["fit", "--config", str(run.config), *resume]
 
 
-def command_to_test(run: Run, monitored: bool | None = None) -> list[str]:
-    """What tests the run.
+def command_to_test(run: Run, monitored: bool) -> list[str]:
+    """What tests the run: the same checkpoint whatever lies on disk, so that none is tested in place of another.
 
     Args:
         run: The run.
-        monitored: Whether there is a best checkpoint to test, not only a last one; by default, whether it is there.
+        monitored: Whether it has a best checkpoint to test, chosen by a metric; else the last one is tested.
     """
-    best = run.best.exists() if monitored is None else monitored
-    return ["test", "--config", str(run.config), "--ckpt_path", str(run.best if best else run.last)]
+    return ["test", "--config", str(run.config), "--ckpt_path", str(run.tested(monitored))]
 
 
 def shell_line(run: Run, monitored: bool) -> str:

@@ -17,10 +17,12 @@ class Pool:
     Args:
         jobs: How many runs go on at a time.
         devices: How many GPUs each run asks for; none where runs name their own.
+        monitored: Whether runs have a best checkpoint to test.
         processes: Starts their processes.
     """
 
-    def __init__(self, jobs: int, devices: int | None, processes: Processes) -> None:
+    def __init__(self, jobs: int, devices: int | None, monitored: bool, processes: Processes) -> None:
+        self.monitored = monitored
         self.processes = processes
         self._threads = ThreadPoolExecutor(jobs)
         self._places: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
@@ -34,7 +36,7 @@ class Pool:
     def _do(self, run: Run) -> Outcome:
         environment = self._places.get()
         try:
-            return do_run(run, environment, self.processes)
+            return do_run(run, self.monitored, environment, self.processes)
         except Stopped:
             return Outcome(run, "stopped")
         finally:
@@ -42,9 +44,9 @@ class Pool:
 
 
 @contextmanager
-def pool(jobs: int, devices: int | None, processes: Processes) -> Iterator[Pool]:
+def pool(jobs: int, devices: int | None, monitored: bool, processes: Processes) -> Iterator[Pool]:
     """A pool, which ends its processes when it is left early."""
-    opened = Pool(jobs, devices, processes)
+    opened = Pool(jobs, devices, monitored, processes)
     try:
         yield opened
     except BaseException:

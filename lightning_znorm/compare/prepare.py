@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 
 from lightning_znorm.compare.files import read_json, write_json, write_text
+from lightning_znorm.compare.gradient_setup import check_experiment
 from lightning_znorm.compare.metrics import at_stage, choose, stage
 from lightning_znorm.compare.one_run import command_to_fit, command_to_test
 from lightning_znorm.compare.process import Processes, tail
-from lightning_znorm.compare.results import logged_names
-from lightning_znorm.compare.run_config import probe_config, run_config
+from lightning_znorm.compare.results import logged_names, read_test
+from lightning_znorm.compare.run_config import kept_callbacks, probe_config, run_config
 from lightning_znorm.compare.settings import differences, monitored
 from lightning_znorm.compare.study import Run, Study, StudyError
 
@@ -39,6 +40,11 @@ class Plan:
     mode: str
     logged: list[str]
 
+    @property
+    def monitored(self) -> bool:
+        """Whether each run has a best checkpoint, which is tested; else its last one is."""
+        return self.monitor is not None
+
 
 def digest(settings: dict[str, Any]) -> str:
     """Name settings by their content."""
@@ -61,6 +67,7 @@ def prepare(study: Study, processes: Processes, jobs: int) -> Plan:
     resolved = processes.map(lambda name: _resolve(study, name, processes), study.files, jobs)
     settings = dict(zip(study.files, resolved, strict=True))
     _refuse_changes(study, record, settings)
+    check_experiment(study, settings)
     monitor = monitored(next(iter(settings.values())))
     known = record.get("logged", [])
     missing = {name: settings[name] for name in settings if name not in record.get("methods", {})}
@@ -75,6 +82,7 @@ def prepare(study: Study, processes: Processes, jobs: int) -> Plan:
             f"{study.output} holds runs whose best checkpoint was chosen by {record['monitor']}, and now it would be "
             f"{chosen}: choose another --output."
         )
+    _refuse_other_tests(study, monitored_by=monitor)
     methods = record.get("methods", {}) | {
         name: {"hash": digest(found), "settings": found} for name, found in settings.items()
     }
@@ -110,7 +118,7 @@ def _resolve(study: Study, name: str, processes: Processes) -> dict[str, Any]:
 def _refuse_changes(study: Study, record: dict[str, Any], settings: dict[str, dict[str, Any]]) -> None:
     for name, new in settings.items():
         if name in record.get("methods", {}):
-            changed = differences(record["methods"][name]["settings"], new)
+            changed = differences(_trained(record["methods"][name]["settings"]), _trained(new))
             if changed:
                 shown = "; ".join(f"{key} was {old} and is {now}" for key, old, now in changed[:5])
                 more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
@@ -118,6 +126,28 @@ def _refuse_changes(study: Study, record: dict[str, Any], settings: dict[str, di
                     f"{study.output} holds runs of {name} with other settings ({shown}{more}): choose another "
                     "--output, or restore them."
                 )
+
+
+def _trained(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the callbacks that make way for the study's own."""
+    return {**settings, "trainer": {**settings["trainer"], "callbacks": kept_callbacks(settings)}}
+
+
+def _refuse_other_tests(study: Study, monitored_by: tuple[str, str] | None) -> None:
+    """Refuse to report tests of other checkpoints than all runs are to be tested at."""
+    wrong = []
+    for run in study.runs:
+        if run.is_done:
+            tested, planned = read_test(run), run.tested(monitored_by is not None).name
+            if tested is None:
+                wrong.append(f"{run.name} by a version that tested last checkpoints and called them best")
+            elif Path(tested.path).name != planned:
+                wrong.append(f"{run.name} at {tested.path}")
+    if wrong:
+        raise StudyError(
+            f"{study.output} holds tests of other checkpoints than each run's {planned}: {', '.join(wrong)}. Delete "
+            "the test.json of these runs, and the same command tests them anew."
+        )
 
 
 def _probe(
@@ -131,10 +161,11 @@ def _probe(
     def probe(run: Run) -> set[str]:
         config = probe_config(run_config(settings[run.method], run, monitor))
         write_text(run.config, yaml.safe_dump(config, sort_keys=False))
-        for command in (command_to_fit, command_to_test)[: 2 if run is runs[0] else 1]:
-            if processes.run(command(run), run.log):
+        commands = [command_to_fit(run), command_to_test(run, monitor is not None)]
+        for command in commands[: 2 if run is runs[0] else 1]:
+            if processes.run(command, run.log):
                 raise StudyError(
-                    f"{study.files[run.method]}: a first try at one batch failed in {command(run)[0]}. "
+                    f"{study.files[run.method]}: a first try at one batch failed in {command[0]}. "
                     f"{_reason(tail(run.log))}"
                 )
         return logged_names(run)

@@ -22,10 +22,12 @@ class RayCluster:
         ray: The module, connected to a cluster.
         cpus: CPU cores of each run.
         gpus: GPUs of each run, or a fraction of one.
+        monitored: Whether runs have a best checkpoint to test.
     """
 
-    def __init__(self, ray: Any, cpus: float, gpus: float) -> None:
+    def __init__(self, ray: Any, cpus: float, gpus: float, monitored: bool) -> None:
         self._ray = ray
+        self._monitored = monitored
         self._references: list[Any] = []
         # A run goes on from its last checkpoint when the same command is given again; Ray is not to repeat a crash.
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 0, "scheduling_strategy": "SPREAD"}
@@ -33,7 +35,7 @@ class RayCluster:
 
     def submit(self, run: Run) -> "Future[Outcome]":
         """Do a run as soon as the cluster has place for it."""
-        reference = self._task.remote(run, os.getcwd(), [path for path in sys.path if path])
+        reference = self._task.remote(run, self._monitored, os.getcwd(), [path for path in sys.path if path])
         self._references.append(reference)
         future: Future[Outcome] = reference.future()
         return future
@@ -47,13 +49,14 @@ class RayCluster:
 
 
 @contextmanager
-def ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[RayCluster]:
+def ray_cluster(address: str, cpus: float, gpus: float, monitored: bool) -> Iterator[RayCluster]:
     """Connect to a cluster.
 
     Args:
         address: Of the cluster, as `ray.init` knows it: ``"auto"`` is the one that this machine belongs to.
         cpus: CPU cores of each run.
         gpus: GPUs of each run, or a fraction of one.
+        monitored: Whether runs have a best checkpoint to test.
 
     Raises:
         StudyError: If Ray is not installed, no cluster is there, or none of its machines is large enough.
@@ -71,7 +74,7 @@ def ray_cluster(address: str, cpus: float, gpus: float) -> Iterator[RayCluster]:
     try:
         if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in _nodes(ray)):
             raise StudyError(f"No machine of the Ray cluster has {cpus:g} CPU cores and {gpus:g} GPUs for a run.")
-        cluster = RayCluster(ray, cpus, gpus)
+        cluster = RayCluster(ray, cpus, gpus, monitored)
         try:
             yield cluster
         except BaseException:
@@ -86,7 +89,7 @@ def _nodes(ray: Any) -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _do_run_there(run: Run, folder: str, paths: list[str]) -> Outcome:
+def _do_run_there(run: Run, monitored: bool, folder: str, paths: list[str]) -> Outcome:
     import ray
 
     place = f"{platform.node()}, Ray node {ray.get_runtime_context().get_node_id()}"
@@ -96,4 +99,4 @@ def _do_run_there(run: Run, folder: str, paths: list[str]) -> Outcome:
         log.write(f"# on {place}\n")
     os.chdir(folder)
     sys.path += [path for path in paths if path not in sys.path]
-    return do_run(run)
+    return do_run(run, monitored)

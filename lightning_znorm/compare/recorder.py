@@ -1,6 +1,7 @@
 """What a study needs of each of its runs, beside the experiment's own logs."""
 
 import hashlib
+import os
 import platform
 import random
 import time
@@ -14,12 +15,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_znorm.compare.files import write_json
+from lightning_znorm.compare.checkpoints import BestCheckpoint, monitored_value
+from lightning_znorm.compare.files import read_json, write_json
 from lightning_znorm.compare.results import GRADIENT_NORM, STEP_SECONDS, TRAIN_SECONDS
 from lightning_znorm.gradients.amp import is_unscaled
 from lightning_znorm.tasks.random_state import random_state, set_random_state
@@ -55,14 +58,31 @@ class Recorder(Callback):
         self._first_numbers: dict[str, Any] | None = None
         self._has_whole_tensors = False
         self._weights: str | None = None
+        self._optimizers: list[str] = []
+        self._tested: dict[str, Any] | None = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "seconds": self._seconds, "weights": self._weights}
+        return {
+            "epoch": self._epoch,
+            "seconds": self._seconds,
+            "weights": self._weights,
+            "optimizers": self._optimizers,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._epoch, self._seconds, self._weights = (state_dict[key] for key in ("epoch", "seconds", "weights"))
+        self._optimizers = state_dict.get("optimizers", [])
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # For the test: said by the checkpoint that is loaded, not by whoever asked for one.
+        monitor, value = monitored_value(checkpoint)
+        path = os.path.abspath(str(trainer.ckpt_path))
+        self._tested = {"path": path, "epoch": checkpoint["epoch"], "monitor": monitor, "value": value}
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -70,11 +90,16 @@ class Recorder(Callback):
         # the start of theirs.
         self._reseed()
         self._has_whole_tensors = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        if trainer.is_global_zero:  # of a former training in this folder, if it was begun again by hand
+            for name in ("fit.json", "test.json"):
+                (self.folder / name).unlink(missing_ok=True)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._epoch == 0 and self._has_whole_tensors and trainer.is_global_zero:
             self._weights = _fingerprint(pl_module)
+        if self._epoch == 0:
+            self._optimizers = [_described(optimizer) for optimizer in trainer.optimizers]
         for logger in trainer.loggers:
             if trainer.is_global_zero and isinstance(logger, CSVLogger):
                 write_json(Path(logger.log_dir) / "attempt.json", {"step": _batches(trainer)})
@@ -128,20 +153,37 @@ class Recorder(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero or trainer.interrupted:
             return
+        callbacks: Any = trainer  # of which Lightning declares no callbacks
+        for callback in callbacks.callbacks:
+            if isinstance(callback, BestCheckpoint) and not callback.best_model_path:
+                reason = (
+                    f"{callback.monitor} was not logged by the end of any of {self._epoch} epochs. Validate more often "
+                    "(trainer.check_val_every_n_epoch), or monitor another metric."
+                    if trainer.global_step
+                    else "Lightning has seen no optimizer step. Step the optimizers that self.optimizers() returns."
+                )
+                raise MisconfigurationException(f"There is no best checkpoint to test: {reason}")
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         content = {
             "epochs": self._epoch,
             "seconds": self._seconds,
             "parameters": parameters,
             "weights": self._weights,
+            "optimizers": self._optimizers,
+            "logged": sorted({*trainer.callback_metrics, *trainer.logged_metrics}),
         }
         write_json(self.folder / "fit.json", {**content, **_surroundings(trainer)})
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            write_json(self.folder / "test.json", metrics)
+            # A name that training logs too would be two numbers in one.
+            taken = (read_json(self.folder / "fit.json") or {}).get("logged", [])
+            metrics = {
+                f"test/{name}" if name in taken else name: float(value)
+                for name, value in trainer.callback_metrics.items()
+            }
+            write_json(self.folder / "test.json", {"checkpoint": self._tested, "metrics": metrics})
 
     def _reseed(self) -> None:
         seed = int(np.random.SeedSequence([self.seed, self._epoch]).generate_state(1)[0])
@@ -174,6 +216,23 @@ def _log(trainer: pl.Trainer, metrics: dict[str, Any], step: int) -> None:
         logger.save()
 
 
+def _described(optimizer: Optimizer) -> str:
+    """An optimizer's class and settings, such as ``SGD(lr=0.1, momentum=0.9)``; those of each of several groups."""
+    groups = []
+    for group in optimizer.param_groups:
+        shown = {**getattr(optimizer, "defaults", {}), **group}  # in the same order for all groups
+        shown["lr"] = group.get("initial_lr", group.get("lr"))  # a scheduler may have changed it already
+        for key in ("params", "initial_lr"):
+            shown.pop(key, None)
+        values = (f"{key}={_plain(value)}" for key, value in shown.items() if value is not None and value is not False)
+        groups.append(", ".join(values))
+    return f"{type(optimizer).__name__}({'; '.join(dict.fromkeys(groups))})"
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
 def _fingerprint(module: pl.LightningModule) -> str:
     """Names weights by their content, so that a report can say whether methods began with the same."""
     digest = hashlib.sha256()
@@ -188,10 +247,17 @@ def _gradient_norm(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients or any(gradient.is_sparse for gradient in gradients):
         return None
-    norm = torch.nn.utils.get_total_norm([gradient.detach() for gradient in gradients])
+    norms = [_norm(gradient.detach()) for gradient in gradients]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device, norms[0].dtype) for each in norms]))
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is not None and scaler.is_enabled() and not is_unscaled(scaler, optimizer):
         norm = norm / scaler._get_scale_async()
+    return norm
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    # In half precision the norm of a large layer overflows, and any has two or three digits.
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
     return norm
 
 

@@ -11,6 +11,7 @@ from lightning_znorm.compare.markdown import to_markdown
 from lightning_znorm.compare.report_conditions import conditions, pairing
 from lightning_znorm.compare.report_curves import curve_figures, gradient_norms
 from lightning_znorm.compare.report_metrics import metric_tables, with_interval
+from lightning_znorm.compare.report_setup import setups
 from lightning_znorm.compare.report_speed import speed
 
 
@@ -40,6 +41,7 @@ def _title(findings: Findings) -> str:
 def _blocks(findings: Findings) -> Iterator[Block]:
     yield Heading(_title(findings), 1)
     yield from _summary(findings)
+    yield from setups(findings)
     yield from _failures(findings)
     yield from metric_tables(findings)
     yield from speed(findings)

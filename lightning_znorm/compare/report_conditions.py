@@ -31,14 +31,15 @@ def conditions(findings: Findings) -> Iterator[Block]:
     """Where and with what the runs were made, how methods' settings differ, and what to type."""
     yield Heading("How it was measured")
     monitor = findings.plan.monitor
-    chosen = f"that of the epoch with the best `{monitor[0]}` ({monitor[1]})" if monitor else "the last one"
+    best = f" (that of the epoch with the best `{monitor[0]}`, {monitor[1]})" if monitor else ""
     yield Points(
         [
-            f"Test metrics are those of each run's best checkpoint, {chosen}; all others are of the last epoch.",
+            f"Tests are of each run's {findings.which} checkpoint{best}; all other metrics are of the last epoch.",
             "Spread is the standard deviation over seeds. The interval is Student's t on the seeds' differences.",
             "Every epoch begins with random numbers that follow from seed and epoch alone.",
         ]
     )
+    yield from _tested(findings)
     yield from _surroundings(findings)
     yield from _settings(findings)
     yield from _commands(findings)
@@ -48,6 +49,23 @@ def near(path: str | Path) -> str:
     """A path as seen from the working directory, if it is in it."""
     path = Path(path)
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _tested(findings: Findings) -> Iterator[Block]:
+    monitor = findings.plan.monitor
+    if not findings.tests:
+        return
+    value = f" and its `{monitor[0]}`" if monitor else ""
+    yield Text(
+        f"The epoch of the checkpoint that each run was tested at{value}, as the checkpoint itself says. The first "
+        "epoch is 1 here and in the figures, and 0 in `results.csv`:"
+    )
+    header = ("method", "seed", "epoch", "of", *([f"`{monitor[0]}`"] if monitor else []))
+    rows = []
+    for run, tested in findings.tests.items():
+        row = (run.method, str(run.seed), str(tested.epoch + 1), str(findings.fits[run]["epochs"]))
+        rows.append((*row, *([] if monitor is None else ["-" if tested.value is None else f"{tested.value:.4g}"])))
+    yield Grid(header, sorted(rows, key=lambda row: findings.methods.index(row[0])), frozenset(range(1, 5)))
 
 
 def _surroundings(findings: Findings) -> Iterator[Block]:
@@ -84,7 +102,7 @@ def _commands(findings: Findings) -> Iterator[Block]:
     yield Text("One run of it, with the settings that were written for it, and as it would be typed by hand:")
     study = findings.plan.study
     run = study.runs[-1]
-    commands = (command_to_fit(run)[:3], command_to_test(run))
+    commands = (command_to_fit(run)[:3], command_to_test(run, findings.plan.monitored))
     ours = [f"python -m lightning_znorm {shlex.join(map(near, args))}" for args in commands]
     by_hand = [*study.fit_args(run.method), "--seed_everything", str(run.seed)]
     yield Code("\n".join([*ours, "", f"python -m lightning_znorm {shlex.join(by_hand)}"]))

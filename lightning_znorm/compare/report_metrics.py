@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from lightning_znorm.compare.differences import Row
 from lightning_znorm.compare.document import Block, Grid, Heading
 from lightning_znorm.compare.findings import Findings
-from lightning_znorm.compare.metrics import stage
 from lightning_znorm.compare.numbers import decimals, signed
 
 
@@ -22,7 +21,7 @@ def metric_tables(findings: Findings) -> Iterator[Block]:
         "in words",
     )
     for metric in dict.fromkeys(row.metric for row in findings.rows):
-        where = "at the best checkpoint" if stage(metric) == "test" else "of the last epoch"
+        where = f"at the {findings.which} checkpoint" if metric in findings.tested else "of the last epoch"
         yield Heading(f"`{metric}`, {where}", 3)
         digits = _decimals(findings, metric)
         rows = [_cells(row, digits) for row in findings.rows if row.metric == metric]

@@ -28,7 +28,7 @@ class Measurement:
         run: Name of the run.
         seed: Its seed.
         method: Its method.
-        epoch: Epoch, from 0; that of the best checkpoint for a test.
+        epoch: Epoch, from 0; for a test, that of the checkpoint that was tested.
         metric: Name under which it was logged.
         value: Mean over what was logged under this name in the epoch; of validations, the last.
     """
@@ -41,13 +41,35 @@ class Measurement:
     value: float
 
 
-def read_run(run: Run, monitor: tuple[str, str] | None) -> list[Measurement]:
-    """All that a run has logged, by epoch.
+@dataclass(frozen=True)
+class Evaluation:
+    """The test of a run, and of what.
 
     Args:
-        run: The run.
-        monitor: Metric that chooses the best checkpoint, and its mode.
+        metrics: What it logged.
+        path: The checkpoint that was tested.
+        epoch: Epoch of that checkpoint, from 0.
+        monitor: Metric that chose it, if one did.
+        value: That metric in that epoch.
     """
+
+    metrics: dict[str, float]
+    path: str
+    epoch: int
+    monitor: str | None
+    value: float | None
+
+
+def read_test(run: Run) -> Evaluation | None:
+    """The test of a run; None where there is none, or none that says what was tested, as version 0.1.0 left them."""
+    content = read_json(run.test_file)
+    if not content or not isinstance(content.get("checkpoint"), dict):
+        return None
+    return Evaluation(content["metrics"], **content["checkpoint"])
+
+
+def read_run(run: Run) -> list[Measurement]:
+    """All that a run has logged, by epoch."""
     values: dict[tuple[int, str], list[float]] = defaultdict(list)
     for row in _rows(run):
         if epoch := row.get("epoch"):
@@ -55,9 +77,8 @@ def read_run(run: Run, monitor: tuple[str, str] | None) -> list[Measurement]:
                 if metric not in ("epoch", "step") and (value := _number(text)) is not None:
                     values[int(float(epoch)), metric].append(value)
     fitted = {key: found[-1] if stage(key[1]) == "val" else fmean(found) for key, found in sorted(values.items())}
-    tested = read_json(run.test_file) or {}
-    best = _tested_epoch(fitted, monitor)
-    fitted |= {(best, metric): value for metric, value in tested.items()}
+    if (tested := read_test(run)) is not None:
+        fitted |= {(tested.epoch, metric): value for metric, value in tested.metrics.items()}
     return [Measurement(run.name, run.seed, run.method, key[0], key[1], value) for key, value in fitted.items()]
 
 
@@ -72,7 +93,7 @@ def curves(measurements: Iterable[Measurement], metric: str) -> dict[str, dict[i
 
 def logged_names(run: Run) -> set[str]:
     """Names of what the experiment itself has logged in a run."""
-    names = {measurement.metric for measurement in read_run(run, None)}
+    names = {measurement.metric for measurement in read_run(run)}
     return {name for name in names if not name.startswith(OWN)}
 
 
@@ -107,13 +128,3 @@ def _number(text: str | None) -> float | None:
         return float(text) if text else None
     except ValueError:
         return None
-
-
-def _tested_epoch(fitted: dict[tuple[int, str], float], monitor: tuple[str, str] | None) -> int:
-    last = max((epoch for epoch, _ in fitted), default=0)
-    if monitor is None:
-        return last
-    sign = 1 if monitor[1] == "min" else -1
-    scores = [(sign * value, epoch) for (epoch, metric), value in fitted.items() if metric == monitor[0]]
-    scores = [score for score in scores if not math.isnan(score[0])]
-    return min(scores, default=(0.0, last))[1]

@@ -1,7 +1,8 @@
 """The settings of a run: those that its experiment and method give, and what a study needs besides.
 
 The experiment's own loggers are kept, and write into the run's folder; a CSV logger comes after them. Of its callbacks
-two kinds make way: progress bars, which have no terminal, and plain `ModelCheckpoint`, for which the study has its own.
+two kinds make way: progress bars, which have no terminal, and plain `ModelCheckpoint` and `LastCheckpoint`, for which
+the study has its own.
 """
 
 import copy
@@ -28,15 +29,20 @@ def run_config(settings: dict[str, Any], run: Run, monitor: tuple[str, str] | No
     trainer = config["trainer"]
     others = [logger for logger in as_list(trainer.get("logger")) if class_name(logger) != "CSVLogger"]
     trainer["logger"] = [*(_moved(logger, run.logs) for logger in others), _csv(run.logs)]
-    kept = [callback for callback in as_list(trainer.get("callbacks")) if not _makes_way(callback)]
-    checkpoints = [_callback("checkpoints.LastCheckpoint", dirpath=str(run.last.parent))]
+    last = {"class_path": "lightning_znorm.LastCheckpoint", "init_args": {"dirpath": str(run.last.parent)}}
+    checkpoints = [last]
     if monitor:
         best = {"dirpath": str(run.best.parent), "monitor": monitor[0], "mode": monitor[1]}
-        checkpoints.insert(0, _callback("checkpoints.BestCheckpoint", **best))  # its state is in the last checkpoint
+        checkpoints.insert(0, _callback("checkpoints.BestCheckpoint", **best))
     recorder = _callback("recorder.Recorder", folder=str(run.folder), seed=run.seed)
-    trainer["callbacks"] = [recorder, *kept, *checkpoints]
+    trainer["callbacks"] = [recorder, *kept_callbacks(settings), *checkpoints]
     trainer |= {"enable_checkpointing": True, "enable_progress_bar": False, "barebones": False}
     return config
+
+
+def kept_callbacks(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the callbacks of an experiment and method that its runs have too."""
+    return [callback for callback in as_list(settings["trainer"].get("callbacks")) if not _makes_way(callback)]
 
 
 def probe_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -67,5 +73,6 @@ def _moved(logger: dict[str, Any], logs: Path) -> dict[str, Any]:
 
 
 def _makes_way(callback: dict[str, Any]) -> bool:
-    own_checkpoint = callback["class_path"].endswith(".callbacks.ModelCheckpoint")
-    return own_checkpoint or class_name(callback).endswith("ProgressBar")
+    path, name = callback["class_path"], class_name(callback)
+    last = name == "LastCheckpoint" and path.startswith("lightning_znorm.")
+    return last or path.endswith(".callbacks.ModelCheckpoint") or name.endswith("ProgressBar")

@@ -53,6 +53,10 @@ class Run:
         """The checkpoint with the best validation metric, if there is such a metric."""
         return self.folder / "checkpoints" / "best.ckpt"
 
+    def tested(self, monitored: bool) -> Path:
+        """The checkpoint to test: the best one where a metric chooses it, else the last one."""
+        return self.best if monitored else self.last
+
     @property
     def fit_file(self) -> Path:
         """Is there once training has ended."""

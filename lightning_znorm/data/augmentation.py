@@ -32,7 +32,7 @@ def random_crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
     padded = F.pad(images, (padding, padding, padding, padding))
     rows = torch.randint(2 * padding + 1, (n, 1), device=device) + torch.arange(height, device=device)
     columns = torch.randint(2 * padding + 1, (n, 1), device=device) + torch.arange(width, device=device)
-    mirrored = torch.rand(n, 1, device=device) < 0.5
+    mirrored = torch.rand(n, 1, dtype=torch.float32, device=device) < 0.5
     columns = torch.where(mirrored, columns.flip(1), columns)
     sample = torch.arange(n, device=device).view(n, 1, 1, 1)
     channel = torch.arange(channels, device=device).view(1, channels, 1, 1)
@@ -60,7 +60,7 @@ def random_flip_and_rotate(*tensors: Tensor) -> tuple[Tensor, ...]:
         True
     """
     n, _, height, width = tensors[0].shape
-    transposed, mirrored, upended = torch.rand(3, n, 1, 1, 1, device=tensors[0].device) < 0.5
+    transposed, mirrored, upended = torch.rand(3, n, 1, 1, 1, dtype=torch.float32, device=tensors[0].device) < 0.5
     changed = []
     for tensor in tensors:
         if height == width:

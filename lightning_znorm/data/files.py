@@ -129,10 +129,10 @@ def same_files(paths: list[str], inodes: list[int]) -> list[tuple[int, int]]:
         Pairs of indices of ``paths``: the first name of a file, which is no link if there is such a name, and
         another.
     """
-    numbers = np.array(inodes, dtype=np.uint64)
+    numbers = np.array([inode % 2**64 for inode in inodes], dtype=np.uint64)  # some are longer on Windows
     order = np.argsort(numbers, kind="stable")
     repeated = np.flatnonzero(numbers[order][1:] == numbers[order][:-1])
-    # Only for these the files are looked at: the inodes of two file systems may be equal by chance.
+    # These files are looked at: inodes of two file systems may be equal by chance.
     by_identity: dict[object, list[int]] = {}
     for index in sorted({*order[repeated].tolist(), *order[repeated + 1].tolist()}):
         by_identity.setdefault(file_identity(paths[index]), []).append(index)

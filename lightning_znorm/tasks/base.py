@@ -127,7 +127,8 @@ class Task(LightningModule):
     @override
     def setup(self, stage: str) -> None:
         """Forget the wrong targets of a run that was interrupted."""
-        self.target_check.clear()
+        for check in self.target_checks:
+            check.clear()
 
     @override
     def on_train_epoch_end(self) -> None:
@@ -179,13 +180,21 @@ class Task(LightningModule):
                 "dropout and augmentations draw others than they would have."
             )
 
-    def check_targets(self, targets: Tensor, stage: str, batch_idx: int) -> tuple[Tensor, Tensor | None]:
+    @property
+    def target_checks(self) -> tuple[TargetCheck, ...]:
+        """All checks that :meth:`check_targets` is called with."""
+        return (self.target_check,)
+
+    def check_targets(
+        self, targets: Tensor, stage: str, batch_idx: int, check: TargetCheck | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Raise if a target is out of range: now, or at the end of the epoch where that would make processes wait.
 
         Args:
             targets: Those of a batch.
             stage: One of `lightning_znorm.tasks.targets.STAGES`.
             batch_idx: Number of the batch in its epoch.
+            check: One of ``target_checks``. Default: ``target_check``.
 
         Returns:
             Targets that a loss can be computed of. Where the check is put off, also whether the given ones are out of
@@ -194,10 +203,11 @@ class Task(LightningModule):
         Raises:
             ValueError: If a target is out of range, and the check is not put off.
         """
+        check = self.target_check if check is None else check
         if not self._puts_off_checks(targets.device):
-            self.target_check.require(targets, stage, batch_idx)
+            check.require(targets, stage, batch_idx)
             return targets, None
-        targets, misfit = self.target_check.note(targets, stage, batch_idx)
+        targets, misfit = check.note(targets, stage, batch_idx)
         # So a mistake in all of the data costs no epoch. Not in evaluation by several processes: one may have no batch.
         if batch_idx == 0 and (stage == "training" or self.trainer.world_size == 1):
             self._refuse_noted_targets()
@@ -210,9 +220,10 @@ class Task(LightningModule):
     def _refuse_noted_targets(self) -> None:
         if not self._puts_off_checks(self.device):
             return
-        notes = self.target_check.notes(self.device)
-        by_rank: Any = self.all_gather(notes) if self.trainer.world_size > 1 else notes.unsqueeze(0)
-        self.target_check.refuse(by_rank)
+        for check in self.target_checks:
+            notes = check.notes(self.device)
+            by_rank: Any = self.all_gather(notes) if self.trainer.world_size > 1 else notes.unsqueeze(0)
+            check.refuse(by_rank)
 
     def compute_loss(self, logits: Tensor, targets: Tensor, misfit: Tensor | None = None) -> Tensor:
         """Return the loss, computed in float32 or more, whatever the precision of the network.

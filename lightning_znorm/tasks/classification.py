@@ -19,9 +19,12 @@ from lightning_znorm.tasks.targets import TargetCheck
 class ClassificationTask(Task):
     """Train a network to classify images, by cross entropy.
 
-    Batches are pairs of images, ``(N, C, H, W)``, and integer labels, ``(N,)``, from 0 to ``num_classes`` - 1. Logged,
-    once per epoch: ``train/loss``, ``val/loss``, ``val/accuracy``, ``test/loss``, ``test/accuracy`` (the share of
-    images whose most probable class is the true one).
+    Batches are pairs of images, ``(N, C, H, W)``, and integer labels, ``(N,)``, from 0 to ``num_classes`` - 1. In
+    training, labels may also be probabilities of the classes, ``(N, num_classes)``, as Mixup and CutMix make them; with
+    one logit, that of class 1, ``(N,)``.
+
+    Logged, once per epoch: ``train/loss``, ``val/loss``, ``val/accuracy``, ``test/loss``, ``test/accuracy`` (the share
+    of images whose most probable class is the true one).
 
     With ``num_classes=1`` the network has one logit that tells two classes, 0 and 1, apart (binary cross entropy).
 
@@ -55,7 +58,7 @@ class ClassificationTask(Task):
         ValueError: If no network has the name, if ``model_kwargs`` come with a module or hold anything but plain
             values, if ``num_classes`` is less than 1 or not the data module's, if the network's output has another
             width, or if labels have another shape, are out of range or not whole.
-        TypeError: If labels are not integers; with one logit they may be floating-point numbers, 0.0 and 1.0.
+        TypeError: If labels are not integers, but for probabilities in training and, with one logit, 0.0 and 1.0.
 
     Example:
         >>> task = ClassificationTask("resnet20", num_classes=10, in_chans=1)
@@ -87,6 +90,13 @@ class ClassificationTask(Task):
             settings=f"num_classes={num_classes}",
             remedy="change num_classes or the labels",
         )
+        self.probability_check = TargetCheck(
+            "Labels",
+            last=1,
+            only_whole=False,
+            settings="cross entropy with class probabilities",
+            remedy="divide those of each image by their sum",
+        )
         create = partial(create_classifier, num_classes=num_classes, in_chans=in_chans)
         self.configure_network(model, create, model_kwargs or {}, compile)
         self.configure_losses()
@@ -105,6 +115,12 @@ class ClassificationTask(Task):
             accuracy = MulticlassAccuracy(self.num_classes, average="micro", validate_args=False)
         self.val_metrics = MetricCollection({"accuracy": accuracy}, prefix="val/")
         self.test_metrics = self.val_metrics.clone(prefix="test/")
+
+    @property
+    @override
+    def target_checks(self) -> tuple[TargetCheck, ...]:
+        """That of class numbers, and that of class probabilities."""
+        return (self.target_check, self.probability_check)
 
     @override
     def setup(self, stage: str) -> None:
@@ -185,11 +201,25 @@ class ClassificationTask(Task):
         self, batch: tuple[Tensor, Tensor], stage: str, batch_idx: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         images, labels = batch
+        if stage == "training" and labels.is_floating_point() and (self.num_classes == 1 or labels.ndim == 2):
+            return self._loss_of_probabilities(images, labels, batch_idx)
         self._require_labels(images, labels)
         labels, misfit = self.check_targets(labels, stage, batch_idx)
         labels = labels.long()
         logits = self(images)
         targets = labels.to(at_least_float32(logits).dtype).unsqueeze(1) if self.num_classes == 1 else labels
+        return self.compute_loss(logits, targets, misfit), logits, labels
+
+    def _loss_of_probabilities(self, images: Tensor, labels: Tensor, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+        expected = (len(images),) if self.num_classes == 1 else (len(images), self.num_classes)
+        if labels.shape != expected:
+            raise ValueError(
+                f"Class probabilities have shape {tuple(labels.shape)}, and {len(images)} images with num_classes="
+                f"{self.num_classes} ask for {expected}."
+            )
+        labels, misfit = self.check_targets(labels, "training", batch_idx, self.probability_check)
+        logits = self(images)
+        targets = labels.to(at_least_float32(logits).dtype).view_as(logits)
         return self.compute_loss(logits, targets, misfit), logits, labels
 
     def _probabilities(self, logits: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """An experiment of a user's own for a study: a small network that writes down what it starts from and is fed with."""
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,43 @@ class StudyModule(LightningModule):
         folder = Path(self.trainer.log_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+class ScriptedModule(StudyModule):
+    """Logs a score that it was given for each epoch, and when tested, how many epochs its weights have had.
+
+    Args:
+        scores: ``val/score`` of each epoch.
+        killed_in: Epoch in whose midst the process is killed, once.
+    """
+
+    def __init__(self, scores: list[float], killed_in: int | None = None) -> None:
+        super().__init__()
+        self.scores = scores
+        self.killed_in = killed_in
+        self.register_buffer("epochs", torch.tensor(0.0))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        # Not in the first try of a study, of one batch.
+        if (self.current_epoch, batch_idx) == (self.killed_in, 3) and not Path("killed").exists():
+            Path("killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_epoch_end(self) -> None:
+        self.epochs += 1
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val/score", self.score())
+        self.log("seen", self.score())
+
+    def score(self) -> float:
+        return self.scores[self.current_epoch]
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        super().test_step(batch, batch_idx)
+        self.log("test/score", self.epochs)
+        self.log("seen", self.epochs)
 
 
 class NoisyGradients(GradientTransform):

@@ -12,6 +12,13 @@ from lightning_znorm.compare.live import Progress, watch
 from lightning_znorm.compare.one_run import Outcome
 from lightning_znorm.compare.study import Run
 
+TESTED = json.dumps(
+    {
+        "checkpoint": {"path": "best.ckpt", "epoch": 3, "monitor": "val/accuracy", "value": 0.6},
+        "metrics": {"test/accuracy": 0.5},
+    }
+)
+
 
 def runs(folder, number: int = 4) -> list[Run]:
     return [Run("znorm", seed, folder / str(seed)) for seed in range(number)]
@@ -26,7 +33,7 @@ def test_states(tmp_path):
     kept, running, failed, waiting = runs(tmp_path)
     kept.folder.mkdir()
     kept.fit_file.write_text("{}")
-    kept.test_file.write_text('{"test/accuracy": 0.5}')
+    kept.test_file.write_text(TESTED)
     progress = Progress([kept, running, failed, waiting], 1, "test/accuracy")
     progress.running.add(running)
     assert progress.state(running) == "starts"

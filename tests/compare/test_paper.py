@@ -144,6 +144,37 @@ def test_what_is_said_of_a_study_is_in_its_report(text):
             assert shown in report
 
 
+def test_which_checkpoints_were_tested():
+    """Of the study that was run when `compare` tested last checkpoints and called them best."""
+    folder = PAPER / "results" / "cifar10-10k"
+    with (folder / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["epoch"] for row in rows if row["metric"].startswith("test/")} == {"5"}
+    for name in ("report.md", "report.html"):
+        text = (folder / name).read_text(encoding="utf-8")
+        assert "at the best" not in text
+        assert "best.ckpt" not in text
+        assert text.count("at the last checkpoint") == 2
+        assert "last checkpoint (epoch 6 of 6)" in text
+    accuracies = {}
+    for row in rows:
+        if row["metric"] == "val/accuracy":
+            accuracies.setdefault(row["run"], {})[int(row["epoch"]) + 1] = float(row["value"])
+    best = {run: max(curve, key=curve.get) for run, curve in accuracies.items()}
+    assert {run: epoch for run, epoch in best.items() if epoch != 6} == {
+        "baseline-0": 4,
+        "baseline-1": 4,
+        "znorm-0": 4,
+        "znorm-2": 3,
+    }
+    said = " ".join((PAPER / "results" / "README.md").read_text(encoding="utf-8").split())
+    assert "**Its tests are of the last checkpoints**" in said
+    assert (
+        "the fourth for the baseline with seeds 0 and 1 and for ZNorm with seed 0, the third for ZNorm with seed 2, "
+        "and the last one for the other five runs" in said
+    )
+
+
 def test_subset(monkeypatch):
     images = np.arange(50_000, dtype=np.uint32).view(np.uint8).reshape(50_000, 4, 1, 1)
     labels = np.arange(50_000) % 10

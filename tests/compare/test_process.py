@@ -49,25 +49,27 @@ def wait_for(path: Path) -> str:
 def test_what_is_left_is_done(stand_in, tmp_path):
     run = run_in(tmp_path)
     stand_in(f'echo "$@" >> {tmp_path}/commands; echo {{}} > {run.folder}/$3.json')
-    assert do_run(run).error == ""
+    assert do_run(run, True).error == ""
     assert run.is_done
-    commands = [f"-m lightning_znorm {' '.join(args)}\n" for args in (command_to_fit(run), command_to_test(run))]
+    commands = [f"-m lightning_znorm {' '.join(args)}\n" for args in (command_to_fit(run), command_to_test(run, True))]
     assert (tmp_path / "commands").read_text() == "".join(commands)
-    assert do_run(run).error == ""  # again: nothing
+    assert do_run(run, True).error == ""  # again: nothing
     run.test_file.unlink()
-    assert do_run(run).error == ""
+    assert do_run(run, True).error == ""
     assert (tmp_path / "commands").read_text() == "".join([*commands, commands[1]])
 
 
 def test_commands(tmp_path):
     run = run_in(tmp_path)
     assert command_to_fit(run) == ["fit", "--config", str(run.config)]
-    assert command_to_test(run)[-1] == str(run.last)
+    assert command_to_test(run, False)[-1] == str(run.last)
+    assert command_to_test(run, True)[-1] == str(run.best)  # which is not there yet
     run.last.parent.mkdir(parents=True)
     run.last.touch()
     run.best.touch()
     assert command_to_fit(run)[-2:] == ["--ckpt_path", str(run.last)]
-    assert command_to_test(run)[-1] == str(run.best)
+    assert command_to_test(run, False)[-1] == str(run.last)
+    assert command_to_test(run, True)[-1] == str(run.best)
     assert " && " in shell_line(run, True)
     write_json(run.fit_file, {})
     assert " fit " not in shell_line(run, True)
@@ -84,7 +86,7 @@ def test_commands(tmp_path):
 )
 def test_failure(stand_in, tmp_path, script, words):
     stand_in(script)
-    error = do_run(run_in(tmp_path)).error
+    error = do_run(run_in(tmp_path), True).error
     assert error.startswith(words)
     if "last" in script:
         assert error.endswith("first\nlast")
@@ -93,14 +95,14 @@ def test_failure(stand_in, tmp_path, script, words):
 def test_nothing_of_a_run_lives_on(stand_in, tmp_path):
     """Of a run on several devices, others may wait forever for the one that died, on GPUs that the next run gets."""
     stand_in(f"sleep 60 & echo $! > {tmp_path}/pid; kill -9 $$")
-    assert do_run(run_in(tmp_path)).error.startswith("fit was ended by SIGKILL")
+    assert do_run(run_in(tmp_path), True).error.startswith("fit was ended by SIGKILL")
     assert not is_alive(int((tmp_path / "pid").read_text()))
 
 
 def test_same_run_twice_at_once(stand_in, tmp_path):
     run = run_in(tmp_path)
     stand_in(f"echo $3 >> {tmp_path}/commands; sleep 0.5; echo {{}} > {run.folder}/$3.json")
-    threads = [threading.Thread(target=do_run, args=(run,)) for _ in range(2)]
+    threads = [threading.Thread(target=do_run, args=(run, True)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -116,7 +118,7 @@ def test_stop_ends_all(stand_in, tmp_path):
     futures, pids = [], []
 
     def interrupted() -> None:
-        with pool(1, 1, processes) as opened:
+        with pool(1, 1, True, processes) as opened:
             futures.extend(opened.submit(run) for run in runs)
             pids.extend(map(int, wait_for(tmp_path / "pids").split()))
             raise KeyboardInterrupt
@@ -136,7 +138,7 @@ def test_stop_does_not_wait_for_another_studys_run(stand_in, tmp_path):
     run, processes = run_in(tmp_path), Processes()
 
     def interrupted() -> None:
-        with pool(1, 1, processes) as opened:
+        with pool(1, 1, True, processes) as opened:
             opened.submit(run)
             time.sleep(0.3)
             raise KeyboardInterrupt
@@ -155,7 +157,7 @@ def test_a_gpu_each(stand_in, tmp_path, monkeypatch):
     note = f'echo "$CUDA_VISIBLE_DEVICES $3" >> {tmp_path}/gpus'
     stand_in(f'{note}; sleep 0.1; {note}; echo {{}} > "$(dirname "$5")/$3.json"')
     runs = [Run("znorm", seed, tmp_path / str(seed)) for seed in range(4)]
-    with pool(2, 1, Processes()) as opened:
+    with pool(2, 1, True, Processes()) as opened:
         outcomes = [future.result() for future in [opened.submit(run) for run in runs]]
     assert not any(outcome.error for outcome in outcomes)
     lines = (tmp_path / "gpus").read_text().splitlines()

@@ -40,13 +40,13 @@ def test_study_on_two_nodes(address, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     experiment = {
-        "model": {"class_path": "study_module.StudyModule"},
+        "model": {"class_path": "study_module.ScriptedModule", "init_args": {"scores": [0.9, 0.1]}},
         "data": {"class_path": "study_module.StudyData"},
         "trainer": {
             "accelerator": "cpu",
             "max_epochs": 2,
             "log_every_n_steps": 2,
-            "callbacks+": [{"class_path": "ModelCheckpoint", "init_args": {"monitor": "val/accuracy", "mode": "max"}}],
+            "callbacks+": [{"class_path": "ModelCheckpoint", "init_args": {"monitor": "val/score", "mode": "max"}}],
         },
     }
     Path("exp.yaml").write_text(yaml.safe_dump(experiment))
@@ -55,6 +55,7 @@ def test_study_on_two_nodes(address, tmp_path, monkeypatch):
     methods = ["configs/methods/baseline.yaml", "crash.yaml"]
     table = compare.run("exp.yaml", methods, seeds=[0, 1], output="out", ray=address)
     assert table.row("baseline").seeds == (0, 1)
+    assert table.row("baseline", "test/score").values == (1, 1)  # of the best checkpoint, after one epoch of two
     assert [outcome.run.name for outcome in table.failures] == ["crash-0", "crash-1"]
     assert all("the method broke" in outcome.error for outcome in table.failures)
     places = {re.search(r"Ray node (\w+)", log.read_text())[1] for log in Path("out").rglob("log.txt")}
@@ -67,7 +68,7 @@ def test_interruption_ends_processes(address, tmp_path):
     run.config.write_text("{}")
 
     def interrupted() -> None:
-        with ray_cluster(address, cpus=1, gpus=0) as cluster:
+        with ray_cluster(address, cpus=1, gpus=0, monitored=True) as cluster:
             future = cluster.submit(run)
             while not processes_of(run.folder):  # its first seconds are those of imports
                 assert not future.done()
@@ -81,7 +82,7 @@ def test_interruption_ends_processes(address, tmp_path):
 
 def test_resources_that_no_machine_has(address):
     message = "No machine of the Ray cluster has 4 CPU cores and 0 GPUs"
-    with pytest.raises(StudyError, match=message), ray_cluster(address, cpus=4, gpus=0):
+    with pytest.raises(StudyError, match=message), ray_cluster(address, cpus=4, gpus=0, monitored=True):
         pass
 
 
@@ -90,5 +91,5 @@ def test_no_cluster(address, monkeypatch):
         raise ConnectionError("Could not find any running Ray instance.")  # what `ray.init("auto")` raises then
 
     monkeypatch.setattr(ray, "init", nobody_there)
-    with pytest.raises(StudyError, match="No Ray cluster at auto"), ray_cluster("auto", cpus=1, gpus=0):
+    with pytest.raises(StudyError, match="No Ray cluster at auto"), ray_cluster("auto", cpus=1, gpus=0, monitored=True):
         pass

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,11 +11,12 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import CSVLogger
-from study_module import NoisyGradients, StudyData, StudyModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from study_module import NoisyGradients, ScriptedModule, StudyData, StudyModule
 
-from lightning_znorm import ZNormCallback
-from lightning_znorm.compare.checkpoints import BestCheckpoint, LastCheckpoint
-from lightning_znorm.compare.recorder import Recorder, _fingerprint
+from lightning_znorm import LastCheckpoint, ZNormCallback
+from lightning_znorm.compare.checkpoints import MONITORED, BestCheckpoint
+from lightning_znorm.compare.recorder import Recorder, _fingerprint, _gradient_norm
 from lightning_znorm.compare.results import read_run
 from lightning_znorm.compare.study import Run
 
@@ -23,6 +25,7 @@ MONITOR = ("val/accuracy", "max")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:The `?srun`? command|.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*could not find the monitored key"),
 ]
 
 
@@ -74,8 +77,25 @@ def train(
     return run
 
 
+def evaluate(run: Run, checkpoint: Path, module: StudyModule | None = None) -> dict:
+    """Test a checkpoint of a run, in a Trainer of its own; return what it wrote down."""
+    trainer = Trainer(
+        logger=False,
+        callbacks=[
+            Recorder(str(run.folder), 3),
+            BestCheckpoint(str(run.best.parent), *MONITOR),
+            LastCheckpoint(str(run.last.parent)),
+        ],
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.test(module or StudyModule(), StudyData(), ckpt_path=checkpoint, verbose=False, weights_only=False)
+    return json.loads(run.test_file.read_text())
+
+
 def logged(run: Run, metric: str) -> list[float]:
-    return [measurement.value for measurement in read_run(run, MONITOR) if measurement.metric == metric]
+    return [measurement.value for measurement in read_run(run) if measurement.metric == metric]
 
 
 def weights(run: Run) -> dict:
@@ -111,6 +131,16 @@ def test_gradient_norm_is_that_before_the_method(method, tmp_path):
     # Six steps in an epoch, of which every second is logged.
     expected = [sum(spy.norms[first + 1 : first + 6 : 2]) / 3 for first in range(0, 24, 6)]
     assert logged(run, "compare/gradient_norm") == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.complex64])
+def test_gradient_norm_in_any_precision(dtype):
+    weights = [torch.nn.Parameter(torch.zeros(300, 300, dtype=dtype)), torch.nn.Parameter(torch.zeros(7, dtype=dtype))]
+    for weight in weights:
+        weight.grad = torch.full_like(weight, 300.0)
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace())
+    norm = _gradient_norm(trainer, torch.optim.SGD(weights))
+    assert float(norm) == pytest.approx(300 * (300 * 300 + 7) ** 0.5, rel=1e-4)
 
 
 def test_times(tmp_path, monkeypatch):
@@ -208,23 +238,107 @@ def test_last_checkpoint_is_of_the_last_epoch(tmp_path):
     assert sorted(path.name for path in run.last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
-def test_last_checkpoint_that_is_a_folder(tmp_path):
-    """Of a strategy that shards them; where a process died before the former one was gone, that one is in the way."""
+class Scripted(ScriptedModule):
+    """Logs its scores under the name that is monitored; in the midst of an epoch, a better one."""
 
-    def save(path: Path) -> None:
-        path.mkdir()
-        (path / "shard").write_text(str(next(numbers)))
+    def validation_step(self, batch, batch_idx) -> None:
+        is_end = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        self.log("val/accuracy", self.score() + (0 if is_end else 5))
 
-    numbers = iter(range(3))
-    trainer = SimpleNamespace(is_global_zero=True, save_checkpoint=save)
-    callback = LastCheckpoint(str(tmp_path))
-    for number in range(3):
-        callback.on_train_epoch_end(trainer, None)
-        callback.on_train_epoch_start(trainer, None)
-        assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
-        assert (tmp_path / "last.ckpt" / "shard").read_text() == str(number)
-        (tmp_path / "old.ckpt").mkdir()
-        (tmp_path / "old.ckpt" / "shard").touch()
+
+@pytest.mark.parametrize(
+    ("scores", "options", "epoch", "value"),
+    [
+        ([0.3, 0.9, 0.5, 0.4], {}, 1, 0.9),
+        ([0.3, 0.9, 0.5, 0.9], {}, 1, 0.9),  # of equals the first
+        ([math.nan, 0.2, math.nan, 0.4], {}, 3, 0.4),
+        ([math.nan] * 4, {}, 0, math.nan),  # diverged; not the infinite score that Lightning makes of it
+        ([math.inf, 0.2, 0.3, 0.4], {}, 0, math.inf),
+        ([0.9, 0.3, 0.8, 0.4], {"check_val_every_n_epoch": 2}, 3, 0.4),
+        ([0.9, 0.3, 0.8], {"check_val_every_n_epoch": 2, "max_epochs": 3}, 1, 0.3),  # ends with one not validated
+        ([0.3, 0.9, 0.5, 0.4], {"val_check_interval": 0.5}, 1, 0.9),
+    ],
+)
+def test_tested_checkpoint_is_written_down(scores, options, epoch, value, tmp_path):
+    run = train(tmp_path, module=Scripted(scores), num_sanity_val_steps=0, **options)
+    tested = evaluate(run, run.best, Scripted(scores))
+    expected = {"path": str(run.best), "epoch": epoch, "monitor": "val/accuracy"}
+    assert tested["checkpoint"] == {**expected, "value": pytest.approx(value, nan_ok=True)}
+    assert tested["metrics"]["test/score"] == epoch + 1
+    assert evaluate(run, run.last, Scripted(scores))["checkpoint"]["epoch"] == options.get("max_epochs", 4) - 1
+
+
+def test_a_checkpoint_of_an_older_version_is_read_too(tmp_path):
+    run = train(tmp_path)
+    checkpoint = torch.load(run.best, weights_only=False)
+    value = checkpoint.pop(MONITORED)["value"]
+    torch.save(checkpoint, run.best)
+    assert evaluate(run, run.best)["checkpoint"] == {
+        "path": str(run.best),
+        "epoch": checkpoint["epoch"],
+        "monitor": "val/accuracy",
+        "value": value,
+    }
+
+
+def test_a_metric_that_no_epoch_ends_with(tmp_path):
+    message = "There is no best checkpoint to test: val/accuracy was not logged by the end of any of 2 epochs"
+    with pytest.raises(MisconfigurationException, match=message):
+        train(tmp_path, max_epochs=2, check_val_every_n_epoch=3)
+    run = Run("method", 3, tmp_path)
+    assert not run.fit_file.exists()  # the test does not begin
+    assert torch.load(run.last, weights_only=False)["epoch"] == 1
+
+
+def test_steps_that_lightning_does_not_see(tmp_path):
+    """Of them it saves no best checkpoint."""
+
+    class Unseen(StudyModule):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx) -> None:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    with pytest.raises(MisconfigurationException, match="Lightning has seen no optimizer step"):
+        train(tmp_path, module=Unseen())
+
+
+def test_a_training_begun_again_leaves_no_old_test(tmp_path):
+    run = train(tmp_path)
+    evaluate(run, run.best)
+    with pytest.raises(Died):
+        train(tmp_path, Spy(dies_at=27), resume=True, max_epochs=6)
+    assert not run.fit_file.exists()
+    assert not run.test_file.exists()
+
+
+class Grouped(StudyModule):
+    """With two optimizers, one of them of two groups, and a schedule that starts low."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx) -> None:
+        self.batches.append(batch_idx)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        first, _, _, last = self.network
+        groups = [{"params": [first.weight]}, {"params": [first.bias], "weight_decay": 0.1}]
+        sgd = torch.optim.SGD(groups, lr=torch.tensor(0.5), momentum=0.9)
+        warm_up = torch.optim.lr_scheduler.LinearLR(sgd, 0.1)
+        return [sgd, torch.optim.Adam(last.parameters(), lr=0.01)], [warm_up]
+
+
+def test_optimizers_are_written_down(tmp_path):
+    (text,) = json.loads(train(tmp_path / "one").fit_file.read_text())["optimizers"]
+    assert text.startswith("SGD(lr=0.05, momentum=0.9, dampening=0, weight_decay=0")
+    first, second = json.loads(train(tmp_path / "two", module=Grouped()).fit_file.read_text())["optimizers"]
+    common = "lr=0.5, momentum=0.9, dampening=0, weight_decay=0"
+    assert re.fullmatch(rf"SGD\({common}(, .*)?; {common}.1(, .*)?\)", first)
+    assert second.startswith("Adam(lr=0.01, betas=(0.9, 0.999), eps=1e-08, weight_decay=0")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64, torch.float64])

@@ -1,5 +1,6 @@
 """Speed, tables, plots and the report, of measurements made up for it."""
 
+import dataclasses
 import io
 import json
 import math
@@ -44,8 +45,10 @@ def done(plan: Plan) -> list[Measurement]:
     for run in plan.study.runs:
         run.folder.mkdir(parents=True)
         run.fit_file.write_text(json.dumps(FIT))
-        run.test_file.write_text("{}")
         factor = 1 + list(plan.study.files).index(run.method)
+        checkpoint = {"path": "best.ckpt", "epoch": 2, "monitor": "val/accuracy", "value": 0.75}
+        metrics = {"test/accuracy": 0.8 + 0.01 * factor * (1 + run.seed)}
+        run.test_file.write_text(json.dumps({"checkpoint": checkpoint, "metrics": metrics}))
         for epoch in range(4):
             accuracy = 0.5 + 0.1 * min(4, factor * (epoch + 1)) + 0.01 * run.seed
             for metric, value in (
@@ -56,9 +59,7 @@ def done(plan: Plan) -> list[Measurement]:
                 ("compare/gradient_norm", 10.0 / (epoch + 1)),
             ):
                 found.append(Measurement(run.name, run.seed, run.method, epoch, metric, value))
-        found.append(
-            Measurement(run.name, run.seed, run.method, 3, "test/accuracy", 0.8 + 0.01 * factor * (1 + run.seed))
-        )
+        found += [Measurement(run.name, run.seed, run.method, 2, metric, value) for metric, value in metrics.items()]
     return found
 
 
@@ -112,6 +113,59 @@ class TestReport:
     def test_metrics_in_order(self, tmp_path):
         text = report(plan(tmp_path), done(plan(tmp_path)))
         assert re.findall(r"### `(.*)`", text) == ["test/accuracy", "val/accuracy", "train/loss"]
+
+    def test_tests_are_labelled_by_what_was_tested(self, tmp_path):
+        text = report(plan(tmp_path), done(plan(tmp_path)))
+        assert "### `test/accuracy`, at the best checkpoint" in text
+        assert "### `val/accuracy`, of the last epoch" in text
+        assert "Tests are of each run's best checkpoint (that of the epoch with the best `val/accuracy`, max)" in text
+        assert "| method | seed | epoch | of | `val/accuracy` |" in text
+        for row in ("| baseline | 2 | 3 | 4 | 0.75 |", "| znorm | 0 | 3 | 4 | 0.75 |"):
+            assert row in text
+
+    def test_without_a_monitor_tests_are_of_the_last_checkpoint(self, tmp_path):
+        found = done(plan(tmp_path))
+        # A name says nothing of where it was logged: this one was not in the test.
+        found += [Measurement("", 0, "znorm", 3, "test/seen", 1.0)]
+        text = report(dataclasses.replace(plan(tmp_path), monitor=None), found)
+        assert "### `test/accuracy`, at the last checkpoint" in text
+        assert "### `test/seen`, of the last epoch" in text
+        assert "Tests are of each run's last checkpoint; all other metrics" in text
+        assert "| baseline | 2 | 3 | 4 |\n" in text
+        assert "best" not in text
+        test_line = next(line for line in text.splitlines() if " test --config" in line)
+        assert test_line.endswith("checkpoints/last.ckpt")
+
+    def test_what_each_method_does_with_gradients(self, tmp_path):
+        the_plan = plan(tmp_path, ("baseline", "mine", "clip", "copy"))
+        found = done(the_plan)
+        callback = {"class_path": "study_module.NoisyGradients", "init_args": {"eps": 1e-10, "include": ["*fc*"]}}
+        stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/loss"}}
+        bar = {"class_path": "lightning.pytorch.callbacks.RichProgressBar"}
+        scheduler = {"class_path": "lightning.pytorch.callbacks.GradientAccumulationScheduler", "init_args": {"x": 4}}
+        for name, trainer in {
+            "baseline": {"callbacks": [bar, stopping]},
+            "mine": {"callbacks": [callback], "accumulate_grad_batches": 2},
+            "clip": {"callbacks": [stopping, scheduler], "gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"},
+            "copy": {"callbacks": [bar, stopping]},
+        }.items():
+            the_plan.settings[name] = {"trainer": trainer}
+        for run in the_plan.study.runs:
+            if run.method != "copy":
+                fit = {**FIT, "optimizers": ["SGD(lr=0.1)", "Adam(lr=1)"] if run.method == "mine" else ["SGD(lr=0.1)"]}
+                run.fit_file.write_text(json.dumps(fit))
+        text = report(the_plan, found)
+        assert text.index("## Methods as they were run") < text.index("## Metrics")
+        for row in (
+            "| baseline | none | none | 1 | `SGD(lr=0.1)` |",
+            "| mine | `NoisyGradients(eps=1e-10, include=['*fc*'])` | none | 2 | `SGD(lr=0.1)` and `Adam(lr=1)` |",
+            "| clip | none | value, 0.5 | 1, GradientAccumulationScheduler(x=4) | `SGD(lr=0.1)` |",
+            "| copy | none | none | 1 | not recorded |",  # by an older version
+        ):
+            assert row in text
+        assert "baseline and copy have the same settings: what differs between them is chance." in text
+        assert "mine trains without EarlyStopping, which baseline has." in text
+        assert "baseline trains without GradientAccumulationScheduler, which clip has." in text
 
     def test_one_seed(self, tmp_path):
         text = report(plan(tmp_path, seeds=(5,)), done(plan(tmp_path, seeds=(5,))))

@@ -2,7 +2,9 @@
 
 import json
 
-from lightning_znorm.compare.results import Measurement, read_run, write_results
+import pytest
+
+from lightning_znorm.compare.results import Evaluation, Measurement, read_run, read_test, write_results
 from lightning_znorm.compare.study import Run
 
 
@@ -28,7 +30,7 @@ def test_attempts_are_joined(tmp_path):
     attempt(tmp_path, 2, 10, f"{header}1,14,0.8,\n1,19,,0.6\n2,24,0.7,\n2,29,,0.55\n")
     attempt(tmp_path, 10, 30, f"{header}3,39,,0.7\n")  # the tenth comes after the second
     attempt(tmp_path, 1, None, f"{header}0,0,99,99\n")  # a test
-    assert values(read_run(run(tmp_path), None)) == {
+    assert values(read_run(run(tmp_path))) == {
         (0, "train/loss"): 1.0,
         (0, "val/accuracy"): 0.5,
         (1, "train/loss"): 0.8,
@@ -42,24 +44,38 @@ def test_attempts_are_joined(tmp_path):
 def test_attempt_that_began_anew(tmp_path):
     attempt(tmp_path, 0, 0, "epoch,step,train/loss\n0,4,1.0\n0,9,2.0\n")  # died before the first checkpoint
     attempt(tmp_path, 1, 0, "epoch,step,train/loss\n0,4,1.5\n")
-    assert values(read_run(run(tmp_path), None)) == {(0, "train/loss"): 1.5}
+    assert values(read_run(run(tmp_path))) == {(0, "train/loss"): 1.5}
 
 
 def test_half_a_line(tmp_path):
     attempt(tmp_path, 0, 0, "epoch,step,train/loss\n0,4,1.0\n1,9,1.2")  # of 1.25
-    assert values(read_run(run(tmp_path), None)) == {(0, "train/loss"): 1.0}
+    assert values(read_run(run(tmp_path))) == {(0, "train/loss"): 1.0}
 
 
 def test_several_values_in_an_epoch(tmp_path):
     attempt(tmp_path, 0, 0, "epoch,step,train/loss,val/loss\n0,4,1.0,3.0\n0,9,2.0,5.0\n")
-    assert values(read_run(run(tmp_path), None)) == {(0, "train/loss"): 1.5, (0, "val/loss"): 5.0}
+    assert values(read_run(run(tmp_path))) == {(0, "train/loss"): 1.5, (0, "val/loss"): 5.0}
 
 
-def test_test_has_the_epoch_of_the_best_checkpoint(tmp_path):
-    attempt(tmp_path, 0, 0, "epoch,step,val/loss,val/accuracy\n0,4,1.0,0.7\n1,9,nan,0.8\n2,14,0.5,0.8\n")
-    (tmp_path / "test.json").write_text('{"test/accuracy": 0.75}')
-    for monitor, epoch in ((("val/accuracy", "max"), 1), (("val/loss", "min"), 2), (None, 2)):
-        assert values(read_run(run(tmp_path), monitor))[epoch, "test/accuracy"] == 0.75
+def test_a_test_has_the_epoch_of_the_checkpoint_that_was_tested(tmp_path):
+    """The one that the test wrote down, not the one that looks best in the logs."""
+    attempt(tmp_path, 0, 0, "epoch,step,val/accuracy\n0,4,0.7\n1,9,0.9\n2,14,0.8\n")
+    tested = {"path": "best.ckpt", "epoch": 0, "monitor": "val/accuracy", "value": 0.7}
+    (tmp_path / "test.json").write_text(json.dumps({"checkpoint": tested, "metrics": {"test/accuracy": 0.75}}))
+    found = values(read_run(run(tmp_path)))
+    assert found[0, "test/accuracy"] == 0.75
+    assert len(found) == 4
+    assert read_test(run(tmp_path)) == Evaluation({"test/accuracy": 0.75}, "best.ckpt", 0, "val/accuracy", 0.7)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"test/accuracy": 0.75}', '{"checkpoint": null, "metrics": {"test/accuracy": 0.75}}']
+)
+def test_a_test_of_nobody_knows_what_is_none(tmp_path, text):
+    attempt(tmp_path, 0, 0, "epoch,step,val/accuracy\n0,4,0.7\n")
+    (tmp_path / "test.json").write_text(text)
+    assert read_test(run(tmp_path)) is None
+    assert values(read_run(run(tmp_path))) == {(0, "val/accuracy"): 0.7}
 
 
 def test_tidy(tmp_path):

@@ -1,6 +1,8 @@
 """What a study refuses, and how the settings of its runs come about: without a run."""
 
+import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -135,6 +137,12 @@ class TestMetrics:
     def test_chosen(self, asked, mode, monitor, chosen):
         assert choose(asked, mode, monitor, self.NAMES) == chosen
 
+    def test_names_that_training_and_test_share(self):
+        """A test's metric is told from training's of the same name by a stage."""
+        chosen = choose(None, None, ("accuracy", "max"), ["accuracy", "test/accuracy", "loss"])
+        assert chosen == ("test/accuracy", "max")
+        assert choose("test/accuracy", None, ("accuracy", "max"), ["test/accuracy"]) == ("test/accuracy", "max")
+
     def test_monitor_without_a_test(self):
         assert choose(None, None, ("val/dice", "max"), ["val/dice"]) == ("val/dice", "max")
 
@@ -190,10 +198,12 @@ class TestSettings:
         kept = callback("my.PatientCheckpoint", dirpath="x")
         bars = [callback("lightning.pytorch.callbacks.RichProgressBar"), callback("my.ProgressBar")]
         checkpoint = callback("lightning.pytorch.callbacks.ModelCheckpoint", monitor="val/loss")
-        given = self.settings(callbacks=[*bars, kept, checkpoint], enable_checkpointing=False)
+        last = callback("lightning_znorm.LastCheckpoint", dirpath="mine")
+        given = self.settings(callbacks=[*bars, kept, last, checkpoint], enable_checkpointing=False)
         config = run_config(given, Run("a", 0, tmp_path), None)
         names = [entry["class_path"].rpartition(".")[2] for entry in config["trainer"]["callbacks"]]
         assert names == ["Recorder", "PatientCheckpoint", "LastCheckpoint"]
+        assert config["trainer"]["callbacks"][-1]["init_args"]["dirpath"] == str(tmp_path / "checkpoints")
         assert config["trainer"]["enable_checkpointing"]
 
     @pytest.mark.parametrize("logger", [None, True, False, callback("CSVLogger", save_dir="logs", version=3), []])
@@ -310,10 +320,40 @@ class TestPreparation:
     def test_settings_of_done_runs_stay(self, prepared):
         plan = prepared(self.PLAIN, metric="test/loss")
         run = plan.study.runs[0]
-        for path in (run.config, run.fit_file, run.test_file):
-            path.write_text("{}")
+        run.config.write_text("{}")
+        run.fit_file.write_text("{}")
+        tested = {"path": str(run.last), "epoch": 0, "monitor": None, "value": None}
+        run.test_file.write_text(json.dumps({"checkpoint": tested, "metrics": {}}))
         prepared(self.PLAIN, metric="test/loss")
         assert run.config.read_text() == "{}"
+
+    def test_callbacks_that_make_way_may_change(self, prepared):
+        """Of a study that was begun when experiments had ``save_last: true``."""
+        bar, kept = callback("my.ProgressBar"), callback("my.Own")
+        before = callback("lightning.pytorch.callbacks.ModelCheckpoint", monitor="val/dice", mode="max", save_last=True)
+        after = [
+            callback("lightning.pytorch.callbacks.ModelCheckpoint", monitor="val/dice", mode="max", save_last=None),
+            callback("lightning_znorm.LastCheckpoint", dirpath=None),
+        ]
+        no_gradients = patch("lightning_znorm.compare.gradient_setup._transforms_gradients", lambda entry: False)
+        with no_gradients:
+            prepared(yaml.safe_dump({"trainer": {"callbacks": [before, bar, kept]}}))
+            prepared(yaml.safe_dump({"trainer": {"callbacks": [kept, *after]}}))
+            with pytest.raises(StudyError, match=r"callbacks\[0\].class_path was my.Own and is my.Other"):
+                prepared(yaml.safe_dump({"trainer": {"callbacks": [callback("my.Other"), *after]}}))
+
+    def test_gradient_method_in_the_experiment(self, prepared, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("a").mkdir()
+        for name in ("exp.yaml", "a/one.yaml", "a/two.yaml"):
+            Path(name).write_text("trainer: {callbacks+: [ZNormCallback]}" if name != "a/one.yaml" else "trainer: {}")
+        znorm = callback("lightning_znorm.ZNormCallback", min_ndim=2)
+        with pytest.raises(
+            StudyError, match=r"exp.yaml adds ZNormCallback to every method, so that one is not what a/"
+        ):
+            prepared(yaml.safe_dump({"trainer": {"callbacks": [znorm]}}))
+        assert self.probed == []
+        assert list((tmp_path / "out").iterdir()) == []
 
     def test_nothing_is_written_for_a_metric_that_nothing_logs(self, prepared, tmp_path):
         with pytest.raises(StudyError, match="--metric test/f1: nothing logs it"):

@@ -110,7 +110,8 @@ def command() -> list[str]:
 def study(folder, command) -> Iterator[SimpleNamespace]:
     """The study, after a run of it was killed, and then the study itself."""
     runs = folder / "out" / "runs"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     seen = SimpleNamespace(output=folder / "out", runs=runs)
 
     with Path("study.log").open("w") as log:
@@ -140,6 +141,7 @@ def study(folder, command) -> Iterator[SimpleNamespace]:
         for name in RUNS:
             for pid in processes_of(runs / name):
                 os.kill(pid, signal.SIGKILL)
+    assert (seen.output / "results.csv").is_file(), f"{seen.code}\n{seen.log}"
     seen.results = read_csv(seen.output / "results.csv")
     seen.report = (seen.output / "report.md").read_text()
     yield seen
@@ -204,7 +206,8 @@ class TestStudy:
         assert len(found) == len(study.results)
         assert {("noisy-1", "train/loss", str(epoch)) for epoch in range(4)} <= found
         for run in ("baseline-0", "noisy-1"):
-            tested = json.loads((study.runs / run / "test.json").read_text())
+            test = json.loads((study.runs / run / "test.json").read_text())
+            tested = test["metrics"]
             rows = {row["metric"]: row for row in study.results if row["run"] == run and row["metric"] in tested}
             assert {metric: float(row["value"]) for metric, row in rows.items()} == tested
             accuracies = {
@@ -214,6 +217,8 @@ class TestStudy:
             }
             best = max(accuracies, key=lambda epoch: (accuracies[epoch], -epoch))
             assert int(rows["test/accuracy"]["epoch"]) == best
+            assert (Path(test["checkpoint"]["path"]).name, test["checkpoint"]["epoch"]) == ("best.ckpt", best)
+            assert test["checkpoint"]["value"] == pytest.approx(accuracies[best])
 
     def test_report(self, study):
         values = {
@@ -231,6 +236,7 @@ class TestStudy:
             "ms per step",
             "## Gradient norms",
             "| noisy | trainer.callbacks[1].class_path | - | study_module.NoisyGradients |",
+            "| noisy | `NoisyGradients()` | none | 1 | `SGD(lr=0.05, momentum=0.9, dampening=0, weight_decay=0",
             "Versions: python",
             "Device: 1 x cpu",
             "python -m lightning_znorm compare --config exp.yaml --methods configs/methods/baseline.yaml",

@@ -54,6 +54,20 @@ def test_the_seed_repeats_it():
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("augment", [random_crop_and_flip, lambda images: random_flip_and_rotate(images)[0]])
+def test_draws_do_not_depend_on_the_default_dtype(augment, dtype):
+    images = distinct_images(20, height=6, width=6)
+    torch.manual_seed(0)
+    expected = augment(images)
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(augment(images), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("images", [distinct_images(1), torch.rand(3, 1, 4, 4)])
 def test_input_is_left_alone(images):
     before = images.clone()

@@ -46,7 +46,15 @@ def put_a_folder_in_its_place(path: Path) -> None:
 
 
 # A bit of an uncompressed image, or of a label, is not guarded by anything; but it makes no impossible data.
-UNGUARDED = {"PCam images, h5", "PCam labels, h5", "PCam image, Kaggle tif", "LGG slice, tif", "LGG slice, tif LZW"}
+UNGUARDED = {
+    "PCam images, h5",
+    "PCam labels, h5",
+    "PCam image, Kaggle tif",
+    "LGG slice, tif",
+    "LGG slice, tif LZW",
+    "image to predict, bmp",
+    "image folder, JPEG",
+}
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if "YAML" not in name])

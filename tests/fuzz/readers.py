@@ -14,15 +14,17 @@ from types import TracebackType
 from unittest.mock import patch
 
 import numpy as np
+from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from lightning_znorm.cli import main
 from lightning_znorm.cli.errors import sentence
-from lightning_znorm.data import CIFAR10DataModule
-from lightning_znorm.data.lgg_files import find_patients
+from lightning_znorm.data import CIFAR10DataModule, ImageFolderDataModule
+from lightning_znorm.data.lgg_files import find_images, find_patients
 from lightning_znorm.data.pcam_h5 import read_h5
 from lightning_znorm.data.pcam_kaggle import read_kaggle
 from tests.cifar10 import write_cifar10
+from tests.data.jpegs import write_image_folder
 from tests.medical import PCAM, write_kaggle_pcam, write_lgg, write_pcam
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -155,6 +157,35 @@ def _read_lgg(folder: Path) -> None:
     assert array[:, 3].max() <= 1, array[:, 3]
 
 
+def _make_predicted(suffix: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        path = folder / f"a.{suffix}"
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+        return path
+
+    return make
+
+
+def _read_predicted(folder: Path) -> None:
+    array = find_images(folder).decode(1e9, folder / "cache")
+    assert array.shape[:2] == (1, 3), array.shape
+
+
+# Folders of images
+
+
+def _make_image_folder(folder: Path) -> Path:
+    return next((write_image_folder(folder, classes=1, train=2, val=1) / "val").rglob("*.JPEG"))
+
+
+def _read_image_folder(folder: Path) -> None:
+    data = ImageFolderDataModule(folder, image_size=16, resize_size=16, val_fraction=0.5)
+    data.setup("test")
+    image, label = data.test_set[0]
+    assert image.shape == (3, 16, 16), image.shape
+    assert label == 0, label
+
+
 # Config files
 
 
@@ -184,6 +215,9 @@ TARGETS = {
     "LGG slice, tif": Target(_make_lgg(mask=False), _read_lgg),
     "LGG slice, tif LZW": Target(_make_lgg(mask=False, compression="tiff_lzw"), _read_lgg),
     "LGG mask, tif": Target(_make_lgg(mask=True), _read_lgg),
+    "image to predict, png": Target(_make_predicted("png"), _read_predicted),
+    "image to predict, bmp": Target(_make_predicted("bmp"), _read_predicted),
+    "image folder, JPEG": Target(_make_image_folder, _read_image_folder),
     "experiment, YAML": Target(_make_config("digits/resnet20.yaml"), _read_config, is_text=True),
     "method, YAML": Target(_make_config("methods/znorm.yaml"), _read_method, is_text=True),
 }

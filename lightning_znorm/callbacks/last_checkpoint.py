@@ -1,0 +1,176 @@
+"""The checkpoint of the last finished epoch, to resume from."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps ``last.ckpt``: the checkpoint of the last finished epoch, whether or not a metric improved in it.
+
+    ``ModelCheckpoint(monitor=..., save_last=True)`` writes ``last.ckpt`` only in epochs that are among its best: a
+    training that is resumed from it repeats every epoch since the best one. Use this callback beside it instead::
+
+        callbacks:
+          - class_path: ModelCheckpoint
+            init_args: {monitor: val/accuracy, mode: max, filename: best}
+          - class_path: LastCheckpoint
+
+    ``last.ckpt`` is replaced as a whole, and only once the epoch's metrics are in the logs. So a process that is killed
+    at any moment leaves a checkpoint to resume from, and no epoch is missing from the logs. It holds the state of all
+    other callbacks after that epoch, wherever they stand in the list. Lightning finds it by ``ckpt_path="last"``, and
+    so does ``fit --ckpt_path last``.
+
+    It is written at the end of every training epoch, also of one that ``max_steps``, ``max_time`` or
+    :class:`~lightning.pytorch.callbacks.EarlyStopping` ended; never in the middle of an epoch (for that there is
+    ``ModelCheckpoint(every_n_train_steps=...)``), after an exception, or with ``fast_dev_run``. A ``last.ckpt`` that
+    another training left in the folder is kept, and this one is named ``last-v1.ckpt``, unless it is the one resumed.
+
+    Args:
+        dirpath: Folder of the checkpoint. Default: that of the Trainer's first ``ModelCheckpoint``, or the one it would
+            use (``checkpoints`` beside the logs).
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.callbacks import ModelCheckpoint
+        >>> from lightning_znorm import LastCheckpoint
+        >>> best = ModelCheckpoint(monitor="val/accuracy", mode="max", filename="best")
+        >>> trainer = Trainer(callbacks=[best, LastCheckpoint()])
+        >>> trainer.fit(model, ckpt_path="last")  # doctest: +SKIP
+    """
+
+    # A ModelCheckpoint that itself saves nothing: Lightning asks only those for the last checkpoint and its folder.
+
+    def __init__(self, dirpath: str | Path | None = None) -> None:
+        super().__init__(dirpath, save_top_k=0)
+        self._key = self._generate_state_key(dirpath=str(dirpath))
+        self._is_written = False  # and has not taken its place yet
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._key  # Lightning refuses a second one for the same folder
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not isinstance(trainer, pl.Trainer):
+            raise MisconfigurationException(
+                f"LastCheckpoint is a callback of lightning.pytorch, and {type(trainer).__module__} calls it before an "
+                "epoch has ended: use lightning.pytorch.Trainer"
+            )
+        typed: Any = trainer  # Lightning declares no callbacks of it
+        others = [callback for callback in typed.callbacks if callback is not self]
+        if self.dirpath is None:
+            checkpoints = (other for other in others if isinstance(other, ModelCheckpoint))
+            self.dirpath = next((other.dirpath for other in checkpoints if not isinstance(other, LastCheckpoint)), None)
+        super().setup(trainer, pl_module, stage)
+        typed.callbacks = [*others, self]  # last, for the checkpoint is to hold what the others keep of the epoch
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._is_written = False
+        if not self.last_model_path:
+            self.last_model_path = self._resumed(trainer) or self._unused(trainer)
+        if trainer.is_global_zero:
+            self._remove(self._new)  # unfinished, of a process that died
+        trainer.strategy.barrier("LastCheckpoint.on_train_start")
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning restores rightly only what is saved in this hook, but logs the epoch's metrics after it.
+        typed: Any = trainer
+        if not typed.fast_dev_run:
+            trainer.save_checkpoint(self._new)  # by all processes
+            self._is_written = True
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._put_in_place(trainer)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._put_in_place(trainer)
+        trainer.strategy.barrier("LastCheckpoint.on_train_end")  # any process may read it from here on
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # A SIGTERM is raised between two epochs, when the metrics are in the logs.
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        if progress.completed == progress.processed:
+            self._put_in_place(trainer)
+
+    @property
+    def _new(self) -> str:
+        # Hidden from those who look for last*.ckpt.
+        return os.path.join(str(self.dirpath), f".{os.path.basename(self.last_model_path)}.new")
+
+    def _resumed(self, trainer: pl.Trainer) -> str:
+        """The last checkpoint of this folder that training goes on from, if it is one."""
+        folder, name = os.path.split(str(trainer.ckpt_path or ""))
+        here = str(self.dirpath)
+        same = os.path.realpath(folder) == os.path.realpath(here) if self._is_local else folder == here
+        return self._path(name) if same and re.fullmatch(r"last(-v\d+)?\.ckpt", name) else ""
+
+    def _unused(self, trainer: pl.Trainer) -> str:
+        path, version = self._path("last.ckpt"), self.STARTING_VERSION
+        while self.file_exists(path, trainer):
+            path, version = self._path(f"last-v{version}.ckpt"), version + 1
+        return path
+
+    def _path(self, name: str) -> str:
+        return os.path.join(str(self.dirpath), name)
+
+    @property
+    def _is_local(self) -> bool:
+        return _is_local_file_protocol(str(self.dirpath))
+
+    def _put_in_place(self, trainer: pl.Trainer) -> None:
+        is_written, self._is_written = self._is_written, False  # an error is not to bring us here again
+        if not is_written or not trainer.is_global_zero:
+            return
+        if self._is_local:
+            _replace(Path(self._new), Path(self.last_model_path))
+        else:
+            self._fs.mv(self._new, self.last_model_path)
+
+    def _remove(self, path: str) -> None:
+        if self._fs.exists(path):
+            self._fs.rm(path, recursive=True)
+
+
+def _replace(new: Path, last: Path) -> None:
+    """Put one checkpoint in the place of another, each a file or, of a strategy that shards checkpoints, a folder."""
+    # A folder can't take the place of another in one step. Meanwhile, who looks for last*.ckpt finds the former one.
+    former, hidden = last.with_name(f"{last.stem}-former.ckpt"), last.with_name(f".{last.name}.former")
+    if last.is_dir() or (new.is_dir() and last.exists()):
+        _discard(former, hidden)
+        last.rename(former)
+    new.replace(last)
+    _discard(former, hidden)
+
+
+def _discard(path: Path, hidden: Path) -> None:
+    """Delete a checkpoint: renamed first, for who looks for last*.ckpt must find none that is half deleted."""
+    for _ in range(2):  # one that a process left which died here, then this one
+        if hidden.is_dir() and not hidden.is_symlink():
+            shutil.rmtree(hidden)
+        else:
+            hidden.unlink(missing_ok=True)
+        if path.exists():
+            path.rename(hidden)

@@ -1,0 +1,80 @@
+"""Trains in two processes with a metric that gets worse by each epoch, and resumes. Run by test_last_checkpoint.py.
+
+python last_checkpoint_training.py DIRECTORY STRATEGY [STRATEGY ...]
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
+
+from lightning_znorm import LastCheckpoint
+
+STRATEGIES = {"ddp": DDPStrategy, "fsdp2": ModelParallelStrategy}
+
+
+class Falling(LightningModule):
+    """Its metric is best in the first epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return self.layer(batch).square().mean()
+
+    def validation_step(self, batch: Tensor) -> None:
+        for name in ("score", "other"):
+            self.log(name, 1.0 / (1 + self.current_epoch), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def train(folder: Path, *extra: Callback, ckpt_path: str | None = None, **options: Any) -> Trainer:
+    best = ModelCheckpoint(folder, monitor="score", mode="max", filename="best", enable_version_counter=False)
+    trainer = Trainer(
+        accelerator="cpu",
+        callbacks=[LastCheckpoint(), best, *extra],
+        **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 3, **options},
+    )
+    data = DataLoader(torch.ones(8, 2), batch_size=2)
+    trainer.fit(Falling(), data, data, ckpt_path=ckpt_path)
+    return trainer
+
+
+def main(directory: str, strategies: list[str]) -> None:
+    for name in strategies:
+        folder = Path(directory) / name
+        seen = []
+        for ckpt_path, epochs in ((None, 3), ("last", 4)):
+            options = {"devices": 2, "strategy": STRATEGIES[name](), "max_epochs": epochs}
+            trainer = train(folder, ckpt_path=ckpt_path, **options)
+            seen.append(
+                {
+                    "resumed": Path(trainer.ckpt_path or "").name,
+                    "epoch": trainer.current_epoch,
+                    "files": sorted(path.name for path in folder.iterdir()),
+                    "is_folder": (folder / "last.ckpt").is_dir(),
+                    "step": trainer.strategy.load_checkpoint(folder / "last.ckpt", weights_only=False)["global_step"]
+                    if name == "ddp"
+                    else torch.load(folder / "last.ckpt" / "meta.pt", weights_only=False)["global_step"],
+                }
+            )
+        (Path(directory) / f"{name}-{trainer.global_rank}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,309 @@
+"""`LastCheckpoint`: of every finished epoch, as a whole, where Lightning and the command line look for it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import pytorch_lightning
+import torch
+from last_checkpoint_training import Falling, train
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from lightning_znorm import LastCheckpoint
+from lightning_znorm.cli.last_checkpoint import last_checkpoint
+from tests.fsdp import FSDP2_RUNS_ON_CPU
+from tests.own_module import OwnLogger
+from tests.processes import run_python
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers|The `?srun`? command"),
+    pytest.mark.filterwarnings("ignore:Trainer already configured with model summary|The number of training batches"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed|.*could not find the monitored key"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks used"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+]
+STEPS = 4  # of an epoch
+
+
+class Died(BaseException):
+    """As a process dies."""
+
+
+class Raises(Callback):
+    """Raises in a hook of an epoch."""
+
+    def __init__(self, hook: str, epoch: int, error: BaseException) -> None:
+        def raises(trainer: Any, *args: Any) -> None:
+            if trainer.current_epoch == epoch and not (hook.endswith("batch_end") and args[-1] == 0):
+                raise error
+
+        setattr(self, hook, raises)
+
+
+def saved(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def place(path: Path) -> tuple[int, int]:
+    """Epoch and step of a checkpoint."""
+    content = saved(path)
+    return content["epoch"], content["global_step"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_not_only_of_improving_epochs(tmp_path: Path) -> None:
+    lightnings = ModelCheckpoint(tmp_path / "theirs", monitor="other", mode="max", save_last=True)
+    train(tmp_path, lightnings)
+    assert place(tmp_path / "theirs/last.ckpt") == (0, STEPS)  # what this callback is for
+    assert place(tmp_path / "last.ckpt") == (2, 3 * STEPS)
+    assert place(tmp_path / "best.ckpt") == (0, STEPS)
+    assert names(tmp_path) == ["best.ckpt", "last.ckpt", "theirs"]
+
+
+@pytest.mark.parametrize(
+    ("options", "extra", "expected"),
+    [
+        ({"max_steps": 6, "max_epochs": -1}, (), (1, 6)),  # in the middle of the second epoch
+        ({"max_epochs": 9}, (EarlyStopping("score", mode="max", patience=2),), (2, 3 * STEPS)),
+        ({"check_val_every_n_epoch": 2}, (), (2, 3 * STEPS)),  # the last epoch is not validated
+        ({"val_check_interval": 2}, (), (2, 3 * STEPS)),
+        ({"limit_val_batches": 0}, (), (2, 3 * STEPS)),
+        ({"accumulate_grad_batches": 3}, (), (2, 6)),
+    ],
+    ids=["max_steps", "early stopping", "some validated", "validated twice", "not validated", "accumulated"],
+)
+def test_however_epochs_end(
+    tmp_path: Path, options: dict[str, Any], extra: tuple[Callback, ...], expected: tuple[int, int]
+) -> None:
+    trainer = train(tmp_path, *extra, **options)
+    assert place(tmp_path / "last.ckpt") == expected
+    assert trainer.global_step == expected[1]
+
+
+@pytest.mark.parametrize(
+    ("hook", "error", "expected"),
+    [
+        ("on_train_batch_end", Died(), (0, STEPS)),
+        ("on_train_batch_end", KeyboardInterrupt(), (0, STEPS)),
+        ("on_validation_end", RuntimeError("broken"), (0, STEPS)),
+        ("on_train_epoch_end", RuntimeError("broken"), (0, STEPS)),  # the epoch's metrics are not in the logs yet
+        ("on_train_end", RuntimeError("broken"), (2, 3 * STEPS)),
+    ],
+)
+def test_interrupted(tmp_path: Path, hook: str, error: BaseException, expected: tuple[int, int]) -> None:
+    epoch = 3 if hook == "on_train_end" else 1
+    with pytest.raises(SystemExit if isinstance(error, KeyboardInterrupt) else type(error)):
+        train(tmp_path, Raises(hook, epoch, error), num_sanity_val_steps=0)
+    assert place(tmp_path / "last.ckpt") == expected
+    # And on from there.
+    assert train(tmp_path, ckpt_path="last").global_step == 3 * STEPS
+    assert place(tmp_path / "last.ckpt") == (2, 3 * STEPS)
+    assert names(tmp_path) == ["best.ckpt", "last.ckpt"]
+
+
+def test_told_to_end_between_two_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By SIGTERM, of which Lightning raises when the epoch's metrics are in the logs."""
+
+    class Told(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer._signal_connector.received_sigterm = trainer.current_epoch == 1
+
+    with pytest.raises(SIGTERMException):
+        train(tmp_path, Told())
+    assert place(tmp_path / "last.ckpt") == (1, 2 * STEPS)
+
+
+def test_nothing_of_a_try(tmp_path: Path) -> None:
+    train(tmp_path, fast_dev_run=True)
+    assert names(tmp_path) == []
+
+
+def test_holds_what_other_callbacks_keep(tmp_path: Path) -> None:
+    """Of the same epoch, though `train` lists this callback before the `ModelCheckpoint`."""
+    train(tmp_path, limit_val_batches=1, max_epochs=1)
+    (state,) = (value for key, value in saved(tmp_path / "last.ckpt")["callbacks"].items())
+    assert float(state["best_model_score"]) == 1
+
+
+@pytest.mark.parametrize(
+    "logger",
+    [
+        lambda path: CSVLogger(path),
+        lambda path: CSVLogger(path, name="name", version="mine"),
+        lambda path: TensorBoardLogger(path),
+        lambda path: OwnLogger("x5i32th9", f"{path}/remote"),  # as W&B's
+        lambda path: OwnLogger(3, f"{path}/remote"),
+        lambda path: OwnLogger("x5i32th9", save_dir=None),
+        lambda path: OwnLogger(None, f"{path}/remote", name=None),
+        lambda path: False,
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_in_the_folder_of_lightnings_checkpoints(
+    trainer: Callable[..., Any], tmp_path: Path, logger: Callable[[Path], Logger | bool]
+) -> None:
+    best, last = ModelCheckpoint(monitor="score", mode="max"), LastCheckpoint()
+    data = torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=2)
+    options = {"logger": logger(tmp_path), "enable_checkpointing": True, "log_every_n_steps": 1}
+    trainer(last, best, **options, max_epochs=2).fit(Falling(), data, data)
+    assert Path(last.last_model_path).parent == Path(str(best.dirpath))
+    assert place(Path(last.last_model_path)) == (1, 2 * STEPS)
+    # Lightning finds it, also where there is no other checkpoint callback.
+    again = trainer(LastCheckpoint(), **options, max_epochs=3)
+    again.fit(Falling(), data, data, ckpt_path="last")
+    assert Path(again.ckpt_path) == Path(last.last_model_path)
+    assert place(Path(last.last_model_path)) == (2, 3 * STEPS)
+
+
+class TestFolder:
+    def test_of_a_model_checkpoint_that_names_one(self, tmp_path: Path) -> None:
+        train(tmp_path / "named")
+        assert names(tmp_path) == ["named"]
+        named = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path / "named")}}
+        settings = {"callbacks": [{"class_path": "lightning_znorm.LastCheckpoint", "init_args": {}}, named]}
+        beside_logs = tmp_path / "lightning_logs/version_0/checkpoints"  # of another experiment, and newer
+        beside_logs.mkdir(parents=True)
+        (beside_logs / "last.ckpt").touch()
+        settings["default_root_dir"] = str(tmp_path)
+        assert last_checkpoint(settings) == tmp_path / "named/last.ckpt"
+
+    def test_of_its_own(self, trainer: Callable[..., Any], tmp_path: Path) -> None:
+        data = torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=2)
+        last = LastCheckpoint(tmp_path / "mine")
+        trainer(last, enable_checkpointing=True).fit(Falling(), data, data)
+        assert names(tmp_path / "mine") == ["last.ckpt"]
+        settings = {"class_path": "lightning_znorm.LastCheckpoint", "init_args": {"dirpath": str(tmp_path / "mine")}}
+        assert last_checkpoint({"callbacks": settings}) == tmp_path / "mine/last.ckpt"
+
+    def test_that_is_not_local(self, tmp_path: Path, trainer: Callable[..., Any]) -> None:
+        files = fsspec.filesystem("memory")
+        data = torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=2)
+        trainer(LastCheckpoint("memory://remote"), enable_checkpointing=True, max_epochs=3).fit(Falling(), data, data)
+        assert files.ls("/remote", detail=False) == ["/remote/last.ckpt"]
+        with files.open("/remote/last.ckpt") as file:
+            assert torch.load(file, weights_only=True)["epoch"] == 2
+
+    def test_another_training_is_kept(self, tmp_path: Path) -> None:
+        train(tmp_path)
+        train(tmp_path, max_epochs=1)
+        train(tmp_path, max_epochs=2, ckpt_path=str(tmp_path / "last-v1.ckpt"))
+        assert place(tmp_path / "last.ckpt") == (2, 3 * STEPS)
+        assert place(tmp_path / "last-v1.ckpt") == (1, 2 * STEPS)
+        train(tmp_path, max_epochs=2, ckpt_path=str(tmp_path / "best.ckpt"))
+        assert place(tmp_path / "last.ckpt") == (2, 3 * STEPS)
+        assert names(tmp_path) == ["best.ckpt", "last-v1.ckpt", "last-v2.ckpt", "last.ckpt"]
+
+    def test_two_for_one_folder_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(RuntimeError, match="more than one stateful callback of type `LastCheckpoint`"):
+            train(tmp_path, LastCheckpoint())
+        train(tmp_path, LastCheckpoint(tmp_path / "other"))
+        assert place(tmp_path / "other/last.ckpt") == place(tmp_path / "last.ckpt") == (2, 3 * STEPS)
+
+
+def test_under_the_other_package_name(tmp_path: Path) -> None:
+    made = pytorch_lightning.Trainer(accelerator="cpu", callbacks=[LastCheckpoint()], default_root_dir=tmp_path)
+    with pytest.raises(MisconfigurationException, match=r"LastCheckpoint is a callback of lightning\.pytorch"):
+        LastCheckpoint().setup(made, None, "fit")  # type: ignore[arg-type]
+
+
+class FolderIO(TorchCheckpointIO):
+    """Saves checkpoints as folders, as strategies do that shard them."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        if Path(path).name.startswith(".last"):
+            Path(path).mkdir(parents=True)
+            super().save_checkpoint(checkpoint, Path(path) / "shard", storage_options)
+        else:
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().load_checkpoint(Path(path) / "shard", *args, **kwargs)
+
+
+@pytest.mark.parametrize("step", range(12))
+def test_dies_while_a_folder_takes_the_place_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """At each of the steps that it takes: whoever looks for the last checkpoint finds one that is whole."""
+    seen = []
+
+    def dies_at(name: str, owner: Any) -> Any:
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if (tmp_path / "last.ckpt").exists() or seen:  # from the second checkpoint on
+                seen.append(name)
+            if len(seen) == step + 1:
+                if name == "rmtree":
+                    (Path(args[0]) / "shard").unlink()  # half of it is deleted
+                raise Died
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for name, owner in (("rename", Path), ("replace", Path), ("rmtree", shutil)):
+        dies_at(name, owner)
+    settings = {"callbacks": [{"class_path": "LastCheckpoint", "init_args": {"dirpath": str(tmp_path)}}]}
+    try:
+        train(tmp_path, plugins=[FolderIO()])
+    except Died:
+        pass
+    else:
+        assert step >= 8  # four steps for each of two replacements
+    monkeypatch.undo()
+    found = last_checkpoint(settings)
+    assert found is not None
+    assert place(found / "shard")[0] in (0, 1, 2)
+    trainer = train(tmp_path, plugins=[FolderIO()], ckpt_path=str(found), max_epochs=4)
+    assert trainer.global_step == 4 * STEPS
+    found = last_checkpoint(settings)
+    assert found is not None
+    assert place(found / "shard") == (3, 4 * STEPS)
+    assert len(names(tmp_path)) == 2 + (found.name != "last.ckpt"), names(tmp_path)
+
+
+def test_a_folder_in_place_of_a_file_and_back(tmp_path: Path) -> None:
+    train(tmp_path, max_epochs=1)
+    train(tmp_path, max_epochs=2, ckpt_path="last", plugins=[_ReadsBoth()])
+    assert place(tmp_path / "last.ckpt/shard") == (1, 2 * STEPS)
+    train(tmp_path, ckpt_path="last", plugins=[_ReadsFolders()])
+    assert place(tmp_path / "last.ckpt") == (2, 3 * STEPS)
+    assert names(tmp_path) == ["best.ckpt", "last.ckpt"]
+
+
+class _ReadsBoth(FolderIO):
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        return TorchCheckpointIO.load_checkpoint(self, path, *args, **kwargs)
+
+
+class _ReadsFolders(TorchCheckpointIO):
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().load_checkpoint(Path(path) / "shard", *args, **kwargs)
+
+
+def test_of_several_processes(tmp_path: Path) -> None:
+    strategies = ["ddp", *(["fsdp2"] if FSDP2_RUNS_ON_CPU else [])]
+    program = Path(__file__).with_name("last_checkpoint_training.py")
+    finished = run_python(program, tmp_path, *strategies, timeout=200)
+    assert finished.returncode == 0, finished.stdout
+    for name in strategies:
+        for rank in range(2):
+            first, second = json.loads((tmp_path / f"{name}-{rank}.json").read_text())
+            steps = STEPS if name == "fsdp2" else STEPS // 2  # DDP shares the batches
+            assert (first["resumed"], first["epoch"], first["files"]) == ("", 3, ["best.ckpt", "last.ckpt"])
+            assert (second["resumed"], second["epoch"], second["files"]) == ("last.ckpt", 4, ["best.ckpt", "last.ckpt"])
+            assert [first["is_folder"], second["is_folder"]] == [name == "fsdp2"] * 2
+            assert second["step"] * 3 == first["step"] * 4
+            assert first["step"] in (3 * steps, 3 * STEPS // 2)

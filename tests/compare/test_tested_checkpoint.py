@@ -1,0 +1,172 @@
+"""Which checkpoint a run's test is of: the best one, on whatever way the run got there."""
+
+import csv
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from study_module import ScriptedModule, StudyData
+
+from lightning_znorm import compare
+from lightning_znorm.cli import main
+from lightning_znorm.compare.files import read_json
+from lightning_znorm.compare.process import Processes
+from lightning_znorm.compare.study import StudyError
+from tests.processes import run_forked
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="processes are forked"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"),
+]
+
+SCORES = [0.3, 0.9, 0.5, 0.4]  # best in the second epoch of four
+
+
+@pytest.fixture(scope="module")
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        patch.setattr(Processes, "run", lambda self, args, log, *rest, **options: run_forked(args, log))
+        captured: dict[str, tuple[int, str, str]] = {}
+
+        def capture(self: Processes, args: list[str]) -> tuple[int, str, str]:
+            key = Path("exp.yaml").read_text() + str(args)  # asked again, it says the same
+            if key not in captured:
+                log = Path("captured.txt").absolute()
+                code = run_forked(args, log)
+                captured[key] = code, log.read_text(), log.read_text()
+            return captured[key]
+
+        patch.setattr(Processes, "capture", capture)
+        yield patch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory, patch) -> Path:
+    """Of a study in one go."""
+    folder = tmp_path_factory.mktemp("study")
+    patch.chdir(folder)
+    write_experiment()
+    study()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _here(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def write_experiment(**settings: object) -> None:
+    checkpoint = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val/score", "mode": "max"}}
+    experiment = {
+        "model": {"class_path": "study_module.ScriptedModule", "init_args": {"scores": SCORES, **settings}},
+        "data": {"class_path": "study_module.StudyData"},
+        "trainer": {"accelerator": "cpu", "max_epochs": 4, "log_every_n_steps": 2, "callbacks+": [checkpoint]},
+    }
+    Path("exp.yaml").write_text(yaml.safe_dump(experiment))
+    Path("baseline.yaml").write_text("trainer: {}")
+
+
+def study(**options: object) -> compare.Table:
+    return compare.run("exp.yaml", ["baseline.yaml"], seeds=[5], output="out", **options)
+
+
+def by_hand(checkpoint: Path) -> dict[str, float]:
+    module = ScriptedModule(SCORES)
+    module.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    metrics = trainer.test(module, StudyData(), verbose=False)[0]
+    # Validation logs this name too.
+    return {name.replace("seen", "test/seen"): value for name, value in metrics.items()}
+
+
+def check_the_best_was_tested() -> None:
+    """Of a study: its table's number is that of the best checkpoint, and everything says so."""
+    run = Path("out/runs/baseline-5").absolute()
+    best, last = (by_hand(run / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
+    assert (best["test/score"], last["test/score"]) == (2, 4)  # epochs that the weights have had
+    assert best["test/loss"] != last["test/loss"]
+    table = study()
+    assert {metric: table.row("baseline", metric).values[0] for metric in best} == best
+    assert json.loads((run / "test.json").read_text()) == {
+        "checkpoint": {
+            "path": str(run / "checkpoints/best.ckpt"),
+            "epoch": 1,
+            "monitor": "val/score",
+            "value": pytest.approx(0.9),
+        },
+        "metrics": best,
+    }
+    with Path("out/results.csv").open() as file:
+        tested = [row for row in csv.DictReader(file) if row["metric"].startswith("test/")]
+    assert {row["metric"]: (row["epoch"], float(row["value"])) for row in tested} == {
+        metric: ("1", value) for metric, value in best.items()
+    }
+    report = Path("out/report.md").read_text()
+    assert "| baseline | 5 | 2 | 4 | 0.9 |" in report
+    assert "### `test/seen`, at the best checkpoint" in report
+    assert "### `seen`, of the last epoch" in report
+    assert table.row("baseline", "seen").values == (pytest.approx(SCORES[-1]),)
+
+
+def test_in_one_go():
+    check_the_best_was_tested()
+
+
+def test_best_checkpoint_that_is_missing():
+    run = Path("out/runs/baseline-5")
+    (run / "test.json").unlink()
+    best = run / "checkpoints/best.ckpt"
+    best.rename("kept.ckpt")
+    (failed,) = study().failures  # and not the last one in its place
+    assert failed.error.startswith("test ended with exit code 1")
+    assert f"Checkpoint file not found: {best.absolute()}" in failed.error
+    assert not (run / "test.json").exists()
+    Path("kept.ckpt").rename(best)
+    study()
+    check_the_best_was_tested()
+
+
+def test_tests_of_other_checkpoints_are_refused():
+    run = Path("out/runs/baseline-5")
+    tested = read_json(run / "test.json")
+    (run / "test.json").write_text(json.dumps(tested["metrics"]))  # as version 0.1.0 did
+    with pytest.raises(StudyError, match=r"baseline-5 by a version that tested last checkpoints and called them best"):
+        study()
+    # Somebody looks at the last one by hand, with the settings that lie in the run's folder.
+    last = str(run / "checkpoints/last.ckpt")
+    assert run_forked(["test", "--config", str(run / "run.yaml"), "--ckpt_path", last], Path("log")) == 0
+    with pytest.raises(StudyError, match=r"than each run's best.ckpt: baseline-5 at .*last.ckpt. Delete the test.json"):
+        study()
+    (run / "test.json").unlink()
+    study()
+    check_the_best_was_tested()
+
+
+def test_killed_and_resumed(tmp_path, monkeypatch):
+    """After the best checkpoint is there."""
+    monkeypatch.chdir(tmp_path)
+    write_experiment(killed_in=3)
+    (failed,) = study().failures
+    assert failed.error.startswith("fit was ended by SIGKILL")
+    study()
+    check_the_best_was_tested()
+
+
+def test_by_the_line_of_a_dry_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    write_experiment()
+    options = {"--config": "exp.yaml", "--methods": "baseline.yaml", "--seeds": "5", "--output": "out"}
+    main(["compare", *itertools.chain(*options.items()), "--dry-run"])
+    (line,) = capfd.readouterr().out.splitlines()
+    paths = os.pathsep.join(filter(None, sys.path))
+    subprocess.run(["sh", "-c", line], env={**os.environ, "PYTHONPATH": paths}, check=True, timeout=200)
+    check_the_best_was_tested()
