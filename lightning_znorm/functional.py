@@ -261,16 +261,17 @@ def _check_optimizer(optimizer: object) -> None:
         )
     if isinstance(optimizer, LBFGS):
         raise ValueError("LBFGS computes its gradients in the closure of its step, out of an attached method's reach")
-    if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
+    wrapped = wrapped_by(optimizer)
+    if takes_two_steps(optimizer):
+        way_out = f"attach to its {type(wrapped[0]).__name__}, which descends" if wrapped else "climb by hand"
         raise TypeError(
-            f"{kind} climbs along one gradient and descends along another, in steps that run no hooks: attach to its "
-            "base optimizer, which is the one that descends (see examples/sam.py)"
+            f"{kind} climbs along one gradient and descends along another, in steps that run no hooks: {way_out} (see "
+            "examples/sam.py)"
         )
     if getattr(optimizer, "_overlap_with_ddp", False):
         raise TypeError(f"{kind} steps in the backward pass with overlap_with_ddp=True, and runs no hooks before")
     if _runs_hooks(optimizer):
         return
-    wrapped = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
     # Lightning's and Fabric's share the hooks of the optimizer in them.
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
     if any(_runs_hooks(inner) and inner._optimizer_step_pre_hooks is hooks for inner in wrapped):
@@ -279,6 +280,16 @@ def _check_optimizer(optimizer: object) -> None:
         raise untested_torch(f"{kind}.step is not marked as `hooked`")
     which = f"the {type(wrapped[0]).__name__} that it wraps" if wrapped else "the one that it wraps, if it does"
     raise TypeError(f"{kind} runs no hooks before its step: attach to {which}, before it is wrapped")
+
+
+def takes_two_steps(optimizer: object) -> bool:
+    """Whether an optimizer has the two steps of SAM, of which the first one climbs."""
+    return hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")
+
+
+def wrapped_by(optimizer: object) -> list[Optimizer]:
+    """The optimizers that an optimizer keeps as attributes."""
+    return [value for value in getattr(optimizer, "__dict__", {}).values() if isinstance(value, Optimizer)]
 
 
 def _runs_hooks(optimizer: Optimizer) -> bool:

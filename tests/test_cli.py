@@ -270,7 +270,7 @@ class TestNoMethodIsLost:
     def test_file_that_appends(self, capsys):
         mine = write("mine.yaml", "trainer: {callbacks+: [{class_path: LearningRateMonitor}]}")
         names = callbacks(resolved(capsys, "fit", *configs(DIGITS, ZNORM, mine)))
-        assert names == ["ModelCheckpoint", "RichProgressBar", "ZNormCallback", "LearningRateMonitor"]
+        assert names == ["ModelCheckpoint", "LastCheckpoint", "RichProgressBar", "ZNormCallback", "LearningRateMonitor"]
 
     @pytest.mark.parametrize(
         "flag", ["--trainer.callbacks=LearningRateMonitor", "--trainer.callbacks=null", "--trainer.callbacks=[]"]

@@ -100,7 +100,8 @@ def test_what_every_experiment_keeps(experiment, capsys):
     assert (best["init_args"]["filename"], best["init_args"]["auto_insert_metric_name"]) == ("best", False)
     # Lightning's own is written in improving epochs alone: tests/test_cli_interruptions.py.
     assert best["init_args"]["save_last"] is None
-    assert last == {"class_path": "lightning_znorm.LastCheckpoint", "init_args": {"dirpath": None}}
+    assert last["class_path"] == "lightning_znorm.LastCheckpoint"
+    assert last["init_args"] == {"dirpath": None, "enable_version_counter": True}
 
 
 def test_all_models_of_the_paper():

@@ -228,7 +228,7 @@ def sgd() -> torch.optim.SGD:
         ),
         (
             lambda: FirstAndSecondStep([nn.Parameter(torch.zeros(2))], lr=0.1),
-            r"FirstAndSecondStep climbs .*attach to its base optimizer.*examples/sam\.py",
+            r"FirstAndSecondStep climbs .*attach to its SGD, which descends.*examples/sam\.py",
         ),
         (lambda: OverlappingWithDDP([nn.Parameter(torch.zeros(2))], lr=0.1), "steps in the backward pass"),
     ],

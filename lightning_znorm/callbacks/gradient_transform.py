@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_znorm.callbacks.gradient_callback import GradientCallback, ModelState
 from lightning_znorm.callbacks.overlap import is_same_method, shared_names
-from lightning_znorm.functional import attach
+from lightning_znorm.functional import attach, takes_two_steps, wrapped_by
 from lightning_znorm.gradients import GradientMethod, transform_places_
 from lightning_znorm.gradients.amp import found_inf, take_over_scale_
 from lightning_znorm.gradients.finite import check_finite
@@ -146,11 +146,22 @@ class GradientTransform(GradientCallback):
                     f"{self._name}: LBFGS searches along the true gradient, and builds its curvature from it. With "
                     f"{self._description} it takes steps that the loss does not confirm, and may diverge."
                 )
+            if takes_two_steps(optimizer) and not self._is_served(optimizer):
+                rank_zero_warn(
+                    f"{self._name}: {type(optimizer).__name__} climbs along one gradient and descends along another, "
+                    "in steps of its own that Lightning does not see, and its `step` climbs along gradients that are "
+                    "transformed already. examples/sam.py shows how to climb along the true gradient and to transform "
+                    "the one of the descent."
+                )
 
     @override
     def _is_served(self, optimizer: Optimizer) -> bool:
-        hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {})
-        return any(getattr(hook, "__module__", None) == attach.__module__ for hook in hooks.values())
+        hooks = [
+            hook
+            for each in (optimizer, *wrapped_by(optimizer))
+            for hook in getattr(each, "_optimizer_step_pre_hooks", {}).values()
+        ]
+        return any(getattr(hook, "__module__", None) == attach.__module__ for hook in hooks)
 
     @override
     def _check_places(self, trainer: pl.Trainer, source: GradientSource, places: Iterable[Place]) -> None:

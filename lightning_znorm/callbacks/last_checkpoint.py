@@ -30,13 +30,19 @@ class LastCheckpoint(ModelCheckpoint):
     so does ``fit --ckpt_path last``.
 
     It is written at the end of every training epoch, also of one that ``max_steps``, ``max_time`` or
-    :class:`~lightning.pytorch.callbacks.EarlyStopping` ended; never in the middle of an epoch (for that there is
-    ``ModelCheckpoint(every_n_train_steps=...)``), after an exception, or with ``fast_dev_run``. A ``last.ckpt`` that
-    another training left in the folder is kept, and this one is named ``last-v1.ckpt``, unless it is the one resumed.
+    :class:`~lightning.pytorch.callbacks.EarlyStopping` ended early; otherwise not in the middle of an epoch (for that
+    there is ``ModelCheckpoint(every_n_train_steps=...)``), after an exception, or with ``fast_dev_run``.
+
+    Note:
+        Lightning takes this callback for a ``ModelCheckpoint``. Without another one it adds none of its own: test with
+        ``ckpt_path="last"``. With another one, ``ckpt_path="best"`` is the best checkpoint of that one, and Lightning
+        warns that there are several.
 
     Args:
         dirpath: Folder of the checkpoint. Default: that of the Trainer's first ``ModelCheckpoint``, or the one it would
             use (``checkpoints`` beside the logs).
+        enable_version_counter: Whether to keep a ``last.ckpt`` that another, finished training left in the folder, and
+            to name this one ``last-v1.ckpt``. One that is resumed is replaced in any case.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -49,8 +55,8 @@ class LastCheckpoint(ModelCheckpoint):
 
     # A ModelCheckpoint that itself saves nothing: Lightning asks only those for the last checkpoint and its folder.
 
-    def __init__(self, dirpath: str | Path | None = None) -> None:
-        super().__init__(dirpath, save_top_k=0)
+    def __init__(self, dirpath: str | Path | None = None, enable_version_counter: bool = True) -> None:
+        super().__init__(dirpath, save_top_k=0, enable_version_counter=enable_version_counter)
         self._key = self._generate_state_key(dirpath=str(dirpath))
         self._is_written = False  # and has not taken its place yet
 
@@ -95,6 +101,8 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning restores rightly only what is saved in this hook, but logs the epoch's metrics after it.
         typed: Any = trainer
+        # The progress bar of rank 0 has reduced the epoch's metrics by now: the other ranks join it in that first.
+        _ = typed.callback_metrics
         if not typed.fast_dev_run:
             trainer.save_checkpoint(self._new)  # by all processes
             self._is_written = True
@@ -129,7 +137,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     def _unused(self, trainer: pl.Trainer) -> str:
         path, version = self._path("last.ckpt"), self.STARTING_VERSION
-        while self.file_exists(path, trainer):
+        while self._enable_version_counter and self.file_exists(path, trainer):
             path, version = self._path(f"last-v{version}.ckpt"), version + 1
         return path
 

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_znorm.gradients.places import Place
+from lightning_znorm.gradients.places import ParameterPlace, Place
 from lightning_znorm.gradients.selection import ParameterFilter
 from lightning_znorm.gradients.sources import GradientSource, clean_name
 
@@ -33,11 +33,11 @@ class _Steps:
         is_hooked: Whether Lightning's hook has been called since the last step.
         depth: Number of ``step`` methods that are running: a class's may call its base class's, and torch runs the
             optimizer's hooks in both.
-        missed: Number of steps without a call of Lightning's hook.
+        missed: Number of steps without a call of Lightning's hook, with gradients.
         searched: Number of steps before which gradients were looked for.
         next_check: Value of `searched` at which to look at the numbers again.
         backwards: Number of backward passes before the last such step.
-        has_run_hooks: Whether the optimizer runs hooks at all.
+        had_gradients: Whether there were any before the step that is running.
         is_settled: Whether gradients have been found, or a warning has said that there are none.
         is_reported: Whether a warning has said that steps are missed.
     """
@@ -49,7 +49,7 @@ class _Steps:
     searched: int = 0
     next_check: int = FIRST_STEPS
     backwards: int = 0
-    has_run_hooks: bool = True
+    had_gradients: bool = False
     is_settled: bool = False
     is_reported: bool = False
 
@@ -113,11 +113,10 @@ class StepWatch:
                 continue
             steps = self._steps[optimizer] = _Steps(f"optimizer {number} ({type(optimizer).__name__})")
             # Optimizers that wrap others may not have called torch's __init__, or not be torch's at all.
-            steps.has_run_hooks = hasattr(optimizer, "_optimizer_step_post_hooks")
-            if steps.has_run_hooks:
+            if hasattr(optimizer, "_optimizer_step_post_hooks"):
                 self._handles += [
-                    optimizer.register_step_pre_hook(partial(_enter, steps)),
-                    optimizer.register_step_post_hook(partial(self._leave, steps)),
+                    optimizer.register_step_pre_hook(partial(self._enter, optimizer, steps)),
+                    optimizer.register_step_post_hook(partial(self._leave, optimizer, steps)),
                 ]
 
     def close(self) -> None:
@@ -134,17 +133,25 @@ class StepWatch:
     def end_epoch(self) -> None:
         """Warn of what has had no effect up to now."""
         self._check(least=1)
+        # What steps in place of these optimizers, such as one inside of one of them, is not watched.
         if (
             self._at_epoch_start[0] == self._hook_calls
             and self._at_epoch_start[1] < self.backwards
-            and not all(steps.has_run_hooks for steps in self._steps.values())
+            and not any(steps.missed for steps in self._steps.values())
             and not self._has_warned_of_epoch
+            and any(self._places_of(optimizer) and not self._is_served(optimizer) for optimizer in self._steps)
         ):
             self._has_warned_of_epoch = True
+            names = [steps.name for steps in self._steps.values()]
             self._warn(
-                "it has seen backward passes in this epoch and no optimizer step, so no gradient was "
-                f"{self._verb}. {self._way_out}"
+                f"it has seen backward passes in this epoch and no optimizer step of {_listed(names, _NAMED)}, so no "
+                f"gradient was {self._verb}. {self._way_out}"
             )
+
+    def start_batch(self) -> None:
+        """Forget a step that raised an error in the batch before."""
+        for steps in self._steps.values():
+            steps.depth = 0
 
     def hook(self, optimizer: Any) -> None:
         """Take note that Lightning has called its hook."""
@@ -182,15 +189,25 @@ class StepWatch:
             steps.next_check *= 2
             self._check(FIRST_STEPS)
 
-    def _leave(self, steps: _Steps, *_: Any) -> None:
+    def _enter(self, optimizer: Any, steps: _Steps, *_: Any) -> None:
+        if steps.depth == 0:
+            steps.had_gradients = self._is_missed(steps) and self._has_chosen_gradients(optimizer)
+        steps.depth += 1
+
+    def _leave(self, optimizer: Any, steps: _Steps, *_: Any) -> None:
         steps.depth = max(0, steps.depth - 1)
         if steps.depth:
             return
-        if not steps.is_hooked:
+        # A closure computes them in the step.
+        if self._is_missed(steps) and (steps.had_gradients or self._has_chosen_gradients(optimizer)):
             steps.missed += 1
             if steps.missed == FIRST_STEPS:
                 self._check(FIRST_STEPS)
         steps.is_hooked = False
+
+    def _is_missed(self, steps: _Steps) -> bool:
+        """Whether a step that is running bypasses Lightning, and no warning has said so yet."""
+        return not steps.is_hooked and not steps.is_reported
 
     def _check(self, least: int) -> None:
         """Warn of what has had no effect in a number of steps."""
@@ -278,6 +295,11 @@ class StepWatch:
         """Whether the model has gradients, of whatever parameter."""
         return any(parameter.grad is not None for parameter in self._source.module.parameters())
 
+    def _has_chosen_gradients(self, optimizer: Any) -> bool:
+        """Whether an optimizer has gradients of chosen parameters; taken for granted where they are sharded."""
+        places = self._places_of(optimizer)
+        return any(not isinstance(place, ParameterPlace) or place.parameter.grad is not None for place in places)
+
     def _places_of(self, *optimizers: Any) -> list[Place]:
         """The chosen places of optimizers."""
         places = (place for optimizer in optimizers for place in self._source.places_of(optimizer))
@@ -292,10 +314,6 @@ def unwrapped(optimizer: Any) -> Any:
     # By name, because lightning.pytorch and pytorch_lightning each have a class of their own.
     is_wrapper = any(cls.__name__ == "LightningOptimizer" for cls in type(optimizer).__mro__)
     return optimizer.optimizer if is_wrapper else optimizer
-
-
-def _enter(steps: _Steps, *_: Any) -> None:
-    steps.depth += 1
 
 
 def _names(places: Iterable[Place]) -> set[str]:

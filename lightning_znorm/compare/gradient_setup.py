@@ -68,7 +68,10 @@ def _transforms_gradients(entry: dict[str, Any]) -> bool:
     with _importable_from_here():
         found = pkgutil.resolve_name(entry["class_path"])
     if not isinstance(found, type):  # a function that makes a callback
-        found = get_type_hints(found).get("return")
+        try:
+            found = get_type_hints(found).get("return")
+        except NameError:  # of a type that is imported for type checkers alone: nothing is known of it
+            return False
     return isinstance(found, type) and issubclass(found, GradientTransform)
 
 

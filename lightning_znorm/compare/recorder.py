@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import random
+import shutil
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,10 +22,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_znorm.callbacks.step_watch import unwrapped
 from lightning_znorm.compare.checkpoints import BestCheckpoint, monitored_value
 from lightning_znorm.compare.files import read_json, write_json
 from lightning_znorm.compare.results import GRADIENT_NORM, STEP_SECONDS, TRAIN_SECONDS
 from lightning_znorm.gradients.amp import is_unscaled
+from lightning_znorm.metrics.dtypes import widest_float
 from lightning_znorm.tasks.random_state import random_state, set_random_state
 
 
@@ -59,6 +62,7 @@ class Recorder(Callback):
         self._has_whole_tensors = False
         self._weights: str | None = None
         self._optimizers: list[str] = []
+        self._logged: set[str] = set()
         self._tested: dict[str, Any] | None = None
 
     @override
@@ -68,12 +72,14 @@ class Recorder(Callback):
             "seconds": self._seconds,
             "weights": self._weights,
             "optimizers": self._optimizers,
+            "logged": sorted(self._logged),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._epoch, self._seconds, self._weights = (state_dict[key] for key in ("epoch", "seconds", "weights"))
         self._optimizers = state_dict.get("optimizers", [])
+        self._logged = set(state_dict.get("logged", []))
 
     @override
     def on_load_checkpoint(
@@ -93,6 +99,9 @@ class Recorder(Callback):
         if trainer.is_global_zero:  # of a former training in this folder, if it was begun again by hand
             for name in ("fit.json", "test.json"):
                 (self.folder / name).unlink(missing_ok=True)
+            if trainer.ckpt_path is None:  # else it would be gone on from, or tested, if this one dies early
+                shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        trainer.strategy.barrier("Recorder.on_fit_start")
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -131,8 +140,8 @@ class Recorder(Callback):
             return
         norm = _gradient_norm(trainer, optimizer)
         if norm is not None:
-            several = len(trainer.optimizers) > 1
-            name = f"{GRADIENT_NORM}-{trainer.optimizers.index(optimizer)}" if several else GRADIENT_NORM
+            optimizers = [unwrapped(each) for each in trainer.optimizers]
+            name = f"{GRADIENT_NORM}-{optimizers.index(optimizer)}" if len(optimizers) > 1 else GRADIENT_NORM
             _log(trainer, {name: norm}, _batches(trainer))
 
     @override
@@ -144,6 +153,7 @@ class Recorder(Callback):
         self._stop_clock(trainer)
         self._seconds += self._epoch_seconds
         self._epoch = trainer.current_epoch + 1
+        self._logged |= {*trainer.callback_metrics, *trainer.logged_metrics}
         if self._epoch_batches:
             times = {STEP_SECONDS: self._epoch_seconds / self._epoch_batches, TRAIN_SECONDS: self._seconds}
             _log(trainer, times, _batches(trainer) - 1)
@@ -170,7 +180,7 @@ class Recorder(Callback):
             "parameters": parameters,
             "weights": self._weights,
             "optimizers": self._optimizers,
-            "logged": sorted({*trainer.callback_metrics, *trainer.logged_metrics}),
+            "logged": sorted({*self._logged, *trainer.callback_metrics, *trainer.logged_metrics}),
         }
         write_json(self.folder / "fit.json", {**content, **_surroundings(trainer)})
 
@@ -256,8 +266,9 @@ def _gradient_norm(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
 
 
 def _norm(gradient: Tensor) -> Tensor:
-    # In half precision the norm of a large layer overflows, and any has two or three digits.
-    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+    # In half precision the norm of a large layer overflows; in single precision a CPU's sum has three digits.
+    wide = torch.promote_types(gradient.dtype, widest_float(gradient.device))
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=wide)
     return norm
 
 

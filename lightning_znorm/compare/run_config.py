@@ -29,8 +29,9 @@ def run_config(settings: dict[str, Any], run: Run, monitor: tuple[str, str] | No
     trainer = config["trainer"]
     others = [logger for logger in as_list(trainer.get("logger")) if class_name(logger) != "CSVLogger"]
     trainer["logger"] = [*(_moved(logger, run.logs) for logger in others), _csv(run.logs)]
-    last = {"class_path": "lightning_znorm.LastCheckpoint", "init_args": {"dirpath": str(run.last.parent)}}
-    checkpoints = [last]
+    # A run has one last checkpoint, whichever of its trainings wrote it.
+    last = {"dirpath": str(run.last.parent), "enable_version_counter": False}
+    checkpoints = [{"class_path": "lightning_znorm.LastCheckpoint", "init_args": last}]
     if monitor:
         best = {"dirpath": str(run.best.parent), "monitor": monitor[0], "mode": monitor[1]}
         checkpoints.insert(0, _callback("checkpoints.BestCheckpoint", **best))

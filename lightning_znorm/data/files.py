@@ -199,8 +199,8 @@ def _add_file(entry: "os.DirEntry[str]", suffixes: Collection[str], listing: Lis
             listing.skip(OTHER_TYPES, [entry.path])
         return
     try:
-        # `os.stat` raises where a link leads nowhere; files that are no links need no look.
-        inode = os.stat(entry.path).st_ino if entry.is_symlink() else entry.inode()
+        # `stat` raises where a link leads nowhere; files that are no links need no look.
+        inode = entry.stat().st_ino if entry.is_symlink() else entry.inode()
         if not entry.is_file():
             listing.faults.append(f"{entry.path}: is neither a file nor a folder")
             return

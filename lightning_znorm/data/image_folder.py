@@ -258,7 +258,9 @@ def _find_images(root: Path, classes: list[str]) -> dict[str, tuple[Paths, Label
         if places[first] == places[other]:
             again.add(other)
         else:  # an image has one class, and is not tested on what it was trained on
-            found.faults.append(f"{found.paths[other]}: is the same file as {found.paths[first]}")
+            found.faults.append(
+                f"{found.paths[other]}: is the same file as {found.paths[first]} (delete one, or make it a copy)"
+            )
     refuse(found.faults, root)
     found.skip(AGAIN, [found.paths[index] for index in again])
     warn_of_skipped(root, found)

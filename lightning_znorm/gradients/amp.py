@@ -85,7 +85,7 @@ def take_over_scale_(scaler: GradScaler, optimizer: Optimizer) -> Tensor | None:
         The factor that the gradients hold, and must hold after the method too, or ``None`` if they are the true ones.
     """
     if "grad_scaler" in inspect.signature(optimizer.step).parameters:
-        return scaler._get_scale_async()
+        return scale_of(scaler)
     with torch.no_grad():
         scaler.unscale_(optimizer)
         # FSDP's scaler counts the ranks that have found inf, and fused kernels skip the step at one exactly.

@@ -133,6 +133,9 @@ class Task(LightningModule):
     @override
     def on_train_epoch_end(self) -> None:
         """Raise on all processes if a target of the epoch was wrong."""
+        if self.trainer.world_size > 1:
+            # The progress bar of rank 0 has reduced the epoch's metrics by now: the other ranks join it in that first.
+            _ = self.trainer.callback_metrics
         self._refuse_noted_targets()
 
     @override
@@ -247,6 +250,9 @@ class Task(LightningModule):
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Change torch's default type for what a loss makes itself, such as the kernel of MONAI's SSIMLoss."""
     before = torch.get_default_dtype()
+    if dtype == before:
+        yield
+        return
     torch.set_default_dtype(dtype)
     try:
         yield

@@ -240,6 +240,12 @@ class SegmentationTask(Task):
                 f"Masks have shape {tuple(masks.shape)}, and images of shape {tuple(images.shape)} with "
                 f"activation={self.activation!r} and num_classes={self.num_classes} ask for {expected}."
             )
+        last = self.num_classes - 1
+        if self.activation == "softmax" and masks.is_floating_point() and last > 2 / torch.finfo(masks.dtype).eps:
+            raise TypeError(
+                f"Masks are {masks.dtype}, which cannot tell all classes from 0 to {last} apart: pass masks.long(), "
+                "which no precision of the Trainer rounds."
+            )
         return self.check_targets(masks, stage, batch_idx)
 
 

@@ -33,7 +33,10 @@ class Falling(LightningModule):
             fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Tensor) -> Tensor:
-        return self.layer(batch).square().mean()
+        loss = self.layer(batch).square().mean()
+        # At an epoch's end the progress bar of rank 0 reduces it, before the other rank gets there.
+        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
+        return loss
 
     def validation_step(self, batch: Tensor) -> None:
         for name in ("score", "other"):
@@ -60,7 +63,7 @@ def main(directory: str, strategies: list[str]) -> None:
         folder = Path(directory) / name
         seen = []
         for ckpt_path, epochs in ((None, 3), ("last", 4)):
-            options = {"devices": 2, "strategy": STRATEGIES[name](), "max_epochs": epochs}
+            options = {"devices": 2, "strategy": STRATEGIES[name](), "max_epochs": epochs, "enable_progress_bar": True}
             trainer = train(folder, ckpt_path=ckpt_path, **options)
             seen.append(
                 {

@@ -1,5 +1,6 @@
 """A callback that does nothing says so after the first steps; one that does its work, or may yet, says nothing."""
 
+import contextlib
 import re
 from collections.abc import Callable
 
@@ -283,6 +284,110 @@ def test_optimizer_that_runs_no_hooks(fit, warned) -> None:
     fit(module, batches(2), ZNormCallback(), max_epochs=2)
     (warning,) = warned()
     assert "it has seen backward passes in this epoch and no optimizer step" in warning
+
+
+class SAM(Optimizer):
+    """Climbs, and descends by an optimizer of its own; not by `step`."""
+
+    def __init__(self, parameters) -> None:
+        super().__init__(parameters, {"rho": 0.05})
+        self.base_optimizer = SGD(self.param_groups, LR)
+
+    def first_step(self) -> None:
+        pass
+
+    def second_step(self) -> None:
+        self.base_optimizer.step()
+
+    def step(self, closure=None) -> None:
+        raise AssertionError
+
+
+class Composite(Optimizer):
+    """Whose parts are stepped one by one."""
+
+    def __init__(self, parameters) -> None:
+        parameters = list(parameters)
+        super().__init__(parameters, {})
+        self.parts = [SGD([parameter], LR) for parameter in parameters]
+
+
+def in_two_steps(module: ManualTraining, batch: Tensor) -> None:
+    optimizer = module.optimizers()
+    for step in (optimizer.first_step, optimizer.second_step):
+        optimizer.zero_grad()
+        module.manual_backward(loss_of(module.net, batch))
+        step()
+
+
+def by_parts(module: ManualTraining, batch: Tensor) -> None:
+    module.optimizers().zero_grad()
+    module.manual_backward(loss_of(module.net, batch))
+    for part in module.optimizers().parts:
+        part.step()
+
+
+def test_optimizers_inside_of_others_are_stepped(fit, warned) -> None:
+    fit(ManualTraining(by_parts, optimizer=Composite), batches(2), ZNormCallback(), max_epochs=3)
+    (warning,) = warned()
+    assert "no optimizer step of optimizer 0 (Composite), so no gradient was transformed" in warning
+
+
+def test_an_optimizer_of_two_steps_is_said_at_once(fit, warned) -> None:
+    counting = Counting(warned)
+    fit(ManualTraining(in_two_steps, optimizer=SAM), batches(3), ZNormCallback(), counting, max_epochs=2)
+    assert counting.counts[0] == 1
+    assert "SAM climbs along one gradient and descends along another" in warned()[0]
+
+
+def test_an_attached_optimizer_of_two_steps(fit) -> None:
+    module = ManualTraining(in_two_steps, optimizer=SAM)
+
+    class Attaching(Callback):
+        def on_fit_start(self, trainer, pl_module) -> None:
+            attach(trainer.optimizers[0].base_optimizer)
+
+    fit(module, batches(3), Attaching(), ZNormCallback(), max_epochs=2)
+
+
+def test_a_step_that_raised_hides_no_bypass(fit, warned) -> None:
+    """An optimizer's hook after the step does not run then."""
+
+    def script(module: ManualTraining, batch: Tensor) -> None:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(module.net, batch)
+            module.manual_backward(loss)
+            module.count += 1
+            if module.count == 1:
+                raise MemoryError
+            return loss
+
+        optimizer = module.optimizers(use_pl_optimizer=False)
+        with contextlib.suppress(MemoryError):
+            optimizer.step(closure)
+
+    module = ManualTraining(script)
+    module.count = 0
+    fit(module, batches(BATCHES), ZNormCallback())
+    (warning,) = warned()
+    assert "stepped past Lightning" in warning
+
+
+def through_lightning(module: ManualTraining, batch: Tensor) -> None:
+    bypass(module.optimizers(), module, batch)
+
+
+@pytest.mark.parametrize("make", [Training, lambda: ManualTraining(through_lightning)], ids=["automatic", "manual"])
+def test_a_step_without_gradients_misses_nothing(fit, make) -> None:
+    """As to have an optimizer step before its scheduler."""
+
+    class First(Callback):
+        def on_train_start(self, trainer, pl_module) -> None:
+            for optimizer in trainer.optimizers:
+                optimizer.step()
+
+    fit(make(), batches(BATCHES), First(), ZNormCallback(), GradientMonitor(), log_every_n_steps=1)
 
 
 def test_step_that_calls_its_base_classs_is_one_step(fit, warned) -> None:

@@ -307,3 +307,10 @@ def test_of_several_processes(tmp_path: Path) -> None:
             assert [first["is_folder"], second["is_folder"]] == [name == "fsdp2"] * 2
             assert second["step"] * 3 == first["step"] * 4
             assert first["step"] in (3 * steps, 3 * STEPS // 2)
+
+
+def test_without_versions_a_former_one_is_replaced(tmp_path: Path) -> None:
+    for epochs in (3, 2):
+        train(tmp_path, LastCheckpoint(tmp_path / "own", enable_version_counter=False), max_epochs=epochs)
+        assert place(tmp_path / "own/last.ckpt") == (epochs - 1, epochs * STEPS)
+        assert names(tmp_path / "own") == ["last.ckpt"]

@@ -90,9 +90,10 @@ def test_by_a_function(tmp_path, monkeypatch, known):
     Path("made.py").write_text(
         "from lightning_znorm import ZNormCallback\n"
         "def znorm() -> ZNormCallback: return ZNormCallback()\n"
+        "def elsewhere() -> 'Unimported': return ZNormCallback()\n"
         "def unknown(): return ZNormCallback()\n"
     )
-    settings = resolved(callback("made.znorm"), callback("made.unknown"))
+    settings = resolved(callback("made.znorm"), callback("made.unknown"), callback("made.elsewhere"))
     assert [entry["class_path"] for entry in gradient_callbacks(settings)] == ["made.znorm"]
     assert sys.path == before
 

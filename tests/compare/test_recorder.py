@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from study_module import NoisyGradients, ScriptedModule, StudyData, StudyModule
@@ -62,7 +63,10 @@ def train(
     torch.manual_seed(seed)
     first = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
     after = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
-    checkpoints = [BestCheckpoint(str(run.best.parent), *MONITOR), LastCheckpoint(str(run.last.parent))]
+    checkpoints = [
+        BestCheckpoint(str(run.best.parent), *MONITOR),
+        LastCheckpoint(str(run.last.parent), enable_version_counter=False),
+    ]
     trainer = Trainer(
         logger=CSVLogger(run.logs, name=""),
         callbacks=[Recorder(str(folder), seed), *first, *checkpoints, *after],
@@ -84,7 +88,7 @@ def evaluate(run: Run, checkpoint: Path, module: StudyModule | None = None) -> d
         callbacks=[
             Recorder(str(run.folder), 3),
             BestCheckpoint(str(run.best.parent), *MONITOR),
-            LastCheckpoint(str(run.last.parent)),
+            LastCheckpoint(str(run.last.parent), enable_version_counter=False),
         ],
         accelerator="cpu",
         enable_progress_bar=False,
@@ -140,7 +144,7 @@ def test_gradient_norm_in_any_precision(dtype):
         weight.grad = torch.full_like(weight, 300.0)
     trainer = SimpleNamespace(precision_plugin=SimpleNamespace())
     norm = _gradient_norm(trainer, torch.optim.SGD(weights))
-    assert float(norm) == pytest.approx(300 * (300 * 300 + 7) ** 0.5, rel=1e-4)
+    assert float(norm) == pytest.approx(300 * (300 * 300 + 7) ** 0.5, rel=1e-6)
 
 
 def test_times(tmp_path, monkeypatch):
@@ -204,10 +208,11 @@ def test_no_metric_is_missing_after_a_resumption(tmp_path):
 
 def test_resuming_a_run_that_was_only_not_said_to_have_ended(tmp_path):
     run = train(tmp_path)
+    names = json.loads(run.fit_file.read_text())["logged"]
     before, weights_before = logged(run, "train/loss"), weights(run)
     run.fit_file.unlink()
     train(tmp_path, resume=True)
-    assert run.fit_file.exists()
+    assert json.loads(run.fit_file.read_text())["logged"] == names == ["train/loss", "val/accuracy", "val/loss"]
     assert logged(run, "train/loss") == before
     assert all(torch.equal(weights_before[name], weights(run)[name]) for name in weights_before)
 
@@ -339,6 +344,26 @@ def test_optimizers_are_written_down(tmp_path):
     common = "lr=0.5, momentum=0.9, dampening=0, weight_decay=0"
     assert re.fullmatch(rf"SGD\({common}(, .*)?; {common}.1(, .*)?\)", first)
     assert second.startswith("Adam(lr=0.01, betas=(0.9, 0.999), eps=1e-08, weight_decay=0")
+
+
+def test_optimizers_that_the_user_has_wrapped(tmp_path):
+    """Lightning hands the optimizers inside of them to its hooks."""
+
+    class Wrapped(StudyModule):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx) -> None:
+            self.manual_backward(super().training_step(batch, batch_idx))
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self):
+            first, *_, last = self.network
+            return [LightningOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1)) for layer in (first, last)]
+
+    run = train(tmp_path, module=Wrapped(), max_epochs=1)
+    for number in (0, 1):
+        assert len(logged(run, f"compare/gradient_norm-{number}")) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64, torch.float64])

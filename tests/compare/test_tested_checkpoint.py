@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -158,6 +159,20 @@ def test_killed_and_resumed(tmp_path, monkeypatch):
     (failed,) = study().failures
     assert failed.error.startswith("fit was ended by SIGKILL")
     study()
+    check_the_best_was_tested()
+
+
+@pytest.mark.parametrize("dies", [{"killed_in": 0}, {"killed_in": 1}], ids=["in the first epoch", "after one epoch"])
+def test_begun_again_by_hand_and_killed(dies, tmp_path, monkeypatch):
+    """The report names the command. What the former training left is not gone on from, nor tested."""
+    monkeypatch.chdir(tmp_path)
+    write_experiment(**dies)
+    Path("killed").touch()  # so that it is not, yet
+    study()
+    Path("killed").unlink()
+    assert run_forked(["fit", "--config", "out/runs/baseline-5/run.yaml"], Path("log")) == -signal.SIGKILL
+    study()
+    assert [path.name for path in Path("out/runs/baseline-5/checkpoints").glob("last*")] == ["last.ckpt"]
     check_the_best_was_tested()
 
 

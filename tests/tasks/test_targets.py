@@ -434,3 +434,13 @@ def test_class_probabilities_of_another_shape() -> None:
     task = TASKS["three classes"][0]()
     with pytest.raises(ValueError, match=r"Class probabilities have shape \(4, 2\), and .* ask for \(4, 3\)"):
         task.training_step((torch.randn(4, 3, 4, 4), torch.rand(4, 2)), 0)
+
+
+def test_masks_of_more_classes_than_their_type_tells_apart() -> None:
+    """As Lightning makes of float masks under bf16-true: 257 would be 256."""
+    task = SegmentationTask(nn.Conv2d(3, 258, 1), num_classes=258, activation="softmax", optimizer=sgd)
+    task.log = lambda *_, **__: None
+    images, masks = torch.randn(2, 3, 4, 4), torch.full((2, 1, 4, 4), 257.0)
+    with pytest.raises(TypeError, match=r"bfloat16, which cannot tell all classes from 0 to 257 apart: pass masks.lon"):
+        task.training_step((images, masks.bfloat16()), 0)
+    assert torch.equal(task.training_step((images, masks.half()), 0), task.training_step((images, masks.long()), 0))
