@@ -1,6 +1,5 @@
 """Gradient methods for any PyTorch loop, named and shaped like :func:`torch.nn.utils.clip_grad_norm_`."""
 
-import sys
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -20,6 +19,13 @@ from lightning_znorm.gradients.amp import check_grad_scaler, scale_of, unscales_
 from lightning_znorm.gradients.errors import untested_torch
 from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.methods import describe
+from lightning_znorm.gradients.optimizers import (
+    is_nested_step,
+    may_nest_steps,
+    runs_hooks,
+    takes_two_steps,
+    wrapped_by,
+)
 from lightning_znorm.gradients.places import NumberedPlaces
 from lightning_znorm.gradients.sources import optimizer_places
 
@@ -216,8 +222,7 @@ def attach(
     if unscales_in_step(optimizer) or any(group.get("fused") for group in optimizer.param_groups):
         check_grad_scaler()
     known = optimizer_places(optimizer).parameters
-    # A step may call that of its base class, which runs the hooks again.
-    may_be_nested = sum("step" in vars(cls) for cls in type(optimizer).__mro__ if cls is not Optimizer) > 1
+    may_nest = may_nest_steps(optimizer)
     warned_of_no_gradient = False
 
     def transform(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -228,7 +233,7 @@ def attach(
                 f"{type(optimizer).__name__}.step was called with a closure, which computes the gradients after the "
                 f"attached {name} has run: compute them before the step, and call it without a closure"
             )
-        if may_be_nested and _is_nested(optimizer):
+        if may_nest and is_nested_step():
             return
         places = optimizer_places(optimizer)
         _check_parameters(optimizer, known, places.parameters)
@@ -270,43 +275,16 @@ def _check_optimizer(optimizer: object) -> None:
         )
     if getattr(optimizer, "_overlap_with_ddp", False):
         raise TypeError(f"{kind} steps in the backward pass with overlap_with_ddp=True, and runs no hooks before")
-    if _runs_hooks(optimizer):
+    if runs_hooks(optimizer):
         return
     # Lightning's and Fabric's share the hooks of the optimizer in them.
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
-    if any(_runs_hooks(inner) and inner._optimizer_step_pre_hooks is hooks for inner in wrapped):
+    if any(runs_hooks(inner) and inner._optimizer_step_pre_hooks is hooks for inner in wrapped):
         return
     if type(optimizer).__module__.startswith("torch.optim."):
         raise untested_torch(f"{kind}.step is not marked as `hooked`")
     which = f"the {type(wrapped[0]).__name__} that it wraps" if wrapped else "the one that it wraps, if it does"
     raise TypeError(f"{kind} runs no hooks before its step: attach to {which}, before it is wrapped")
-
-
-def takes_two_steps(optimizer: object) -> bool:
-    """Whether an optimizer has the two steps of SAM, of which the first one climbs."""
-    return hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")
-
-
-def wrapped_by(optimizer: object) -> list[Optimizer]:
-    """The optimizers that an optimizer keeps as attributes."""
-    return [value for value in getattr(optimizer, "__dict__", {}).values() if isinstance(value, Optimizer)]
-
-
-def _runs_hooks(optimizer: Optimizer) -> bool:
-    """Whether torch has put hooks around the step; a scheduler, for one, may have put something around that."""
-    steps = (type(optimizer).step, optimizer.step)
-    return any(getattr(step, "hooked", False) for step in steps)
-
-
-def _is_nested(optimizer: Optimizer) -> bool:
-    """Whether the step whose hook asks was called by another step of the same optimizer."""
-    frame = sys._getframe(2)  # torch's, around the step
-    around, outer = frame.f_code, frame.f_back
-    while outer is not None:
-        if outer.f_code is around and outer.f_locals.get("self") is optimizer:
-            return True
-        outer = outer.f_back
-    return False
 
 
 def _check_parameters(optimizer: Optimizer, known: list[Tensor], now: list[Tensor]) -> None:

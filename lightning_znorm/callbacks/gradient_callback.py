@@ -160,8 +160,6 @@ class GradientCallback(Callback, ABC):
     ) -> None:
         self._in_batch = True
         self._backward_in_batch = False
-        if self._model is not None:
-            self._model.watch.start_batch()
 
     @override
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:

@@ -14,11 +14,12 @@ from typing_extensions import override
 
 from lightning_znorm.callbacks.gradient_callback import GradientCallback, ModelState
 from lightning_znorm.callbacks.overlap import is_same_method, shared_names
-from lightning_znorm.functional import attach, takes_two_steps, wrapped_by
+from lightning_znorm.functional import attach
 from lightning_znorm.gradients import GradientMethod, transform_places_
 from lightning_znorm.gradients.amp import found_inf, take_over_scale_
 from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.methods import describe
+from lightning_znorm.gradients.optimizers import takes_two_steps, wrapped_by
 from lightning_znorm.gradients.places import Place
 from lightning_znorm.gradients.sources import GradientSource
 

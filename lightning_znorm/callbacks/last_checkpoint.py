@@ -86,7 +86,9 @@ class LastCheckpoint(ModelCheckpoint):
             checkpoints = (other for other in others if isinstance(other, ModelCheckpoint))
             self.dirpath = next((other.dirpath for other in checkpoints if not isinstance(other, LastCheckpoint)), None)
         super().setup(trainer, pl_module, stage)
-        typed.callbacks = [*others, self]  # last, for the checkpoint is to hold what the others keep of the epoch
+        following = typed.callbacks[typed.callbacks.index(self) + 1 :]
+        if not all(isinstance(callback, LastCheckpoint) for callback in following):
+            typed.callbacks = [*others, self]  # for the checkpoint is to hold what they keep of the epoch
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -104,7 +106,7 @@ class LastCheckpoint(ModelCheckpoint):
         # The progress bar of rank 0 has reduced the epoch's metrics by now: the other ranks join it in that first.
         _ = typed.callback_metrics
         if not typed.fast_dev_run:
-            trainer.save_checkpoint(self._new)  # by all processes
+            trainer.save_checkpoint(self._new, weights_only=False)  # by all processes
             self._is_written = True
 
     @override
@@ -164,21 +166,26 @@ class LastCheckpoint(ModelCheckpoint):
 
 def _replace(new: Path, last: Path) -> None:
     """Put one checkpoint in the place of another, each a file or, of a strategy that shards checkpoints, a folder."""
+    former = last.with_name(f"{last.stem}-former.ckpt")
     # A folder can't take the place of another in one step. Meanwhile, who looks for last*.ckpt finds the former one.
-    former, hidden = last.with_name(f"{last.stem}-former.ckpt"), last.with_name(f".{last.name}.former")
     if last.is_dir() or (new.is_dir() and last.exists()):
-        _discard(former, hidden)
+        _discard(former)
         last.rename(former)
     new.replace(last)
-    _discard(former, hidden)
+    _discard(former)
 
 
-def _discard(path: Path, hidden: Path) -> None:
-    """Delete a checkpoint: renamed first, for who looks for last*.ckpt must find none that is half deleted."""
-    for _ in range(2):  # one that a process left which died here, then this one
-        if hidden.is_dir() and not hidden.is_symlink():
-            shutil.rmtree(hidden)
-        else:
-            hidden.unlink(missing_ok=True)
-        if path.exists():
-            path.rename(hidden)
+def _discard(checkpoint: Path) -> None:
+    """Delete a checkpoint under a hidden name: who looks for last*.ckpt must find none that is half deleted."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    _delete(hidden)  # of a process that died before it was gone
+    if checkpoint.exists():
+        checkpoint.rename(hidden)
+        _delete(hidden)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_znorm.gradients.optimizers import is_nested_step, may_nest_steps
 from lightning_znorm.gradients.places import ParameterPlace, Place
 from lightning_znorm.gradients.selection import ParameterFilter
 from lightning_znorm.gradients.sources import GradientSource, clean_name
@@ -31,8 +32,7 @@ class _Steps:
     Attributes:
         name: For messages.
         is_hooked: Whether Lightning's hook has been called since the last step.
-        depth: Number of ``step`` methods that are running: a class's may call its base class's, and torch runs the
-            optimizer's hooks in both.
+        may_nest: Whether its ``step`` may call that of a base class, so that torch runs the hooks twice.
         missed: Number of steps without a call of Lightning's hook, with gradients.
         searched: Number of steps before which gradients were looked for.
         next_check: Value of `searched` at which to look at the numbers again.
@@ -43,8 +43,8 @@ class _Steps:
     """
 
     name: str
+    may_nest: bool
     is_hooked: bool = False
-    depth: int = 0
     missed: int = 0
     searched: int = 0
     next_check: int = FIRST_STEPS
@@ -111,7 +111,8 @@ class StepWatch:
         for number, optimizer in enumerate(map(unwrapped, optimizers)):
             if optimizer in self._steps:
                 continue
-            steps = self._steps[optimizer] = _Steps(f"optimizer {number} ({type(optimizer).__name__})")
+            name = f"optimizer {number} ({type(optimizer).__name__})"
+            steps = self._steps[optimizer] = _Steps(name, may_nest_steps(optimizer))
             # Optimizers that wrap others may not have called torch's __init__, or not be torch's at all.
             if hasattr(optimizer, "_optimizer_step_post_hooks"):
                 self._handles += [
@@ -147,11 +148,6 @@ class StepWatch:
                 f"it has seen backward passes in this epoch and no optimizer step of {_listed(names, _NAMED)}, so no "
                 f"gradient was {self._verb}. {self._way_out}"
             )
-
-    def start_batch(self) -> None:
-        """Forget a step that raised an error in the batch before."""
-        for steps in self._steps.values():
-            steps.depth = 0
 
     def hook(self, optimizer: Any) -> None:
         """Take note that Lightning has called its hook."""
@@ -190,13 +186,11 @@ class StepWatch:
             self._check(FIRST_STEPS)
 
     def _enter(self, optimizer: Any, steps: _Steps, *_: Any) -> None:
-        if steps.depth == 0:
+        if not (steps.may_nest and is_nested_step()):
             steps.had_gradients = self._is_missed(steps) and self._has_chosen_gradients(optimizer)
-        steps.depth += 1
 
     def _leave(self, optimizer: Any, steps: _Steps, *_: Any) -> None:
-        steps.depth = max(0, steps.depth - 1)
-        if steps.depth:
+        if steps.may_nest and is_nested_step():
             return
         # A closure computes them in the step.
         if self._is_missed(steps) and (steps.had_gradients or self._has_chosen_gradients(optimizer)):

@@ -36,7 +36,7 @@ def choose(
         asked = at_stage(monitor[0], "test", logged) or monitor[0]
     if asked not in logged:
         raise StudyError(f"--metric {asked}: nothing logs it. The experiment logs {names}.")
-    if mode is None and monitor and _STAGE.sub("", asked).strip("/_.-") == _STAGE.sub("", monitor[0]).strip("/_.-"):
+    if mode is None and monitor and _unstaged(asked) == _unstaged(monitor[0]):
         mode = monitor[1]
     if mode is None:
         mode = direction(asked)
@@ -73,3 +73,7 @@ def train_loss(logged: Collection[str]) -> str | None:
     found = [name for name in sorted(logged) if stage(name) in ("train", None) and "loss" in name.lower()]
     found.sort(key=lambda name: (stage(name) is None, name.endswith("_step"), name))
     return found[0] if found else None
+
+
+def _unstaged(name: str) -> str:
+    return _STAGE.sub("", name).strip("/_.-")

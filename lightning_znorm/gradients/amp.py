@@ -33,7 +33,7 @@ def check_grad_scaler() -> None:
         expected["what is infinite"] = [float(found) for found in found_inf(scaler, plain)] == [1.0]
         scaler.step(fused)
         expected["what it hands to fused optimizers"] = unscales_in_step(fused) and fused.was_given == (4.0, 1.0)
-    except Exception as error:  # whatever comes of something that is not there
+    except Exception as error:  # a name that is gone or means something else may raise anything; it is passed on
         raise untested_torch(f"GradScaler: {type(error).__name__}: {error}") from error
     for what, is_so in expected.items():
         if not is_so:
@@ -89,8 +89,8 @@ def take_over_scale_(scaler: GradScaler, optimizer: Optimizer) -> Tensor | None:
     with torch.no_grad():
         scaler.unscale_(optimizer)
         # FSDP's scaler counts the ranks that have found inf, and fused kernels skip the step at one exactly.
-        for found_inf in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
-            found_inf.clamp_(max=1)
+        for flag in found_inf(scaler, optimizer):
+            flag.clamp_(max=1)
     return None
 
 

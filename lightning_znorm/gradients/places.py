@@ -190,12 +190,11 @@ def _is_sharded(parameter: Tensor) -> bool:
     """
     try:
         if hasattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel"):
-            from torch.distributed.fsdp import FlatParameter
+            from torch.distributed.fsdp import FlatParameter, _flat_param
             from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
 
-            # It is with this that FSDP marks its parameters.
-            from torch.distributed.fsdp._flat_param import _set_fsdp_flattened  # type: ignore[attr-defined]  # noqa: F401
-
+            if not hasattr(_flat_param, "_set_fsdp_flattened"):
+                raise ImportError("torch.distributed.fsdp does not mark its parameters by _set_fsdp_flattened")
             if _is_fsdp_flattened(parameter) or isinstance(parameter, FlatParameter):
                 return True
         if "deepspeed" in sys.modules:

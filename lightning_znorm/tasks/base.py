@@ -112,17 +112,21 @@ class Task(LightningModule):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Task":
-        # The loss is computed in float32 or more, so its class weights and kernels stay in it when Lightning converts
-        # the module to half precision: rounded they would weigh something else, and cross entropy refuses them.
-        criterion = self._modules.get("criterion")
-        before = [] if criterion is None else [(module, dict(module._buffers)) for module in criterion.modules()]
+        # The loss is computed in float32 or more, so its class weights, kernels and layers stay in it when Lightning
+        # converts the module to half precision: rounded they would weigh something else, and torch refuses a mixture.
+        kept = [(module, name, old) for module in self._modules_of_loss() for name, old in _tensors(module)]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for module, buffers in before:
-            for name, old in buffers.items():
-                new = module._buffers[name]
-                if old is not None and new is not None and at_least_float32(new) is not new:
-                    module._buffers[name] = at_least_float32(old).to(new.device)
+        for module, name, old in kept:
+            new = getattr(module, name)
+            if at_least_float32(new) is not new:
+                new.data = at_least_float32(old).to(new.device)
         return self
+
+    def _modules_of_loss(self) -> list[nn.Module]:
+        """The modules that are the loss's alone."""
+        criterion = self._modules.get("criterion")
+        network = set() if "model" not in self._modules else set(self.model.modules())
+        return [] if criterion is None else [module for module in criterion.modules() if module not in network]
 
     @override
     def setup(self, stage: str) -> None:
@@ -223,10 +227,13 @@ class Task(LightningModule):
     def _refuse_noted_targets(self) -> None:
         if not self._puts_off_checks(self.device):
             return
-        for check in self.target_checks:
-            notes = check.notes(self.device)
-            by_rank: Any = self.all_gather(notes) if self.trainer.world_size > 1 else notes.unsqueeze(0)
-            check.refuse(by_rank)
+        notes = torch.stack([check.notes(self.device) for check in self.target_checks])
+        by_rank = [notes]
+        if self.trainer.world_size > 1:
+            by_rank = [torch.empty_like(notes) for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather(by_rank, notes)
+        for check, own in zip(self.target_checks, torch.stack(by_rank, dim=1), strict=True):
+            check.refuse(own)
 
     def compute_loss(self, logits: Tensor, targets: Tensor, misfit: Tensor | None = None) -> Tensor:
         """Return the loss, computed in float32 or more, whatever the precision of the network.
@@ -244,6 +251,12 @@ class Task(LightningModule):
     def log_loss(self, name: str, loss: Tensor, batch_size: int) -> None:
         """Log the mean of a loss over an epoch and all processes."""
         self.log(name, loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=batch_size, sync_dist=True)
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The floating-point parameters and buffers of a module itself, as they are now."""
+    named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return [(name, tensor.detach()) for name, tensor in named if tensor.is_floating_point()]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`LastCheckpoint`: of every finished epoch, as a whole, where Lightning and the command line look for it."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -215,7 +216,7 @@ class TestFolder:
 def test_under_the_other_package_name(tmp_path: Path) -> None:
     made = pytorch_lightning.Trainer(accelerator="cpu", callbacks=[LastCheckpoint()], default_root_dir=tmp_path)
     with pytest.raises(MisconfigurationException, match=r"LastCheckpoint is a callback of lightning\.pytorch"):
-        LastCheckpoint().setup(made, None, "fit")  # type: ignore[arg-type]
+        LastCheckpoint().setup(made, None, "fit")
 
 
 class FolderIO(TorchCheckpointIO):
@@ -314,3 +315,11 @@ def test_without_versions_a_former_one_is_replaced(tmp_path: Path) -> None:
         train(tmp_path, LastCheckpoint(tmp_path / "own", enable_version_counter=False), max_epochs=epochs)
         assert place(tmp_path / "own/last.ckpt") == (epochs - 1, epochs * STEPS)
         assert names(tmp_path / "own") == ["last.ckpt"]
+
+
+def test_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning has a line for each checkpoint that is saved without the one or the other kind of content asked for."""
+    # Its logger hands nothing up to the root by itself.
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+    train(tmp_path)
+    assert not [line for line in caplog.messages if "weights_only" in line]

@@ -217,7 +217,7 @@ def test_shards_of_the_same_memory() -> None:
                 shape=whole.shape,
                 device=whole.device,
                 rows=len(parts[rank]),
-                cuts={group: 0},  # type: ignore[dict-item]
+                cuts={group: 0},
             )
             for _ in range(2)
         ]

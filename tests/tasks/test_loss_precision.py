@@ -134,6 +134,36 @@ def test_any_loss_is_computed_in_float32_or_more(name: str, precision: str) -> N
     assert losses[1] == (losses[0] if tight else pytest.approx(losses[0], rel=1e-6))
 
 
+class Perceptual(nn.Module):
+    """A loss with a layer, as those that compare features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Conv2d(1, 2, 3).requires_grad_(False)
+        with torch.no_grad():
+            self.features.weight.copy_(torch.arange(18.0).view(2, 1, 3, 3) / 7)
+
+    def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
+        return (self.features(logits) - self.features(masks)).abs().mean()
+
+
+@EVERY_PRECISION
+def test_a_loss_with_a_layer(precision: str) -> None:
+    masks = torch.randint(2, (2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    logits = torch.full((2, 1, 8, 8), 0.75, dtype=torch.float64)
+    expected = Perceptual().double()(logits, masks.double())
+    task = SegmentationTask(network(logits, precision), loss=Perceptual(), optimizer=frozen)
+    assert logged(task, masks, precision)["train/loss"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_layers_that_a_loss_shares_with_the_network_are_the_networks() -> None:
+    loss, network = Perceptual(), nn.Conv2d(1, 1, 1)
+    loss.shared = network
+    task = SegmentationTask(network, loss=loss).half()
+    assert task.model.weight.dtype == torch.float16
+    assert task.criterion.features.weight.dtype == torch.float32
+
+
 def test_weights_of_a_loss_go_where_the_task_goes() -> None:
     task = SegmentationTask(nn.Conv2d(3, 3, 1), 3, activation="softmax", loss=LOSSES["focal with weights"]())
     weights = {name: buffer.clone() for name, buffer in task.criterion.named_buffers()}
