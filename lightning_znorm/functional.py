@@ -19,13 +19,7 @@ from lightning_znorm.gradients.amp import check_grad_scaler, scale_of, unscales_
 from lightning_znorm.gradients.errors import untested_torch
 from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.methods import describe
-from lightning_znorm.gradients.optimizers import (
-    is_nested_step,
-    may_nest_steps,
-    runs_hooks,
-    takes_two_steps,
-    wrapped_by,
-)
+from lightning_znorm.gradients.optimizers import is_nested_step, runs_hooks, takes_two_steps, wrapped_by
 from lightning_znorm.gradients.places import NumberedPlaces
 from lightning_znorm.gradients.sources import optimizer_places
 
@@ -222,7 +216,6 @@ def attach(
     if unscales_in_step(optimizer) or any(group.get("fused") for group in optimizer.param_groups):
         check_grad_scaler()
     known = optimizer_places(optimizer).parameters
-    may_nest = may_nest_steps(optimizer)
     warned_of_no_gradient = False
 
     def transform(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -233,7 +226,7 @@ def attach(
                 f"{type(optimizer).__name__}.step was called with a closure, which computes the gradients after the "
                 f"attached {name} has run: compute them before the step, and call it without a closure"
             )
-        if may_nest and is_nested_step():
+        if is_nested_step():
             return
         places = optimizer_places(optimizer)
         _check_parameters(optimizer, known, places.parameters)

@@ -359,6 +359,18 @@ def test_method_runs_once_where_a_step_calls_that_of_its_base(cls: Any) -> None:
     assert weight.tolist() == [-8.0, -18.0]
 
 
+def test_method_runs_once_where_a_step_calls_the_one_it_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # which has torch put its hooks around the step
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, closure=None: step(self, closure))
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    attach(optimizer, torch.square)
+    weight.grad = torch.tensor([2.0, 3.0])
+    optimizer.step()
+    assert weight.tolist() == [-4.0, -9.0]
+
+
 def test_method_runs_again_after_a_step_that_failed() -> None:
     weight = nn.Parameter(torch.zeros(2))
     optimizer = Failing([weight], lr=1.0)

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_znorm.gradients.optimizers import is_nested_step, may_nest_steps
+from lightning_znorm.gradients.optimizers import is_nested_step
 from lightning_znorm.gradients.places import ParameterPlace, Place
 from lightning_znorm.gradients.selection import ParameterFilter
 from lightning_znorm.gradients.sources import GradientSource, clean_name
@@ -32,7 +32,6 @@ class _Steps:
     Attributes:
         name: For messages.
         is_hooked: Whether Lightning's hook has been called since the last step.
-        may_nest: Whether its ``step`` may call that of a base class, so that torch runs the hooks twice.
         missed: Number of steps without a call of Lightning's hook, with gradients.
         searched: Number of steps before which gradients were looked for.
         next_check: Value of `searched` at which to look at the numbers again.
@@ -43,7 +42,6 @@ class _Steps:
     """
 
     name: str
-    may_nest: bool
     is_hooked: bool = False
     missed: int = 0
     searched: int = 0
@@ -112,7 +110,7 @@ class StepWatch:
             if optimizer in self._steps:
                 continue
             name = f"optimizer {number} ({type(optimizer).__name__})"
-            steps = self._steps[optimizer] = _Steps(name, may_nest_steps(optimizer))
+            steps = self._steps[optimizer] = _Steps(name)
             # Optimizers that wrap others may not have called torch's __init__, or not be torch's at all.
             if hasattr(optimizer, "_optimizer_step_post_hooks"):
                 self._handles += [
@@ -186,11 +184,11 @@ class StepWatch:
             self._check(FIRST_STEPS)
 
     def _enter(self, optimizer: Any, steps: _Steps, *_: Any) -> None:
-        if not (steps.may_nest and is_nested_step()):
+        if not is_nested_step():
             steps.had_gradients = self._is_missed(steps) and self._has_chosen_gradients(optimizer)
 
     def _leave(self, optimizer: Any, steps: _Steps, *_: Any) -> None:
-        if steps.may_nest and is_nested_step():
+        if is_nested_step():
             return
         # A closure computes them in the step.
         if self._is_missed(steps) and (steps.had_gradients or self._has_chosen_gradients(optimizer)):

@@ -1,6 +1,6 @@
 """Trains in two processes with a metric that gets worse by each epoch, and resumes. Run by test_last_checkpoint.py.
 
-python last_checkpoint_training.py DIRECTORY STRATEGY [STRATEGY ...]
+python last_checkpoint_training.py DIRECTORY SCENARIO [SCENARIO ...]
 """
 
 import json
@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 
 from lightning_znorm import LastCheckpoint
 
-STRATEGIES = {"ddp": DDPStrategy, "fsdp2": ModelParallelStrategy}
+# In "alone", no callback that looks for the best epoch has all ranks reduce the metrics at an epoch's end.
+SCENARIOS = {"ddp": DDPStrategy, "alone": DDPStrategy, "fsdp2": ModelParallelStrategy}
 
 
 class Falling(LightningModule):
@@ -46,11 +47,14 @@ class Falling(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def train(folder: Path, *extra: Callback, ckpt_path: str | None = None, **options: Any) -> Trainer:
+def train(
+    folder: Path, *extra: Callback, ckpt_path: str | None = None, keep_best: bool = True, **options: Any
+) -> Trainer:
     best = ModelCheckpoint(folder, monitor="score", mode="max", filename="best", enable_version_counter=False)
+    checkpoints = [LastCheckpoint(), best] if keep_best else [LastCheckpoint(folder)]
     trainer = Trainer(
         accelerator="cpu",
-        callbacks=[LastCheckpoint(), best, *extra],
+        callbacks=[*checkpoints, *extra],
         **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 3, **options},
     )
     data = DataLoader(torch.ones(8, 2), batch_size=2)
@@ -58,13 +62,13 @@ def train(folder: Path, *extra: Callback, ckpt_path: str | None = None, **option
     return trainer
 
 
-def main(directory: str, strategies: list[str]) -> None:
-    for name in strategies:
+def main(directory: str, scenarios: list[str]) -> None:
+    for name in scenarios:
         folder = Path(directory) / name
         seen = []
         for ckpt_path, epochs in ((None, 3), ("last", 4)):
-            options = {"devices": 2, "strategy": STRATEGIES[name](), "max_epochs": epochs, "enable_progress_bar": True}
-            trainer = train(folder, ckpt_path=ckpt_path, **options)
+            options = {"devices": 2, "strategy": SCENARIOS[name](), "max_epochs": epochs, "enable_progress_bar": True}
+            trainer = train(folder, ckpt_path=ckpt_path, keep_best=name != "alone", **options)
             seen.append(
                 {
                     "resumed": Path(trainer.ckpt_path or "").name,
@@ -72,7 +76,7 @@ def main(directory: str, strategies: list[str]) -> None:
                     "files": sorted(path.name for path in folder.iterdir()),
                     "is_folder": (folder / "last.ckpt").is_dir(),
                     "step": trainer.strategy.load_checkpoint(folder / "last.ckpt", weights_only=False)["global_step"]
-                    if name == "ddp"
+                    if name != "fsdp2"
                     else torch.load(folder / "last.ckpt" / "meta.pt", weights_only=False)["global_step"],
                 }
             )

@@ -392,10 +392,15 @@ def test_a_step_without_gradients_misses_nothing(fit, warned, make) -> None:
     assert warned() == []
 
 
-def test_step_that_calls_its_base_classs_is_one_step(fit, warned) -> None:
+@pytest.mark.parametrize("kind", ["its base class's", "the one it replaces"])
+def test_step_that_calls_another_is_one_step(fit, warned, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """torch runs the hooks of both."""
-    SGD([nn.Parameter(torch.zeros(1))], LR)
-    module, data = Training(optimizer=OPTIMIZERS["scaler-taking"]), batches(BATCHES)
+    SGD([nn.Parameter(torch.zeros(1))], LR)  # which has torch put its hooks around the step
+    step = SGD.step
+    if kind == "the one it replaces":
+        monkeypatch.setattr(SGD, "step", lambda self, closure=None: step(self, closure))
+    optimizer = OPTIMIZERS["scaler-taking" if kind == "its base class's" else "plain"]
+    module, data = Training(optimizer=optimizer), batches(BATCHES)
     fit(module, data, ZNormCallback())
     assert_every_step(module, data)
     assert warned() == []

@@ -70,7 +70,7 @@ def test_its_parameters_are_told_by_torchs_own_names(monkeypatch: pytest.MonkeyP
     ):
         with monkeypatch.context() as patch:
             patch.delattr(owner, name)
-            with pytest.raises(UnsupportedGradientError, match=f"sharded .* cannot be told .*'{name}'"):
+            with pytest.raises(UnsupportedGradientError, match=f"sharded .* cannot be told .*{name}"):
                 zscore_grads_([plain, *wrapped.parameters()])
     assert plain.grad.tolist() == [1, 5]
     for old, param in zip(before, wrapped.parameters(), strict=True):
