@@ -1,9 +1,11 @@
 """Gradient methods for any PyTorch loop, named and shaped like :func:`torch.nn.utils.clip_grad_norm_`."""
 
 import warnings
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -19,7 +21,13 @@ from lightning_znorm.gradients.amp import check_grad_scaler, scale_of, unscales_
 from lightning_znorm.gradients.errors import untested_torch
 from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.methods import describe
-from lightning_znorm.gradients.optimizers import is_nested_step, runs_hooks, takes_two_steps, wrapped_by
+from lightning_znorm.gradients.optimizers import (
+    is_nested_step,
+    marks_steps,
+    runs_hooks,
+    takes_two_steps,
+    wrapped_by,
+)
 from lightning_znorm.gradients.places import NumberedPlaces
 from lightning_znorm.gradients.sources import optimizer_places
 
@@ -226,7 +234,7 @@ def attach(
                 f"{type(optimizer).__name__}.step was called with a closure, which computes the gradients after the "
                 f"attached {name} has run: compute them before the step, and call it without a closure"
             )
-        if is_nested_step():
+        if is_nested_step(optimizer):
             return
         places = optimizer_places(optimizer)
         _check_parameters(optimizer, known, places.parameters)
@@ -237,14 +245,30 @@ def attach(
                 f"{type(optimizer).__name__} steps, and none of its parameters has a gradient for the attached {name}: "
                 "either none has been computed yet, or the optimizer takes them from elsewhere (master weights), out "
                 "of reach",
-                stacklevel=3,
+                stacklevel=4,
             )
         # An optimizer that takes the scaler itself looks for inf and NaN itself, and skips the step.
         if error_if_nonfinite and kwargs.get("grad_scaler") is None:
             found_inf = getattr(optimizer, "found_inf", None)  # what the scaler hands to fused optimizers
             check_finite(places, () if found_inf is None else (found_inf,))
 
-    return optimizer.register_step_pre_hook(transform)
+    _attached.add(optimizer)
+    # Where the step is compiled, the hook is not: it looks at the call stack, and has kernels of its own.
+    return optimizer.register_step_pre_hook(torch.compiler.disable(transform))  # type: ignore[no-untyped-call]
+
+
+_attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+def attached_optimizers() -> list[Optimizer]:
+    """Return the optimizers that have a method attached."""
+    return [optimizer for optimizer in _attached if is_attached(optimizer)]
+
+
+def is_attached(optimizer: Optimizer) -> bool:
+    """Whether a method is attached to an optimizer."""
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
+    return any(getattr(hook, "__module__", None) == attach.__module__ for hook in hooks)
 
 
 def _check_optimizer(optimizer: object) -> None:
@@ -268,14 +292,21 @@ def _check_optimizer(optimizer: object) -> None:
         )
     if getattr(optimizer, "_overlap_with_ddp", False):
         raise TypeError(f"{kind} steps in the backward pass with overlap_with_ddp=True, and runs no hooks before")
+    if not marks_steps():
+        raise untested_torch("torch.optim.Optimizer has no `profile_hook_step`")
     if runs_hooks(optimizer):
         return
     # Lightning's and Fabric's share the hooks of the optimizer in them.
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
     if any(runs_hooks(inner) and inner._optimizer_step_pre_hooks is hooks for inner in wrapped):
         return
-    if type(optimizer).__module__.startswith("torch.optim."):
-        raise untested_torch(f"{kind}.step is not marked as `hooked`")
+    if "step" in vars(optimizer) or type(optimizer).__module__.startswith("torch."):
+        by = getattr(optimizer.step, "__qualname__", type(optimizer.step).__name__)
+        raise TypeError(
+            f"the step of this {kind} has been replaced by {by}, which does not refer to the original one, so that no "
+            "hook may run before it: let it call that one (`original = optimizer.step` before it is replaced), or call "
+            "lightning_znorm.functional.transform_grads_ before each step instead"
+        )
     which = f"the {type(wrapped[0]).__name__} that it wraps" if wrapped else "the one that it wraps, if it does"
     raise TypeError(f"{kind} runs no hooks before its step: attach to {which}, before it is wrapped")
 

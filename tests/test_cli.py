@@ -371,7 +371,8 @@ class TestRun:
         write("mine.yaml", f"trainer: {{callbacks: [{checkpoint}]}}")
         with pytest.warns(UserWarning, match=message):
             main(["fit", *configs(DIGITS, "mine.yaml"), *SHORT])
-        for callbacks in (f"[{checkpoint}, LastCheckpoint]", f"[{checkpoint[:-2]}, save_top_k: -1}}}}]"):
+        own = "{class_path: LastCheckpoint, init_args: {dirpath: own}}"
+        for callbacks in (f"[{checkpoint}, {own}]", f"[{checkpoint[:-2]}, save_top_k: -1}}}}]"):
             write("mine.yaml", f"trainer: {{callbacks: {callbacks}}}")
             main(["fit", *configs(DIGITS, "mine.yaml"), *SHORT])  # a warning is an error
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import types
 import warnings
 from collections import OrderedDict
 from typing import Any
@@ -13,7 +14,7 @@ from timm.optim import Lookahead, create_optimizer_v2
 from torch import Tensor, nn
 
 from lightning_znorm.functional import attach
-from lightning_znorm.gradients import Centralization, UnsupportedGradientError, ZScore
+from lightning_znorm.gradients import Centralization, UnsupportedGradientError, ZScore, optimizers
 from tests.gradients.reference import centralized, zscore
 
 LR = 0.1
@@ -260,11 +261,47 @@ def test_base_optimizer_of_sam_descends_by_the_z_score() -> None:
     torch.testing.assert_close(weight.data.double(), start - LR * zscore(reached.grad, EPS), rtol=0, atol=1e-6)
 
 
-def test_step_that_is_not_marked_as_hooked_is_told_from_a_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_release_that_does_not_tell_where_hooks_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = sgd()
-    monkeypatch.delattr(torch.optim.SGD.step, "hooked")
-    with pytest.raises(UnsupportedGradientError, match=r"PyTorch .* SGD\.step is not marked as `hooked`"):
+    monkeypatch.setattr(optimizers, "_around_step", lambda: None)
+    with pytest.raises(UnsupportedGradientError, match=r"PyTorch .* torch\.optim\.Optimizer has no `profile_hook_st"):
         attach(optimizer)
+
+
+def plain_step(self: torch.optim.Optimizer, closure: Any = None) -> None:
+    """As Intel's extension puts in the place of the step."""
+    for group in self.param_groups:
+        for param in group["params"]:
+            param.data -= group["lr"] * param.grad
+
+
+def replaced(optimizer: torch.optim.SGD, step: Any) -> torch.optim.SGD:
+    optimizer.step = step  # type: ignore[method-assign]
+    return optimizer
+
+
+def named_like_the_original(optimizer: torch.optim.SGD) -> torch.optim.SGD:
+    @functools.wraps(optimizer.step)
+    def step(closure: Any = None) -> None:
+        plain_step(optimizer)
+
+    return replaced(optimizer, step)
+
+
+@pytest.mark.parametrize(
+    ("make", "by"),
+    [
+        (lambda: replaced(sgd(), types.MethodType(plain_step, sgd())), "plain_step"),
+        (lambda: replaced(sgd(), functools.partial(plain_step, sgd())), "partial"),
+        (lambda: replaced(sgd(), sgd().step), r"Optimizer\.profile_hook_step\.<locals>\.wrapper|SGD\.step"),
+        (lambda: replaced(one := sgd(), types.MethodType(type(one).step.__wrapped__, one)), r"SGD\.step"),
+        (lambda: named_like_the_original(sgd()), r"SGD\.step"),
+    ],
+    ids=["method", "partial", "of-another", "without-hooks", "named-alike"],
+)
+def test_step_that_has_been_replaced_is_refused(make: Any, by: str) -> None:
+    with pytest.raises(TypeError, match=f"the step of this SGD has been replaced by ({by}), which does not refer"):
+        attach(make())
 
 
 WRAPPED: dict[str, Any] = {
@@ -273,6 +310,9 @@ WRAPPED: dict[str, Any] = {
     "scheduler before": lambda weight: scheduled(torch.optim.SGD([weight], lr=LR), True),
     "scheduler after": lambda weight: scheduled(torch.optim.SGD([weight], lr=LR), False),
     "step of the object": lambda weight: wrapped_again(weight),
+    "function": lambda weight: counting(weight, lambda original, count: lambda *args: (count(), original(*args))),
+    "object": lambda weight: counting(weight, Counting),
+    "compiled": lambda weight: counting(weight, lambda original, _: torch.compile(original, backend="eager")),
     "deep copy": lambda weight: attach_to_copy(weight, copy.deepcopy),
     "pickle": lambda weight: attach_to_copy(weight, lambda optimizer: pickle.loads(pickle.dumps(optimizer))),
     "state loaded": lambda weight: loaded(weight),
@@ -303,6 +343,21 @@ def wrapped_again(weight: nn.Parameter) -> Any:
     optimizer = torch.optim.SGD([weight], lr=LR)
     optimizer.step = functools.partial(optimizer.step)  # type: ignore[method-assign]
     return attached(weight, optimizer)
+
+
+class Counting:
+    def __init__(self, original: Any, count: Any) -> None:
+        self.original, self.count = original, count
+
+    def __call__(self, closure: Any = None) -> Any:
+        self.count()
+        return self.original(closure)
+
+
+def counting(weight: nn.Parameter, around: Any) -> Any:
+    """As Accelerate does, to know whether a step was skipped."""
+    optimizer = torch.optim.SGD([weight], lr=LR)
+    return attached(weight, replaced(optimizer, around(optimizer.step, int)))
 
 
 def attach_to_copy(weight: nn.Parameter, copied: Any) -> Any:
@@ -369,6 +424,39 @@ def test_method_runs_once_where_a_step_calls_the_one_it_replaces(monkeypatch: py
     weight.grad = torch.tensor([2.0, 3.0])
     optimizer.step()
     assert weight.tolist() == [-4.0, -9.0]
+
+
+class SharesHooks(torch.optim.Optimizer):
+    """Wraps an optimizer and has torch run its hooks in both steps."""
+
+    def __init__(self, wrapped: torch.optim.Optimizer) -> None:
+        super().__init__(wrapped.param_groups, {})
+        self.wrapped = wrapped
+        self._optimizer_step_pre_hooks = wrapped._optimizer_step_pre_hooks
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.wrapped.step()
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_method_runs_once_where_a_wrapper_shares_the_hooks(inner: bool) -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    wrapper = SharesHooks(optimizer)
+    attach(optimizer if inner else wrapper, torch.square)
+    weight.grad = torch.tensor([2.0, 3.0])
+    wrapper.step()
+    assert weight.tolist() == [-4.0, -9.0]
+
+
+def test_compiled_step_says_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    attach(optimizer, torch.square)
+    weight.grad = torch.tensor([2.0, 3.0])
+    torch.compile(lambda: optimizer.step(), backend="eager")()
+    assert weight.tolist() == [-4.0, -9.0]
+    assert not [str(warning.message) for warning in recwarn if "Dynamo" in str(warning.message)]
 
 
 def test_method_runs_again_after_a_step_that_failed() -> None:

@@ -160,6 +160,8 @@ class GradientCallback(Callback, ABC):
     ) -> None:
         self._in_batch = True
         self._backward_in_batch = False
+        if self._model is not None:
+            self._model.watch.start_batch()
 
     @override
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
@@ -171,6 +173,7 @@ class GradientCallback(Callback, ABC):
         self._backward_in_batch = True
         if self._model is not None:
             self._model.watch.backwards += 1
+            self._model.watch.look_for_gradients()
 
     @override
     def on_before_optimizer_step(
@@ -180,7 +183,7 @@ class GradientCallback(Callback, ABC):
         model.watch.hook(optimizer)
         # In manual optimization, and outside training, backward passes may bypass Lightning.
         automatic = pl_module.automatic_optimization
-        repeated = automatic and self._used_up and self._in_batch
+        repeated = automatic and self._used_up and self._in_batch and _skips_backward(trainer)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and (not scaler.is_enabled() or is_unscaled(scaler, optimizer)):
             scaler = None
@@ -202,6 +205,8 @@ class GradientCallback(Callback, ABC):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._in_batch = self._backward_in_batch = False
+        if self._model is not None:
+            self._model.watch.end_batch()
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -294,6 +299,11 @@ class GradientCallback(Callback, ABC):
 def _not_lazy(places: Iterable[Place]) -> list[Place]:
     """The places of parameters that are there, of which alone it is known whether they take part."""
     return [place for place in places if place.ndim is not None]
+
+
+def _skips_backward(trainer: pl.Trainer) -> bool:
+    """Whether the training loop takes steps without gradients of their own, as StochasticWeightAveraging has it do."""
+    return bool(getattr(trainer.fit_loop, "_skip_backward", True))  # Lightning's name for its own callback's request
 
 
 def _finetunes(callback: Any) -> bool:

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_znorm.callbacks.gradient_callback import GradientCallback, ModelState
 from lightning_znorm.callbacks.overlap import is_same_method, shared_names
-from lightning_znorm.functional import attach
+from lightning_znorm.functional import is_attached
 from lightning_znorm.gradients import GradientMethod, transform_places_
 from lightning_znorm.gradients.amp import found_inf, take_over_scale_
 from lightning_znorm.gradients.finite import check_finite
@@ -36,9 +36,10 @@ class GradientTransform(GradientCallback):
     ``on_before_optimizer_step``, ``gradient_clip_val``) sees the transformed gradients. In manual optimization,
     ``self.clip_gradients`` comes before the step: the method undoes it.
 
-    A step with neither a backward pass nor a ``zero_grad`` since the last one (that of the extra epoch in which
-    :class:`~lightning.pytorch.callbacks.StochasticWeightAveraging` updates batch normalization) would repeat gradients
-    that are transformed already: they are dropped.
+    A step of the extra epoch in which :class:`~lightning.pytorch.callbacks.StochasticWeightAveraging` updates batch
+    normalization, without backward passes, would repeat gradients that are transformed already: they are dropped. Two
+    optimizers that share a parameter and step after the same backward pass are no such case: the second one sees the
+    gradient transformed twice.
 
     Under strategies that shard gradients (FSDP, ``ModelParallelStrategy`` with FSDP2 and tensor parallelism, and
     DeepSpeed), an :class:`~lightning_znorm.gradients.AffineMethod` works with the statistics of whole gradients, which
@@ -157,12 +158,7 @@ class GradientTransform(GradientCallback):
 
     @override
     def _is_served(self, optimizer: Optimizer) -> bool:
-        hooks = [
-            hook
-            for each in (optimizer, *wrapped_by(optimizer))
-            for hook in getattr(each, "_optimizer_step_pre_hooks", {}).values()
-        ]
-        return any(getattr(hook, "__module__", None) == attach.__module__ for hook in hooks)
+        return any(map(is_attached, (optimizer, *wrapped_by(optimizer))))
 
     @override
     def _check_places(self, trainer: pl.Trainer, source: GradientSource, places: Iterable[Place]) -> None:

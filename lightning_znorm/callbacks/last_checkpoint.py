@@ -3,14 +3,18 @@
 import os
 import re
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
+
+_NAME = r"last(-v\d+)?"  # without the extension
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -33,6 +37,12 @@ class LastCheckpoint(ModelCheckpoint):
     :class:`~lightning.pytorch.callbacks.EarlyStopping` ended early; otherwise not in the middle of an epoch (for that
     there is ``ModelCheckpoint(every_n_train_steps=...)``), after an exception, or with ``fast_dev_run``.
 
+    With :class:`~lightning.pytorch.plugins.io.AsyncCheckpointIO`, training waits at the end of each epoch until the
+    plugin's thread has written the checkpoint.
+
+    ``fit`` called again on the same Trainer goes on with the same file. With a new Trainer, the callback starts anew:
+    it looks for the default folder again, and does not replace the file of the former Trainer unless that is resumed.
+
     Note:
         Lightning takes this callback for a ``ModelCheckpoint``. Without another one it adds none of its own: test with
         ``ckpt_path="last"``. With another one, ``ckpt_path="best"`` is the best checkpoint of that one, and Lightning
@@ -43,6 +53,15 @@ class LastCheckpoint(ModelCheckpoint):
             use (``checkpoints`` beside the logs).
         enable_version_counter: Whether to keep a ``last.ckpt`` that another, finished training left in the folder, and
             to name this one ``last-v1.ckpt``. One that is resumed is replaced in any case.
+
+    Raises:
+        MisconfigurationException:
+            Before the first step, if another callback of the Trainer writes the same file: a second ``LastCheckpoint``
+            with the same folder, or a ``ModelCheckpoint`` in that folder with ``save_last``, or with
+            ``filename="last"``. Also if the Trainer is not one of ``lightning.pytorch``.
+        RuntimeError:
+            If the checkpoint does not exist after the Trainer has saved it, because a ``CheckpointIO`` other than
+            ``AsyncCheckpointIO`` writes it later.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -59,6 +78,11 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(dirpath, save_top_k=0, enable_version_counter=enable_version_counter)
         self._key = self._generate_state_key(dirpath=str(dirpath))
         self._is_written = False  # and has not taken its place yet
+        self._found: str | Path | None = None  # the default folder
+        self._trainer: weakref.ref[pl.Trainer] | None = None  # the one that `last_model_path` is of
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_trainer": None}  # a weak reference cannot be pickled, and a copy has no Trainer yet
 
     @property
     @override
@@ -82,10 +106,15 @@ class LastCheckpoint(ModelCheckpoint):
             )
         typed: Any = trainer  # Lightning declares no callbacks of it
         others = [callback for callback in typed.callbacks if callback is not self]
-        if self.dirpath is None:
+        if stage == "fit" and not self._is_of(trainer):
+            self._start_anew(trainer)
+        is_known = self.dirpath is not None
+        if not is_known:
             checkpoints = (other for other in others if isinstance(other, ModelCheckpoint))
             self.dirpath = next((other.dirpath for other in checkpoints if not isinstance(other, LastCheckpoint)), None)
         super().setup(trainer, pl_module, stage)
+        if not is_known:
+            self._found = self.dirpath
         following = typed.callbacks[typed.callbacks.index(self) + 1 :]
         if not all(isinstance(callback, LastCheckpoint) for callback in following):
             typed.callbacks = [*others, self]  # for the checkpoint is to hold what they keep of the epoch
@@ -93,6 +122,9 @@ class LastCheckpoint(ModelCheckpoint):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._is_written = False
+        # The folders of all callbacks are known by now. One process decides for all: they may see other links.
+        if refusal := trainer.strategy.broadcast(self._refusal(trainer)):
+            raise MisconfigurationException(refusal)
         if not self.last_model_path:
             self.last_model_path = self._resumed(trainer) or self._unused(trainer)
         if trainer.is_global_zero:
@@ -107,6 +139,7 @@ class LastCheckpoint(ModelCheckpoint):
         _ = typed.callback_metrics
         if not typed.fast_dev_run:
             trainer.save_checkpoint(self._new, weights_only=False)  # by all processes
+            self._wait_until_written(trainer)
             self._is_written = True
 
     @override
@@ -122,8 +155,54 @@ class LastCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         # A SIGTERM is raised between two epochs, when the metrics are in the logs.
         progress: Any = trainer.fit_loop.epoch_progress.current
-        if progress.completed == progress.processed:
+        # A former Trainer may have left a checkpoint behind: another callback raised before this one heard of an error.
+        if self._is_of(trainer) and progress.completed == progress.processed:
             self._put_in_place(trainer)
+
+    def _is_of(self, trainer: pl.Trainer) -> bool:
+        return self._trainer is not None and self._trainer() is trainer
+
+    def _start_anew(self, trainer: pl.Trainer) -> None:
+        if self.dirpath == self._found:
+            self.dirpath = None
+        self.last_model_path, self._is_written = "", False
+        self._trainer = weakref.ref(trainer)
+
+    def _refusal(self, trainer: pl.Trainer) -> str | None:
+        """Say which other callback writes the same file, if one does."""
+        typed: Any = trainer
+        for other in typed.callbacks:
+            if other is self or not isinstance(other, ModelCheckpoint) or not self._is_in(other.dirpath):
+                continue
+            if isinstance(other, LastCheckpoint):
+                return (
+                    f"Two LastCheckpoint callbacks keep last.ckpt in the same folder ({self.dirpath}): leave one of "
+                    "them out, or give them different dirpaths."
+                )
+            name = type(other).__name__
+            writes = f"also writes last.ckpt in the folder of LastCheckpoint ({self.dirpath})"
+            if other.save_last and self._is_name(other.CHECKPOINT_NAME_LAST, other):
+                return f"{name}(save_last={other.save_last!r}) {writes}: take save_last out of it."
+            if (other.save_top_k or other.save_on_exception) and self._is_name(other.filename, other):
+                return f"{name}(filename={other.filename!r}) {writes}: give it another filename."
+        return None
+
+    def _is_name(self, name: str | None, other: ModelCheckpoint) -> bool:
+        return other.FILE_EXTENSION == ".ckpt" and bool(re.fullmatch(_NAME, name or ""))
+
+    def _wait_until_written(self, trainer: pl.Trainer) -> None:
+        plugin: Any = trainer.strategy.checkpoint_io
+        wrapped = plugin
+        while wrapped is not None:  # from the outermost to those that it wraps
+            if isinstance(wrapped, AsyncCheckpointIO):
+                wrapped.teardown()  # waits for its thread, and raises what that raised; the next save starts another
+            wrapped = getattr(wrapped, "checkpoint_io", None)
+        if not self.file_exists(self._new, trainer):
+            raise RuntimeError(
+                f"{type(plugin).__name__} had not written {self._new} when Trainer.save_checkpoint returned, and "
+                "LastCheckpoint cannot wait for it: use a CheckpointIO that returns once the checkpoint is complete, "
+                "or leave LastCheckpoint out."
+            )
 
     @property
     def _new(self) -> str:
@@ -133,9 +212,7 @@ class LastCheckpoint(ModelCheckpoint):
     def _resumed(self, trainer: pl.Trainer) -> str:
         """The last checkpoint of this folder that training goes on from, if it is one."""
         folder, name = os.path.split(str(trainer.ckpt_path or ""))
-        here = str(self.dirpath)
-        same = os.path.realpath(folder) == os.path.realpath(here) if self._is_local else folder == here
-        return self._path(name) if same and re.fullmatch(r"last(-v\d+)?\.ckpt", name) else ""
+        return self._path(name) if self._is_in(folder) and re.fullmatch(rf"{_NAME}\.ckpt", name) else ""
 
     def _unused(self, trainer: pl.Trainer) -> str:
         path, version = self._path("last.ckpt"), self.STARTING_VERSION
@@ -150,6 +227,9 @@ class LastCheckpoint(ModelCheckpoint):
     def _is_local(self) -> bool:
         return _is_local_file_protocol(str(self.dirpath))
 
+    def _is_in(self, folder: str | Path | None) -> bool:
+        return _resolved(str(self.dirpath)) == _resolved(str(folder))
+
     def _put_in_place(self, trainer: pl.Trainer) -> None:
         is_written, self._is_written = self._is_written, False  # an error is not to bring us here again
         if not is_written or not trainer.is_global_zero:
@@ -162,6 +242,10 @@ class LastCheckpoint(ModelCheckpoint):
     def _remove(self, path: str) -> None:
         if self._fs.exists(path):
             self._fs.rm(path, recursive=True)
+
+
+def _resolved(folder: str) -> str:
+    return os.path.realpath(folder) if _is_local_file_protocol(folder) else folder.rstrip("/")
 
 
 def _replace(new: Path, last: Path) -> None:

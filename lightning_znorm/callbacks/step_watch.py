@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_znorm.functional import attached_optimizers
 from lightning_znorm.gradients.optimizers import is_nested_step
 from lightning_znorm.gradients.places import ParameterPlace, Place
 from lightning_znorm.gradients.selection import ParameterFilter
@@ -32,6 +34,7 @@ class _Steps:
     Attributes:
         name: For messages.
         is_hooked: Whether Lightning's hook has been called since the last step.
+        is_hooked_in_epoch: Whether it has been called in this epoch.
         missed: Number of steps without a call of Lightning's hook, with gradients.
         searched: Number of steps before which gradients were looked for.
         next_check: Value of `searched` at which to look at the numbers again.
@@ -43,6 +46,7 @@ class _Steps:
 
     name: str
     is_hooked: bool = False
+    is_hooked_in_epoch: bool = False
     missed: int = 0
     searched: int = 0
     next_check: int = FIRST_STEPS
@@ -56,7 +60,8 @@ class StepWatch:
     """Counts the steps of the optimizers of a training, and warns once of each that has no effect.
 
     It counts until every optimizer and every ``include`` pattern has met a gradient, which is normally the first step;
-    after that, it only sees whether steps bypass Lightning, by hooks that it registers with the optimizers.
+    after that, it only sees whether steps bypass Lightning: by hooks that it registers with the optimizers, and by
+    torch's count of how often a tensor has been written, for parameters of which Lightning has announced no step.
 
     Args:
         callback: Name of the callback, for messages.
@@ -89,9 +94,13 @@ class StepWatch:
         self._steps: dict[Any, _Steps] = {}
         self._handles: list[RemovableHandle] = []
         self._unmet = list(choice.include)
-        self._hook_calls = 0
-        self._at_epoch_start = (0, 0)
-        self._has_warned_of_epoch = False
+        # By the parameter's id, in this epoch: those without a step that Lightning has announced; which of them have
+        # had a gradient; and which have been written in a batch.
+        self._unstepped: dict[int, ParameterPlace] = {}
+        self._had_gradient: set[int] = set()
+        self._written: set[int] = set()
+        self._versions: dict[int, int] = {}
+        self._looks_for_written = True  # until a warning has said why there are no gradients
 
     def start(self, optimizers: Iterable[Any]) -> None:
         """Watch the optimizers of a training, and warn if they step nothing."""
@@ -113,9 +122,10 @@ class StepWatch:
             steps = self._steps[optimizer] = _Steps(name)
             # Optimizers that wrap others may not have called torch's __init__, or not be torch's at all.
             if hasattr(optimizer, "_optimizer_step_post_hooks"):
+                enter, leave = map(torch.compiler.disable, (self._enter, self._leave))  # they look at the call stack
                 self._handles += [
-                    optimizer.register_step_pre_hook(partial(self._enter, optimizer, steps)),
-                    optimizer.register_step_post_hook(partial(self._leave, optimizer, steps)),
+                    optimizer.register_step_pre_hook(partial(enter, optimizer, steps)),
+                    optimizer.register_step_post_hook(partial(leave, optimizer, steps)),
                 ]
 
     def close(self) -> None:
@@ -127,31 +137,64 @@ class StepWatch:
     def start_epoch(self, optimizers: Iterable[Any]) -> None:
         """Begin an epoch, before which optimizers may have been replaced."""
         self.watch(optimizers)
-        self._at_epoch_start = (self._hook_calls, self.backwards)
+        for steps in self._steps.values():
+            steps.is_hooked_in_epoch = False
+        self._had_gradient, self._written = set(), set()
+        self._unstepped = {}
+        if self._looks_for_written:
+            own = (place for place in self._source.places() if self._choice.matches(place))
+            for place in (*own, *self._places_of(*self._steps)):
+                # torch counts neither for lazy layers nor for what was loaded in inference mode.
+                if isinstance(place, ParameterPlace) and place.ndim is not None and not place.parameter.is_inference():
+                    self._unstepped[id(place.parameter)] = place
+
+    def start_batch(self) -> None:
+        """Begin a batch, before which parameters may have been written by others than optimizers."""
+        self._versions = {number: place.parameter._version for number, place in self._unstepped.items()}
+
+    def end_batch(self) -> None:
+        """Look at which parameters have been written in a batch."""
+        self.look_for_gradients()
+        for number, place in self._unstepped.items():
+            if self._versions.get(number, place.parameter._version) != place.parameter._version:
+                self._written.add(number)
+
+    def look_for_gradients(self) -> None:
+        """Take note of gradients before something uses them."""
+        for number, place in self._unstepped.items():
+            if place.parameter.grad is not None:
+                self._had_gradient.add(number)
 
     def end_epoch(self) -> None:
         """Warn of what has had no effect up to now."""
         self._check(least=1)
-        # What steps in place of these optimizers, such as one inside of one of them, is not watched.
-        if (
-            self._at_epoch_start[0] == self._hook_calls
-            and self._at_epoch_start[1] < self.backwards
-            and not any(steps.missed for steps in self._steps.values())
-            and not self._has_warned_of_epoch
-            and any(self._places_of(optimizer) and not self._is_served(optimizer) for optimizer in self._steps)
-        ):
-            self._has_warned_of_epoch = True
-            names = [steps.name for steps in self._steps.values()]
+        # What steps in place of these optimizers, such as one inside of one of them, or beside them, is not watched.
+        missed = self._had_gradient & self._written
+        told = [one for one, steps in self._steps.items() if steps.is_hooked_in_epoch or steps.missed]
+        served = [one for one in (*self._steps, *attached_optimizers()) if self._is_served(one)]
+        for optimizer in (*told, *served):
+            missed -= {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        places = [place for number, place in self._unstepped.items() if number in missed]
+        if places and self._looks_for_written:
+            self._looks_for_written = False
             self._warn(
-                f"it has seen backward passes in this epoch and no optimizer step of {_listed(names, _NAMED)}, so no "
-                f"gradient was {self._verb}. {self._way_out}"
+                f"{_count(len(places), 'parameter')} ({_listed([place.names[0] for place in places], 1)}) changed in "
+                f"this epoch without a step that Lightning knows of, and with gradients that were not {self._verb}. "
+                f"{self._way_out}"
             )
 
     def hook(self, optimizer: Any) -> None:
         """Take note that Lightning has called its hook."""
-        self._hook_calls += 1
-        if optimizer in self._steps:
-            self._steps[optimizer].is_hooked = True
+        steps = self._steps.get(optimizer)
+        if steps is None:
+            return
+        steps.is_hooked = True
+        if not steps.is_hooked_in_epoch:
+            steps.is_hooked_in_epoch = True
+            for place in self._source.places_of(optimizer):
+                if isinstance(place, ParameterPlace):
+                    self._unstepped.pop(id(place.parameter), None)
+        self.look_for_gradients()
 
     def search(self, optimizer: Any, found: Iterable[Place], may_miss_backwards: bool) -> None:
         """Take note of what has been found before a step.
@@ -184,11 +227,11 @@ class StepWatch:
             self._check(FIRST_STEPS)
 
     def _enter(self, optimizer: Any, steps: _Steps, *_: Any) -> None:
-        if not is_nested_step():
+        if not is_nested_step(optimizer):
             steps.had_gradients = self._is_missed(steps) and self._has_chosen_gradients(optimizer)
 
     def _leave(self, optimizer: Any, steps: _Steps, *_: Any) -> None:
-        if is_nested_step():
+        if is_nested_step(optimizer):
             return
         # A closure computes them in the step.
         if self._is_missed(steps) and (steps.had_gradients or self._has_chosen_gradients(optimizer)):
@@ -235,7 +278,7 @@ class StepWatch:
         chosen = self._places_of(optimizer)
         reason = self._reason(chosen)
         if reason is not None:
-            self._unmet = []
+            self._unmet, self._looks_for_written = [], False
             self._warn(
                 f"in the first {_count(steps.searched, 'step')} of {steps.name}, none of its "
                 f"{_count(len(chosen), 'chosen parameter')} ({_listed([place.names[0] for place in chosen], 1)}) had a "
@@ -254,6 +297,7 @@ class StepWatch:
             return
         self._unmet.remove(pattern)
         if reason is not None:
+            self._looks_for_written = False
             searched = max(steps.searched for steps in self._steps.values())
             self._warn(
                 f"in the first {_count(searched, 'step')}, none of the {_count(len(chosen), 'parameter')} that are "

@@ -141,8 +141,14 @@ class RunCLI(LightningCLI):
 
     @override
     def after_instantiate_classes(self) -> None:
-        """Refuse to leave processes on their own, and say so if a model that was never trained is to be evaluated."""
+        """Refuse to leave processes on their own, and say so if a model that was never trained is to be evaluated.
+
+        And let callbacks know what was typed.
+        """
         check_processes(os.environ, self.trainer.world_size)
+        assert isinstance(self.trainer, CommandTrainer)
+        self.trainer.config_files = [file.path for file in self.files]
+        self.trainer.flags = list(_without_checkpoint(self.args[1:]))
         if self.subcommand != "fit" and not self.config[self.subcommand].ckpt_path:
             rank_zero_warn(f"{self.subcommand} without --ckpt_path uses the weights that the model starts with.")
 
@@ -155,7 +161,8 @@ class RunCLI(LightningCLI):
                     rank_zero_warn(
                         f"ModelCheckpoint(monitor={checkpoint.monitor!r}, save_last={checkpoint.save_last!r}) writes "
                         "the last checkpoint only in epochs that are among the best: a training that is resumed from "
-                        "it repeats those since. Add LastCheckpoint to the callbacks for one of every epoch."
+                        "it repeats those since. Put LastCheckpoint among the callbacks in place of save_last, for one "
+                        "of every epoch."
                     )
 
     def after_fit(self) -> None:

@@ -1,30 +1,54 @@
 """What optimizers tell of their steps: whether these run hooks, and whether one runs inside another."""
 
+import inspect
 import sys
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from types import CodeType, FrameType, FunctionType, MethodType
+from typing import Any
 
 from torch.optim import Optimizer
 
 
 def runs_hooks(optimizer: Optimizer) -> bool:
-    """Whether torch has put hooks around the step; a scheduler, for one, may have put something around that."""
-    steps = (type(optimizer).step, optimizer.step)
-    return any(getattr(step, "hooked", False) for step in steps)
+    """Whether the step is the function that torch has put around it to run hooks, or refers to that.
 
-
-def is_nested_step() -> bool:
-    """Whether the step whose hook asks was called by another step of the same optimizer.
-
-    So it is where a step calls that of a base class, or one that has been put in its place calls the original: torch
-    then runs the hooks twice. To be called from the hook itself. Read from the call stack, in microseconds: a counter
-    would not go back where a step raises, because torch then runs no hook after it.
+    The latter is so of what schedulers, accelerators and users put in its place, if they call the original.
     """
-    frame = sys._getframe(2)  # torch's, around the step
-    optimizer, around, outer = frame.f_locals.get("self"), frame.f_code, frame.f_back
-    while outer is not None:
-        if outer.f_code is around and outer.f_locals.get("self") is optimizer:
-            return True
-        outer = outer.f_back
+    seen: list[FunctionType] = []
+    waiting: list[Any] = [optimizer.step]
+    if not isinstance(optimizer.step, (FunctionType, MethodType)):
+        waiting += getattr(optimizer.step, "__dict__", {}).values()
+    while waiting:
+        step = waiting.pop()
+        if isinstance(step, partial):
+            waiting += [step.func, *step.args]
+        elif isinstance(step, MethodType):
+            if step.__self__ is optimizer:
+                waiting.append(step.__func__)
+        elif isinstance(step, FunctionType) and step not in seen:
+            if step.__code__ is _around_step():
+                return True
+            seen.append(step)
+            waiting += _referred_to(step)
     return False
+
+
+def is_nested_step(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's hooks, from one of which this is called, run inside a step that has run them already.
+
+    So it is where a step calls that of a base class, or one that has been put in its place calls the original, or an
+    optimizer wraps another one and shares its hooks. Read from the call stack, in microseconds: a counter would not go
+    back where a step raises, because torch then runs no hook after it.
+    """
+    hooks = optimizer._optimizer_step_pre_hooks
+    steps = (frame.f_locals.get("self") for frame in _callers() if frame.f_code is _around_step())
+    return sum(getattr(step, "_optimizer_step_pre_hooks", None) is hooks for step in steps) > 1
+
+
+def marks_steps() -> bool:
+    """Whether this release of torch puts the hooks around a step in a way that can be seen."""
+    return _around_step() is not None
 
 
 def takes_two_steps(optimizer: object) -> bool:
@@ -35,3 +59,26 @@ def takes_two_steps(optimizer: object) -> bool:
 def wrapped_by(optimizer: object) -> list[Optimizer]:
     """Return the optimizers that an optimizer keeps as attributes."""
     return [value for value in getattr(optimizer, "__dict__", {}).values() if isinstance(value, Optimizer)]
+
+
+@lru_cache(maxsize=1)
+def _around_step() -> CodeType | None:
+    """The code of the function that torch puts around each step, which runs the hooks."""
+    wrap = getattr(Optimizer, "profile_hook_step", None)
+    return None if wrap is None else wrap(lambda self: None).__code__
+
+
+def _referred_to(function: FunctionType) -> list[Any]:
+    """What the names in a function's code stand for outside of it."""
+    try:
+        found = inspect.getclosurevars(function)
+    except ValueError:  # a name that is not bound yet
+        return []
+    return [*found.nonlocals.values(), *found.globals.values()]
+
+
+def _callers() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

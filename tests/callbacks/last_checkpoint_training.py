@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
@@ -52,19 +54,38 @@ def train(
 ) -> Trainer:
     best = ModelCheckpoint(folder, monitor="score", mode="max", filename="best", enable_version_counter=False)
     checkpoints = [LastCheckpoint(), best] if keep_best else [LastCheckpoint(folder)]
+    return fit(*checkpoints, *extra, ckpt_path=ckpt_path, **options)
+
+
+def fit(*callbacks: Callback, ckpt_path: str | None = None, **options: Any) -> Trainer:
     trainer = Trainer(
         accelerator="cpu",
-        callbacks=[*checkpoints, *extra],
+        callbacks=list(callbacks),
         **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 3, **options},
     )
+    again(trainer, ckpt_path)
+    return trainer
+
+
+def again(trainer: Trainer, ckpt_path: str | None = None) -> None:
     data = DataLoader(torch.ones(8, 2), batch_size=2)
     trainer.fit(Falling(), data, data, ckpt_path=ckpt_path)
-    return trainer
+
+
+def refused(folder: Path) -> None:
+    other = ModelCheckpoint(folder, save_last=True)
+    try:
+        train(folder, other, keep_best=False, devices=2, strategy=DDPStrategy())
+    except MisconfigurationException as error:
+        folder.with_name(f"refused-{rank_zero_only.rank}.txt").write_text(str(error))
 
 
 def main(directory: str, scenarios: list[str]) -> None:
     for name in scenarios:
         folder = Path(directory) / name
+        if name == "refused":
+            refused(folder)
+            continue
         seen = []
         for ckpt_path, epochs in ((None, 3), ("last", 4)):
             options = {"devices": 2, "strategy": SCENARIOS[name](), "max_epochs": epochs, "enable_progress_bar": True}

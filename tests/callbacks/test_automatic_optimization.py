@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -16,9 +16,11 @@ from tests.callbacks.training import (
     LR,
     Method,
     Training,
+    Weights,
     assert_every_step,
     assert_weights,
     batches,
+    loss_of,
     network,
     stepped,
     weights_of,
@@ -221,6 +223,45 @@ def test_optimizer_step_that_the_user_overrides_to_accumulate(fit) -> None:
     for start in (0, 2):
         expected = stepped(module.net, module.weights[start], data[start : start + 2], double, accumulate=1)
         assert_weights(module.weights[start + 2], expected)
+
+
+class Stepping(Callback):
+    """Takes a step of its own in a hook, and writes down the weights around it."""
+
+    def __init__(self, hook: str) -> None:
+        self.pairs: list[tuple[Weights, Weights]] = []
+        setattr(self, hook, self._step)
+
+    def _step(self, trainer, module: Training, *_: Any) -> None:
+        optimizer, before = module.optimizers(), weights_of(module.net)
+        optimizer.zero_grad()
+        loss_of(module.net, batches(1, seed=1)[0]).backward()
+        optimizer.step()
+        self.pairs.append((before, weights_of(module.net)))
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end"])
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_additional_steps_within_a_batch(fit, hook: str, first: bool) -> None:
+    module, data, stepping = Training(), batches(3), Stepping(hook)
+    callbacks = [stepping, GradientTransform(double)]
+    fit(module, data, *(callbacks if first else callbacks[::-1]), max_epochs=2)
+    assert len(stepping.pairs) == 6
+    for before, after in stepping.pairs:
+        assert_weights(after, stepped(module.net, before, batches(1, seed=1), double))
+
+
+def test_second_step_with_the_gradients_of_the_first(fit) -> None:
+    """As without a callback, it goes on in the direction of the update."""
+
+    class Twice(Training):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure) -> None:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            optimizer.step()
+
+    module, data = Twice(), batches(3)
+    fit(module, data, ZNormCallback())
+    assert_every_step(module, data, lr=2 * LR)
 
 
 def test_two_callbacks_of_one_class_share_out_the_parameters(fit) -> None:

@@ -3,11 +3,12 @@
 import contextlib
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -283,7 +284,52 @@ def test_optimizer_that_runs_no_hooks(fit, warned) -> None:
     module = ManualTraining(inner, optimizer=lambda own: Wrapper(SGD(own, LR)))
     fit(module, batches(2), ZNormCallback(), max_epochs=2)
     (warning,) = warned()
-    assert "it has seen backward passes in this epoch and no optimizer step" in warning
+    assert "3 parameters (net.first.weight and 2 more) changed in this epoch without a step that Lightn" in warning
+
+
+class OfItsOwn(Training):
+    """Steps a part by an optimizer of which Lightning does not know."""
+
+    def __init__(self) -> None:
+        super().__init__(optimizer=lambda _: SGD(self.net.last.parameters(), LR))
+        self.own = SGD(self.net.first.parameters(), LR)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.own.step()
+        self.own.zero_grad()
+
+
+class Registered(Training):
+    """Has copies of its weights among its parameters, with gradients that an optimizer fills in its step."""
+
+    def __init__(self) -> None:
+        super().__init__(optimizer=self.master)
+
+    def master(self, _) -> Optimizer:
+        optimizer = MasterSGD(self.net.parameters())
+        self.masters = nn.ParameterList(optimizer.param_groups[0]["params"])
+        optimizer.param_groups[0]["params"] = list(self.masters)
+        return optimizer
+
+    def optimizer_zero_grad(self, *_) -> None:
+        self.net.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("make", "names"), [(OfItsOwn, "net.first.weight and 1 more"), (Registered, "net.first.weight and 2 more")]
+)
+def test_parameters_that_change_without_a_step_of_lightnings(fit, warned, make, names: str) -> None:
+    fit(make(), batches(3), GradientMonitor(), ZNormCallback(), max_epochs=3, log_every_n_steps=1)
+    for warning, verb in zip(warned(), ["shown", "transformed"], strict=True):
+        assert f"({names}) changed in this epoch without a step that Lightning knows of" in warning
+        assert f"with gradients that were not {verb}. " in warning
+
+
+def test_an_optimizer_of_its_own_with_an_attached_method(fit, warned) -> None:
+    module = OfItsOwn()
+    attach(module.own)
+    fit(module, batches(3), ZNormCallback(), max_epochs=2)
+    assert warned() == []
 
 
 class SAM(Optimizer):
@@ -330,7 +376,7 @@ def by_parts(module: ManualTraining, batch: Tensor) -> None:
 def test_optimizers_inside_of_others_are_stepped(fit, warned) -> None:
     fit(ManualTraining(by_parts, optimizer=Composite), batches(2), ZNormCallback(), max_epochs=3)
     (warning,) = warned()
-    assert "no optimizer step of optimizer 0 (Composite), so no gradient was transformed" in warning
+    assert "3 parameters (net.first.weight and 2 more) changed in this epoch without a step that Lightn" in warning
 
 
 def test_an_optimizer_of_two_steps_is_said_at_once(fit, warned) -> None:
@@ -438,6 +484,62 @@ def test_optimizer_that_has_not_stepped_yet(fit, warned, script, include) -> Non
     module = ManualTraining(script, net=net, optimizer=two_optimizers(net))
     callbacks = ZNormCallback(include=include), GradientMonitor(include=include)
     fit(module, batches(2 * FIRST_STEPS), *callbacks, max_epochs=2, log_every_n_steps=1)
+    assert warned() == []
+
+
+class FullBatch(ManualTraining):
+    """Steps once an epoch, after the callbacks have seen its end."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda module, batch: module.manual_backward(loss_of(module.net, batch)))
+
+    def on_train_epoch_end(self) -> None:
+        self.optimizers().step()
+        self.optimizers().zero_grad()
+
+
+class Late(Training):
+    """Only looks at gradients in the first epoch and in the last one."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure) -> None:
+        if epoch == 1:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        else:
+            optimizer_closure()
+
+
+def across_epochs(module: ManualTraining, batch: Tensor) -> None:
+    module.count = getattr(module, "count", 0) + 1
+    module.manual_backward(loss_of(module.net, batch))
+    if module.count % 5 == 0:
+        module.optimizers().step()
+        module.optimizers().zero_grad()
+
+
+@pytest.mark.parametrize(
+    "make", [FullBatch, lambda: ManualTraining(across_epochs), Late], ids=["full-batch", "across-epochs", "late"]
+)
+@pytest.mark.parametrize("others", [[], [partial(EMAWeightAveraging, decay=0.5)]], ids=["alone", "EMA"])
+def test_epochs_without_a_step(fit, warned, make, others) -> None:
+    """They miss nothing, also where another callback swaps the weights for a validation."""
+    module = make()
+    fit(module, batches(3), *(other() for other in others), ZNormCallback(), GradientMonitor(), max_epochs=3)
+    assert any(module.moved)
+    assert warned() == []
+
+
+def test_parameters_in_no_optimizer_that_have_gradients(fit, warned) -> None:
+    """As under a probe, whose backbone has not been frozen."""
+    net = network()
+    module = Training(net, optimizer=lambda _: SGD(net.last.parameters(), LR))
+    fit(module, batches(BATCHES), ZNormCallback(), max_epochs=2)
+    assert warned() == []
+
+
+def test_frozen_layer_that_was_made_in_inference_mode(fit, warned) -> None:
+    with torch.inference_mode():
+        frozen = nn.Linear(6, 6).requires_grad_(False)
+    fit(Training(nn.Sequential(frozen, network()), trainable), batches(BATCHES), ZNormCallback())
     assert warned() == []
 
 

@@ -1,8 +1,13 @@
 """`LastCheckpoint`: of every finished epoch, as a whole, where Lightning and the command line look for it."""
 
+import copy
+import gc
 import json
 import logging
+import pickle
 import shutil
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +16,12 @@ import fsspec
 import pytest
 import pytorch_lightning
 import torch
-from last_checkpoint_training import Falling, train
-from lightning.fabric.plugins import TorchCheckpointIO
+from last_checkpoint_training import Falling, again, fit, train
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_znorm import LastCheckpoint
@@ -212,11 +218,289 @@ class TestFolder:
         train(tmp_path, LastCheckpoint(tmp_path / "other"))
         assert place(tmp_path / "other/last.ckpt") == place(tmp_path / "last.ckpt") == (2, 3 * STEPS)
 
+    @pytest.mark.parametrize(
+        "callbacks",
+        [
+            lambda path: (LastCheckpoint(path), LastCheckpoint(f"{path}/")),
+            lambda path: (LastCheckpoint(), ModelCheckpoint(path), LastCheckpoint(path)),
+            lambda path: (LastCheckpoint(path), LastCheckpoint(), ModelCheckpoint(path)),
+            lambda path: (LastCheckpoint(path), LastCheckpoint(linked(path))),
+            lambda path: (LastCheckpoint("memory://two"), LastCheckpoint("memory://two/")),
+        ],
+        ids=["slash", "default", "default last", "link", "not local"],
+    )
+    def test_two_whose_folders_turn_out_to_be_one_are_refused(
+        self, tmp_path: Path, callbacks: Callable[[Path], tuple[Callback, ...]]
+    ) -> None:
+        first_step = FirstStep()
+        with pytest.raises(MisconfigurationException, match=r"^Two LastCheckpoint callbacks .* different dirpaths\.$"):
+            fit(*callbacks(tmp_path / "one"), first_step)
+        assert not first_step.seen
+
+
+class FirstStep(Callback):
+    """Sees whether there is a step."""
+
+    seen = False
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.seen = True
+
+
+def linked(folder: Path) -> Path:
+    folder.mkdir()
+    link = folder.with_name("link")
+    link.symlink_to(folder)
+    return link
+
+
+class OtherName(ModelCheckpoint):
+    CHECKPOINT_NAME_LAST = "{epoch}-last"
+
+
+class TestBesideAnotherThatWritesTheSameFile:
+    @pytest.mark.parametrize("save_last", [True, "link"])
+    @pytest.mark.parametrize("default", [True, False])
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_is_refused(self, tmp_path: Path, save_last: Any, default: bool, order: int) -> None:
+        folder = None if default else tmp_path / "one"
+        other = ModelCheckpoint(folder, every_n_train_steps=1, save_last=save_last)
+        callbacks = [LastCheckpoint(folder), other][::order]
+        first_step = FirstStep()
+        message = rf"^ModelCheckpoint\(save_last={save_last!r}\) .* take save_last out of it\.$"
+        with pytest.raises(MisconfigurationException, match=message):
+            fit(*callbacks, first_step, default_root_dir=tmp_path)
+        assert not first_step.seen
+
+    def test_is_refused_where_its_folder_is_known_late(self, tmp_path: Path) -> None:
+        class Late(ModelCheckpoint):
+            def on_fit_start(self, *args: Any) -> None:
+                self.dirpath = str(tmp_path / "one")
+
+        with pytest.raises(MisconfigurationException, match=r"^Late\(save_last=True\) "):
+            fit(LastCheckpoint(tmp_path / "one"), Late(tmp_path / "two", save_last=True))
+
+    def test_is_refused_where_it_is_not_local(self) -> None:
+        with pytest.raises(MisconfigurationException, match=r"^ModelCheckpoint\(save_last=True\) "):
+            fit(LastCheckpoint("memory://both"), ModelCheckpoint("memory://both/", save_last=True))
+
+    def test_is_refused_where_that_is_the_name_of_its_best(self, tmp_path: Path) -> None:
+        message = r"^ModelCheckpoint\(filename='last'\) .* give it another filename\.$"
+        with pytest.raises(MisconfigurationException, match=message):
+            train(tmp_path, ModelCheckpoint(tmp_path, filename="last", monitor="other"))
+
+    def test_other_names_are_legal(self, tmp_path: Path) -> None:
+        instance = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=0, save_last=True)
+        instance.CHECKPOINT_NAME_LAST = "newest"
+        extension = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=0, save_last=True)
+        extension.FILE_EXTENSION = ".pt"
+        nothing = ModelCheckpoint(tmp_path, filename="last", every_n_epochs=2, save_top_k=0)
+        subclass = OtherName(tmp_path, monitor="other", mode="max", save_last=True, filename="lasting")
+        train(tmp_path, subclass, instance, extension, nothing)
+        assert place(tmp_path / "last.ckpt") == (2, 3 * STEPS)
+        expected = ["best.ckpt", "epoch=0-last.ckpt", "last.ckpt", "last.pt", "lasting.ckpt", "newest.ckpt"]
+        assert names(tmp_path) == expected
+
+
+class TestReused:
+    def test_by_another_trainer_elsewhere(self, tmp_path: Path) -> None:
+        last = LastCheckpoint()
+        fit(last, default_root_dir=tmp_path / "first")
+        fit(last, default_root_dir=tmp_path / "second", max_epochs=1)
+        assert place(tmp_path / "first/checkpoints/last.ckpt") == (2, 3 * STEPS)
+        assert place(tmp_path / "second/checkpoints/last.ckpt") == (0, STEPS)
+        assert Path(last.last_model_path) == tmp_path / "second/checkpoints/last.ckpt"
+
+    @pytest.mark.parametrize("given", [True, False])
+    def test_by_another_trainer_in_the_same_folder(self, tmp_path: Path, given: bool) -> None:
+        last = LastCheckpoint(tmp_path / "checkpoints" if given else None)
+        fit(last, default_root_dir=tmp_path)
+        fit(last, default_root_dir=tmp_path, max_epochs=1)
+        assert place(tmp_path / "checkpoints/last.ckpt") == (2, 3 * STEPS)
+        assert place(tmp_path / "checkpoints/last-v1.ckpt") == (0, STEPS)
+        fit(last, default_root_dir=tmp_path, max_epochs=2, ckpt_path=str(tmp_path / "checkpoints/last-v1.ckpt"))
+        assert place(tmp_path / "checkpoints/last-v1.ckpt") == (1, 2 * STEPS)
+        assert names(tmp_path / "checkpoints") == ["last-v1.ckpt", "last.ckpt"]
+
+    def test_beside_a_reused_checkpoint_of_lightning(self, tmp_path: Path) -> None:
+        """Which stays in the folder that it once found."""
+        last, best = LastCheckpoint(), ModelCheckpoint(filename="best", save_top_k=0)
+        fit(last, best, default_root_dir=tmp_path / "first")
+        fit(last, best, default_root_dir=tmp_path / "second", max_epochs=1)
+        assert place(tmp_path / "first/checkpoints/last.ckpt") == (2, 3 * STEPS)
+        assert place(tmp_path / "first/checkpoints/last-v1.ckpt") == (0, STEPS)
+
+    @pytest.mark.parametrize("between", ["nothing", "a test", "a test of another trainer"])
+    def test_by_the_same_trainer(self, tmp_path: Path, between: str) -> None:
+        last = LastCheckpoint()
+        trainer = fit(last, default_root_dir=tmp_path, max_epochs=1)
+        if between != "nothing":
+            data = torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=2)
+            others = fit(default_root_dir=tmp_path / "other", max_epochs=0, enable_checkpointing=False)
+            others.callbacks.append(last)
+            (trainer if between == "a test" else others).validate(Falling(), data, verbose=False)
+        trainer.fit_loop.max_epochs = 3
+        again(trainer)
+        assert place(tmp_path / "checkpoints/last.ckpt") == (2, 3 * STEPS)
+        assert names(tmp_path / "checkpoints") == ["last.ckpt"]
+
+    def test_keeps_no_trainer_alive(self, tmp_path: Path) -> None:
+        last = LastCheckpoint()
+        trainer = weakref.ref(fit(last, default_root_dir=tmp_path, max_epochs=1))
+        del last.log, last.log_dict  # by which Lightning ties every callback to the module
+        gc.collect()
+        assert trainer() is None
+
+    @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda last: pickle.loads(pickle.dumps(last))])
+    def test_can_be_copied(self, tmp_path: Path, duplicate: Callable[[LastCheckpoint], LastCheckpoint]) -> None:
+        last = LastCheckpoint()
+        trainer = fit(last, default_root_dir=tmp_path)
+        fit(duplicate(last), default_root_dir=tmp_path / "second", max_epochs=1)
+        assert place(tmp_path / "checkpoints/last.ckpt") == (2, 3 * STEPS)
+        assert place(tmp_path / "second/checkpoints/last.ckpt") == (0, STEPS)
+        assert trainer.current_epoch == 3
+
+
+class Fails(Callback):
+    """Fails in the hooks named."""
+
+    def __init__(self, *hooks: str) -> None:
+        self.hooks = hooks
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        self.fail("setup")
+
+    def on_exception(self, *args: Any) -> None:
+        self.fail("on_exception")
+
+    def fail(self, hook: str) -> None:
+        if hook in self.hooks:
+            raise RuntimeError(hook)
+
+
+class BreaksAfterSaving(LastCheckpoint):
+    """Breaks in epoch 1, before that epoch's metrics are in the logs."""
+
+    breaks = True
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.breaks and trainer.current_epoch == 1:
+            raise RuntimeError("broken")
+
+
+class TestAfterAnotherFailedInOnException:
+    """So that this callback was not told of the exception."""
+
+    @pytest.fixture
+    def fails(self) -> Fails:
+        return Fails("on_exception")
+
+    @pytest.fixture
+    def last(self, tmp_path: Path, fails: Fails) -> LastCheckpoint:
+        last = BreaksAfterSaving()
+        with pytest.raises(RuntimeError, match="on_exception"):
+            fit(fails, last, default_root_dir=tmp_path)
+        assert place(tmp_path / "checkpoints/last.ckpt") == (0, STEPS)
+        last.breaks = False
+        return last
+
+    def test_the_next_training_resumes(self, tmp_path: Path, last: LastCheckpoint) -> None:
+        assert fit(last, default_root_dir=tmp_path, ckpt_path="last").global_step == 3 * STEPS
+        assert place(tmp_path / "checkpoints/last.ckpt") == (2, 3 * STEPS)
+        assert names(tmp_path / "checkpoints") == ["last.ckpt"]
+
+    def test_the_next_training_is_elsewhere(self, tmp_path: Path, last: LastCheckpoint) -> None:
+        fit(last, default_root_dir=tmp_path / "second")
+        assert place(tmp_path / "checkpoints/last.ckpt") == (0, STEPS)
+        assert names(tmp_path / "second/checkpoints") == ["last.ckpt"]
+
+    def test_the_next_training_does_not_start(self, tmp_path: Path, last: LastCheckpoint) -> None:
+        with pytest.raises(RuntimeError, match="setup"):
+            fit(Fails("setup"), last, default_root_dir=tmp_path)
+        with pytest.raises(RuntimeError, match="sanity"):
+            fit(last, Raises("on_sanity_check_start", 0, RuntimeError("sanity")), default_root_dir=tmp_path)
+        assert place(tmp_path / "checkpoints/last.ckpt") == (0, STEPS)
+
 
 def test_under_the_other_package_name(tmp_path: Path) -> None:
     made = pytorch_lightning.Trainer(accelerator="cpu", callbacks=[LastCheckpoint()], default_root_dir=tmp_path)
     with pytest.raises(MisconfigurationException, match=r"LastCheckpoint is a callback of lightning\.pytorch"):
         LastCheckpoint().setup(made, None, "fit")
+
+
+class SlowIO(TorchCheckpointIO):
+    """Takes its time."""
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        time.sleep(0.2)
+        super().save_checkpoint(*args, **kwargs)
+
+
+class WrapperIO(CheckpointIO):
+    """Wraps another one."""
+
+    def __init__(self, checkpoint_io: CheckpointIO) -> None:
+        self.checkpoint_io = checkpoint_io
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.checkpoint_io.save_checkpoint(*args, **kwargs)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.checkpoint_io.load_checkpoint(*args, **kwargs)
+
+    def remove_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.checkpoint_io.remove_checkpoint(*args, **kwargs)
+
+
+class TestWrittenByAThread:
+    """After `Trainer.save_checkpoint` has returned."""
+
+    @pytest.mark.parametrize(
+        "plugin",
+        [
+            lambda: AsyncCheckpointIO(SlowIO()),
+            lambda: AsyncCheckpointIO(WrapperIO(SlowIO())),
+            lambda: WrapperIO(AsyncCheckpointIO(SlowIO())),
+            lambda: AsyncCheckpointIO(AsyncCheckpointIO(SlowIO())),
+        ],
+        ids=["bare", "wraps", "wrapped", "both"],
+    )
+    def test_is_waited_for(self, tmp_path: Path, plugin: Callable[[], CheckpointIO]) -> None:
+        seen = []
+
+        class Reads(Callback):
+            def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+                if trainer.current_epoch and not batch_idx:
+                    seen.append(place(tmp_path / "last.ckpt"))
+
+        train(tmp_path, Reads(), plugins=[plugin()], max_epochs=2)
+        assert train(tmp_path, Reads(), plugins=[plugin()], ckpt_path="last").global_step == 3 * STEPS
+        assert seen == [(0, STEPS), (1, 2 * STEPS)]
+        assert place(tmp_path / "last.ckpt") == (2, 3 * STEPS)
+        assert names(tmp_path) == ["best.ckpt", "last.ckpt"]
+
+    def test_with_the_plugin_as_it_is(self, tmp_path: Path) -> None:
+        fit(LastCheckpoint(tmp_path), plugins=[AsyncCheckpointIO()])
+        assert place(tmp_path / "last.ckpt") == (2, 3 * STEPS)
+
+    def test_where_the_thread_fails(self, tmp_path: Path) -> None:
+        class FailsIO(TorchCheckpointIO):
+            def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+                time.sleep(0.2)
+                raise OSError("the disk is full")
+
+        with pytest.raises(OSError, match="the disk is full"):
+            fit(LastCheckpoint(tmp_path), plugins=[AsyncCheckpointIO(FailsIO())])
+
+    def test_where_nobody_knows_when(self, tmp_path: Path) -> None:
+        class LaterIO(TorchCheckpointIO):
+            def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+                pass
+
+        path = tmp_path / ".last.ckpt.new"
+        with pytest.raises(RuntimeError, match=rf"^LaterIO had not written {path} when "):
+            fit(LastCheckpoint(tmp_path), plugins=[LaterIO()])
 
 
 class FolderIO(TorchCheckpointIO):
@@ -297,8 +581,10 @@ class _ReadsFolders(TorchCheckpointIO):
 def test_of_several_processes(tmp_path: Path) -> None:
     scenarios = ["ddp", "alone", *(["fsdp2"] if FSDP2_RUNS_ON_CPU else [])]
     program = Path(__file__).with_name("last_checkpoint_training.py")
-    finished = run_python(program, tmp_path, *scenarios, timeout=200)
+    finished = run_python(program, tmp_path, *scenarios, "refused", timeout=200)
     assert finished.returncode == 0, finished.stdout
+    for rank in range(2):
+        assert "take save_last out of it" in (tmp_path / f"refused-{rank}.txt").read_text()
     for name in scenarios:
         files = ["last.ckpt"] if name == "alone" else ["best.ckpt", "last.ckpt"]
         for rank in range(2):
