@@ -33,7 +33,8 @@ class MaskWriter(BasePredictionWriter):
         format: Of the files, ``"png"`` or ``"tif"``.
 
     Raises:
-        ValueError: If the format is neither; during prediction, if the probabilities of an image hold NaN.
+        ValueError: If the format is neither; during prediction, if the probabilities of an image hold NaN, or if its
+            name is empty.
         MisconfigurationException: Before the first prediction, if the folder holds anything, or if the module does not
             turn probabilities into masks; at the first volume, if the format is ``"png"``.
 
@@ -99,6 +100,13 @@ class MaskWriter(BasePredictionWriter):
                 f"MaskWriter was given NaN for {image}, which no threshold finds: look for NaN or inf in the image and "
                 f"in the weights. The masks before it are in {self._folder}"
             )
+        for index, name in enumerate([] if names is None else names):
+            if name is not None and not Path(name).name:
+                raise ValueError(
+                    f"MaskWriter was given {name!r} as the name of image {index} of batch {batch_idx}, which is no "
+                    "file's name: name every image, or none, and they are numbered. The masks before it are in "
+                    f"{self._folder}"
+                )
         rows = []
         for index in range(len(masks)):
             numbers = [f"_{number}" for number in range(len(masks[index]))] if len(masks[index]) > 1 else [""]

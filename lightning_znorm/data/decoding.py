@@ -1,6 +1,7 @@
 """Image files read as they are, many at once, and everything wrong with them found at once."""
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,13 +21,15 @@ class BadFileError(ValueError):
     """What is wrong with one file, in words that follow its path."""
 
 
-VERSION = 2
+VERSION = 3
 """Of what `read_pixels` returns or refuses: images decoded into a cache by another version are decoded anew."""
 # Those whose files are known to be read whole, or refused below.
 _FORMATS = ("JPEG", "PNG", "BMP", "PPM", "GIF", "TIFF", "WEBP")
 # Tags of TIFF and EXIF.
-_TIFF_BITS, _ORIENTATION, _TIFF_CHANNELS, _TIFF_NUMBERS = 258, 274, 277, 339
+_TIFF_BITS, _ORIENTATION, _TIFF_CHANNELS, _TIFF_EXTRA, _TIFF_NUMBERS = 258, 274, 277, 338, 339
 _TIFF_UNSIGNED = {1, 4}  # 4: not said
+_TIFF_PREMULTIPLIED = 1
+_NETPBM_HEAD = re.compile(rb"\s*P[1-7]\s")
 _LISTED = 1000
 
 
@@ -43,8 +46,9 @@ def read_pixels(path: Path, modes: Iterable[str]) -> NDArray[np.uint8]:
         Pixels of shape ``(H, W)``, or ``(H, W, 3)`` in colour.
 
     Raises:
-        BadFileError: If the file cannot be read to its end, holds another kind of pixels, several images, or more bits
-            or channels than Pillow reads, or is stored turned or mirrored: a mask would not fit what a viewer shows.
+        BadFileError: If the file cannot be read to its end, holds another kind of pixels, several images (but a
+            camera's JPEG file of several views, MPO, of which the first is read), or more bits or channels than Pillow
+            reads, or is stored turned or mirrored: a mask would not fit what a viewer shows.
     """
     image = _load(path, as_stored=True)
     if image.mode not in modes:
@@ -66,8 +70,9 @@ def read_rgb(path: str) -> "Image":
         A Pillow image.
 
     Raises:
-        BadFileError: If the file cannot be read to its end, or holds several images, or more bits or channels than
-            Pillow reads.
+        BadFileError: If the file cannot be read to its end, or holds several images (but a camera's JPEG file of
+            several views, MPO, of which the first is read), more bits or channels than Pillow reads, or colours that
+            are multiplied by their transparency, which Pillow would divide by it.
     """
     image = _load(path)
     try:
@@ -95,8 +100,11 @@ def _load(path: str | Path, as_stored: bool = False) -> "Image":
     try:
         with Image.open(path, formats=_FORMATS) as image:
             _refuse_what_would_be_cut(image)
-            if as_stored and (orientation := _orientation(image)) in range(2, 9):
-                raise BadFileError(f"is stored turned or mirrored (EXIF orientation {orientation})")
+            if as_stored:
+                if (orientation := _orientation(image)) in range(2, 9):
+                    raise BadFileError(f"is stored turned or mirrored (EXIF orientation {orientation})")
+                if _hides_transparency(image):
+                    raise BadFileError("has 4 channels, of which 3 would be read")
             image.load()
             return image
     except BadFileError:
@@ -106,12 +114,14 @@ def _load(path: str | Path, as_stored: bool = False) -> "Image":
 
 
 def _refuse_what_would_be_cut(image: Any) -> None:
-    """Refuse what Pillow would read only in part: all but one image with up to 8 bits for each channel."""
+    """Refuse what Pillow would read in part or change: all but one image with up to 8 bits for each channel."""
     # A camera's JPEG file may hold other views or sizes of its image behind it.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise BadFileError(f"holds {image.n_frames} images (pages of a volume, or frames), and one is expected")
     if _is_deep(image):
         raise BadFileError("has more than 8 bits for each channel, and no more than 8 are read")
+    if image.format == "PPM" and _has_further_image(image):
+        raise BadFileError("holds several images, and one is expected")
     if image.format != "TIFF":
         return
     stored, read = image.tag_v2.get(_TIFF_CHANNELS, 1), len(image.getbands()) - (image.mode == "RGBX")
@@ -119,6 +129,8 @@ def _refuse_what_would_be_cut(image: Any) -> None:
         raise BadFileError(f"has {stored} channels, of which {read} would be read")
     if not {*image.tag_v2.get(_TIFF_NUMBERS, ())} <= _TIFF_UNSIGNED:
         raise BadFileError("has signed values, which would be read as unsigned")
+    if _TIFF_PREMULTIPLIED in image.tag_v2.get(_TIFF_EXTRA, ()):
+        raise BadFileError("has colours multiplied by their transparency, which would be read divided by it")
 
 
 def _is_deep(image: Any) -> bool:
@@ -132,6 +144,26 @@ def _is_deep(image: Any) -> bool:
         return any(";16" in pixels for pixels in arguments)
     # Of PPM's, the last one is the largest value.
     return image.format == "PPM" and any(not isinstance(each, str) and (each[-1] or 0) > 255 for each in arguments)
+
+
+def _has_further_image(image: Any) -> bool:
+    """Whether another image lies behind the first, which Pillow does not say of Netpbm's formats."""
+    decoder, _, start, _ = image.tile[0]
+    if decoder == "ppm_plain":  # numbers and comments
+        image.fp.seek(start)
+        return _NETPBM_HEAD.search(re.sub(rb"#[^\r\n]*", b"", image.fp.read())) is not None
+    bits = image.width * len(image.getbands()) * (1 if image.mode == "1" else 8)
+    image.fp.seek(start + image.height * ((bits + 7) // 8))
+    return _NETPBM_HEAD.match(image.fp.read(64)) is not None
+
+
+def _hides_transparency(image: Any) -> bool:
+    """Whether a BMP file of 32 bits, of which Pillow reads 24, has more in the others than 0 or 255 everywhere."""
+    if image.format != "BMP" or image.info["compression"] or image.tile[0][3][0] != "BGRX":
+        return False
+    image.fp.seek(image.tile[0][2])
+    pixels = np.frombuffer(image.fp.read(4 * image.width * image.height), np.uint8)
+    return np.unique(pixels[3::4]).tolist() not in ([], [0], [255])
 
 
 def _orientation(image: Any) -> Any:

@@ -100,22 +100,40 @@ def list_files(folder: str | Path, suffixes: Collection[str], recursive: bool = 
 def list_subfolders(folder: str | Path, suffixes: Collection[str]) -> tuple[list[str], Listing]:
     """List the folders in a folder; files beside them are skipped.
 
+    Links that lead nowhere may be those of folders: they are among the faults.
+
     Args:
         folder: Where to look.
         suffixes: Of the files that the folders are to hold, in lower case.
 
     Returns:
-        Names of the folders, sorted, and what is skipped.
+        Names of the folders, sorted, and what is skipped or wrong.
     """
     names, listing = [], Listing()
     for entry in _entries(folder):
         if _is_folder(entry):
             names.append(entry.name)
+        elif fault := _fault_of_link(entry):
+            listing.faults.append(fault)
         elif _suffix(entry) in suffixes:
             listing.skip(OUTSIDE, [entry.path])
         elif _suffix(entry) not in _TEXTS:
             listing.skip(OTHER_TYPES, [entry.path])
     return names, listing
+
+
+def refuse_broken_links(paths: Iterable[Path]) -> None:
+    """Refuse a link that leads nowhere, in place of which other data would be read.
+
+    Args:
+        paths: Of files and folders, which need not exist.
+
+    Raises:
+        FileNotFoundError: If one is such a link.
+    """
+    for path in paths:
+        if os.path.islink(path) and not os.path.exists(path):
+            raise FileNotFoundError(f"{path} is a link that leads nowhere: mount or restore its target, or delete it.")
 
 
 def same_files(paths: list[str], inodes: list[int]) -> list[tuple[int, int]]:
@@ -189,26 +207,35 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
+def _fault_of_link(entry: "os.DirEntry[str]") -> str:
+    """Say that a link leads nowhere, if it does; but of texts, for other links may have led to folders."""
+    if not entry.is_symlink() or _suffix(entry) in _TEXTS - {""}:
+        return ""
+    try:
+        entry.stat()
+    except OSError as error:
+        return f"{entry.path}: is a link that cannot be followed ({error.strerror})"
+    return ""
+
+
 def _suffix(entry: "os.DirEntry[str]") -> str:
     return os.path.splitext(entry.name)[1].lower()
 
 
 def _add_file(entry: "os.DirEntry[str]", suffixes: Collection[str], listing: Listing) -> None:
+    if fault := _fault_of_link(entry):
+        listing.faults.append(fault)
+        return
     if _suffix(entry) not in suffixes:
         if _suffix(entry) not in _TEXTS:
             listing.skip(OTHER_TYPES, [entry.path])
         return
-    try:
-        # `stat` raises where a link leads nowhere; files that are no links need no look.
-        inode = entry.stat().st_ino if entry.is_symlink() else entry.inode()
-        if not entry.is_file():
-            listing.faults.append(f"{entry.path}: is neither a file nor a folder")
-            return
-    except OSError as error:
-        listing.faults.append(f"{entry.path}: is a link that cannot be followed ({error.strerror})")
+    if not entry.is_file():
+        listing.faults.append(f"{entry.path}: is neither a file nor a folder")
         return
     listing.paths.append(entry.path)
-    listing.inodes.append(inode)
+    # Files that are no links need no look.
+    listing.inodes.append(entry.stat().st_ino if entry.is_symlink() else entry.inode())
 
 
 def _identities_above(folder: str | Path) -> set[object]:

@@ -96,8 +96,9 @@ class ImageFolderDataModule(ImageDataModule):
 
     Files are read as torchvision's loader reads them: converted to RGB, with the colours that are stored. Transparency,
     colour profiles, gamma and a camera's EXIF orientation are not applied (but Pillow turns TIFF files as they say).
-    What that loader would cut is an error: more than 8 bits for each channel, more channels than colours and
-    transparency, more than one page or frame.
+    What that loader would cut or compute is an error: more than 8 bits for each channel, more channels than colours and
+    transparency, more than one page or frame, colours multiplied by their transparency. Of a camera's JPEG file of
+    several views (MPO) the first is read.
 
     Worker processes decode, crop and mirror as torchvision's reference recipe does: in training a random crop of 8 to
     100 % of the area, resized, and mirrored with probability 1/2; in evaluation the centre of the image after its
@@ -160,7 +161,8 @@ class ImageFolderDataModule(ImageDataModule):
     @property
     def classes(self) -> list[str]:
         """Names of the class folders, in the order of their labels."""
-        train, val = (_class_folders(self.root / part) for part in ("train", "val"))
+        (train, faults), (val, faults_of_val) = (_class_folders(self.root / part) for part in ("train", "val"))
+        refuse(faults + faults_of_val, self.root)
         if train != val:
             differences = [
                 f"{some(names)} in {self.root / part} alone"
@@ -221,19 +223,20 @@ class ImageFolderDataModule(ImageDataModule):
             ) from error
 
 
-def _class_folders(folder: Path) -> list[str]:
+def _class_folders(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the names of the class folders, and what is wrong."""
     if not folder.is_dir():
         raise FileNotFoundError(
             f"No folder {folder}: let root name the folder that holds train and val, with one folder of images per "
             "class in each."
         )
-    names, _ = list_subfolders(folder, ())
-    if not names:
+    names, listing = list_subfolders(folder, ())
+    if not names and not listing.faults:
         raise FileNotFoundError(
             f"No class folders in {folder}: sort its images into one folder per class (ImageNet's validation images "
             "are published without)."
         )
-    return names
+    return names, listing.faults
 
 
 def _find_images(root: Path, classes: list[str]) -> dict[str, tuple[Paths, Labels]]:

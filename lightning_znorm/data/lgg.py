@@ -84,11 +84,13 @@ class LGGDataModule(ImageDataModule):
 
     Kaggle's archive holds everything twice, in ``kaggle_3m`` and in ``lgg-mri-segmentation/kaggle_3m``: only one of
     them is read. Each folder beside the ``TCGA_*`` folders is a patient too, and slices and masks may be png, jpg or
-    bmp files, named in upper or lower case.
+    bmp files, named in upper or lower case. ``TCGA_*`` folders end in the day of the scan: those that differ in nothing
+    else are one patient.
 
     Files are read as they are stored, or refused by name: RGB images and grey masks of 8 bits for each channel, one in
-    each file; no volumes of several pages, and nothing that EXIF says to turn. Links are followed, and no file counts
-    twice. One warning names what is left out, but for hidden files, what systems leave in folders, and texts.
+    each file; no volumes of several pages, and nothing that EXIF says to turn. Of a camera's JPEG file of several views
+    (MPO) the first is read. Links are followed, those that lead nowhere are refused by name, and no file counts twice.
+    One warning names what is left out, but for hidden files, what systems leave in folders, and texts.
 
     No patient is in two sets: the slices of one brain are alike. The sets are drawn so that each has its part of the
     patients with little tumour and with much (share of their slices whose mask is not empty). The lists are in

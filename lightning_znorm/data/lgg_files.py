@@ -19,12 +19,13 @@ from lightning_znorm.data.files import (
     file_identity,
     list_files,
     list_subfolders,
+    refuse_broken_links,
     same_files,
     warn_of_skipped,
 )
 
 _IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff"}
-_MASK = re.compile(r"_mask(_\d+)?$")
+_MASK = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)
 _PATIENT = "TCGA_"
 LONE_MASKS = "masks without an image beside them"
 NO_SLICES = "folders without slices"
@@ -116,11 +117,11 @@ def find_patients(root: Path) -> Found:
 
     Returns:
         The slices. Among the faults are masks without an image, images without a mask, two images or masks that
-        differ in their suffix alone, and a file that is the image of two slices. A mask may be that of several slices,
-        as where equal files are stored once.
+        differ in their suffix or the case of letters alone, and a file that is the image of two slices. A mask may be
+        that of several slices, as where equal files are stored once.
 
     Raises:
-        FileNotFoundError: If there are none.
+        FileNotFoundError: If there are none, or if ``kaggle_3m`` is a link that leads nowhere.
     """
     # The fallback last: beside kaggle_3m there may be other folders of images.
     candidates = [root / "kaggle_3m", root / "lgg-mri-segmentation" / "kaggle_3m", root]
@@ -158,8 +159,8 @@ def find_images(folder: Path) -> Found:
     """Find images in a folder and in those inside it.
 
     Masks are left out: files named like an image beside them and ``_mask``, or ``_mask_0`` and so on, as `MaskWriter`
-    names them. What else is left out is named in a warning, masks without an image too. An image counts once, whatever
-    links lead to it.
+    names them, in upper or lower case. What else is left out is named in a warning, masks without an image too. An
+    image counts once, whatever links lead to it.
 
     Raises:
         FileNotFoundError: If there are none.
@@ -183,9 +184,13 @@ def find_images(folder: Path) -> Found:
 
 
 def _holds_patients(folder: Path) -> bool:
+    refuse_broken_links([folder.parent, folder])
     if not folder.is_dir():
         return False
-    for name in list_subfolders(folder, ())[0]:
+    names, listing = list_subfolders(folder, ())
+    if any(fault.startswith(str(folder / _PATIENT)) for fault in listing.faults):
+        return True
+    for name in names:
         files = list_files(folder / name, _IMAGES, recursive=False)
         stems = [Path(path).stem for path in files.paths]
         if (stems or files.faults) if name.startswith(_PATIENT) else any(map(_MASK.search, stems)):
@@ -197,8 +202,9 @@ def _pair(patient: Path, listing: Listing) -> list[Slice]:
     """Put a patient's images and masks together, from top to bottom; what is wrong becomes a fault of the listing."""
     files: dict[str, Path] = {}
     for path in map(Path, listing.paths):
-        if (other := files.setdefault(path.stem, path)) != path:
-            listing.faults.append(f"{path}: has the name of {other.name} but for the suffix")
+        stem = _MASK.sub(lambda end: end.group().lower(), path.stem)
+        if (other := files.setdefault(stem, path)) != path:
+            listing.faults.append(f"{path}: has the name of {other.name} but for the suffix or the case of letters")
     images = sorted((stem for stem in files if not _MASK.search(stem)), key=_in_order)
     if not images and not listing.faults:
         listing.faults.append(f"{patient}: holds no slices")
@@ -261,5 +267,5 @@ def _in_order(stem: str) -> tuple[str, int]:
 
 
 def _patient(folder: str) -> str:
-    """Leave out the day of the scan: who was scanned twice is one patient."""
-    return re.sub(r"_\d{8}$", "", folder)
+    """Leave out the day of the scan, which the names of ``TCGA_*`` end in: who was scanned twice is one patient."""
+    return re.sub(r"_\d{8}$", "", folder) if folder.startswith(_PATIENT) else folder

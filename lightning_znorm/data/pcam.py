@@ -7,6 +7,7 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_znorm.data.array_file import cache_folder
+from lightning_znorm.data.files import refuse_broken_links
 from lightning_znorm.data.images import ImageDataModule, stratified_indices
 from lightning_znorm.data.mapped import BlockShuffle, MappedImages
 from lightning_znorm.data.pcam_h5 import ADVICE, h5_path, read_h5, refuse_same_files
@@ -67,7 +68,7 @@ class PCamDataModule(ImageDataModule):
     Raises:
         ValueError: If a fraction is not between 0 and 1, if the data are not PatchCamelyon's, or if a file is there
             under two names, through a link or as a hard link.
-        FileNotFoundError: If files are missing.
+        FileNotFoundError: If files are missing, or are links that lead nowhere.
         RuntimeError: If an HDF5 file cannot be read.
 
     Example:
@@ -138,6 +139,7 @@ class PCamDataModule(ImageDataModule):
         """Return the folder of the files, and whether they are Kaggle's."""
         for folder in (self.root, self.root / "pcam"):
             paths = [h5_path(folder, split, what) for split in _SPLITS for what in "xy"]
+            refuse_broken_links([folder, *paths])
             if paths := [path for path in paths if path.is_file()]:
                 refuse_same_files(paths)
                 return folder, False

@@ -15,13 +15,39 @@ from lightning_znorm.tasks.base import Task
 from lightning_znorm.tasks.networks import create_classifier
 from lightning_znorm.tasks.targets import TargetCheck
 
+# In bfloat16 a number is off by up to 0.4 %, and Mixup and label smoothing round a few times.
+_SUM_TOLERANCE = 0.02
+
+
+class _SumCheck(TargetCheck):
+    """Refuse class probabilities that do not add up to 1, such as those of no class or of several at once."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Sums of class probabilities",
+            last=1,
+            only_whole=False,
+            settings="cross entropy",
+            remedy="divide those of each image by their sum; labels of no class, or of several at once, do not fit",
+        )
+
+    @override
+    def _bounds(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low, high = at_least_float32(targets.detach()).sum(dim=1).aminmax()
+        fits = (low >= 1 - _SUM_TOLERANCE) & (high <= 1 + _SUM_TOLERANCE)
+        return low, high, ~fits
+
+    @override
+    def _message(self, low: float, high: float, place: str) -> str:
+        return f"{self.name} run from {low:g} to {high:g} in {place}, and for {self.settings} must be 1: {self.remedy}."
+
 
 class ClassificationTask(Task):
     """Train a network to classify images, by cross entropy.
 
     Batches are pairs of images, ``(N, C, H, W)``, and integer labels, ``(N,)``, from 0 to ``num_classes`` - 1. In
-    training, labels may also be probabilities of the classes, ``(N, num_classes)``, as Mixup and CutMix make them; with
-    one logit, that of class 1, ``(N,)``.
+    training, labels may also be probabilities of the classes, ``(N, num_classes)``, as Mixup and CutMix make them,
+    which add up to 1 for each image; with one logit, that of class 1, ``(N,)``.
 
     Logged, once per epoch: ``train/loss``, ``val/loss``, ``val/accuracy``, ``test/loss``, ``test/accuracy`` (the share
     of images whose most probable class is the true one).
@@ -57,7 +83,8 @@ class ClassificationTask(Task):
     Raises:
         ValueError: If no network has the name, if ``model_kwargs`` come with a module or hold anything but plain
             values, if ``num_classes`` is less than 1 or not the data module's, if the network's output has another
-            width, or if labels have another shape, are out of range or not whole.
+            width, or if labels have another shape, are out of range or not whole, or are probabilities whose sum
+            differs from 1 by more than 0.02.
         TypeError: If labels are not integers, but for probabilities in training and, with one logit, 0.0 and 1.0.
 
     Example:
@@ -97,6 +124,7 @@ class ClassificationTask(Task):
             settings="cross entropy with class probabilities",
             remedy="divide those of each image by their sum",
         )
+        self.sum_check = _SumCheck()
         create = partial(create_classifier, num_classes=num_classes, in_chans=in_chans)
         self.configure_network(model, create, model_kwargs or {}, compile)
         self.configure_losses()
@@ -119,8 +147,8 @@ class ClassificationTask(Task):
     @property
     @override
     def target_checks(self) -> tuple[TargetCheck, ...]:
-        """That of class numbers, and that of class probabilities."""
-        return (self.target_check, self.probability_check)
+        """That of class numbers, and those of class probabilities and their sums."""
+        return (self.target_check, self.probability_check, self.sum_check)
 
     @override
     def setup(self, stage: str) -> None:
@@ -218,6 +246,9 @@ class ClassificationTask(Task):
                 f"{self.num_classes} ask for {expected}."
             )
         labels, misfit = self.check_targets(labels, "training", batch_idx, self.probability_check)
+        if self.num_classes > 1:
+            labels, wrong_sum = self.check_targets(labels, "training", batch_idx, self.sum_check)
+            misfit = None if misfit is None or wrong_sum is None else misfit | wrong_sum
         logits = self(images)
         targets = labels.to(at_least_float32(logits).dtype).view_as(logits)
         return self.compute_loss(logits, targets, misfit), logits, labels

@@ -149,6 +149,13 @@ def test_no_two_masks_share_a_name(tmp_path: Path):
     assert len(list((tmp_path / "out").iterdir())) == 6
 
 
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_names_of_no_file(tmp_path: Path, name: str):
+    with pytest.raises(ValueError, match=f"MaskWriter was given '{name}' as the name of image 1 of batch 1, which is"):
+        predict(tmp_path / "out", Named(LOGITS, ["a", "b", "..", name, "e"]))
+    assert len(rows(tmp_path / "out")) == 2
+
+
 def test_nothing_is_overwritten(tmp_path: Path):
     (tmp_path / "theirs.png").write_bytes(b"precious")
     with pytest.raises(MisconfigurationException, match=r"overwrites nothing, and .* is not empty"):

@@ -69,6 +69,8 @@ def written(content: bytes) -> Callable[[Path], None]:
 RGB = Image.fromarray(COLOURS)
 PAGES: dict[str, Any] = {"save_all": True, "append_images": [Image.fromarray(255 - COLOURS)]}
 EIGHT = (DEEP >> 8).astype(np.uint8)
+PPM = b"P6 32 32 255\n" + COLOURS.tobytes()
+PGM = b"P5 32 32 255\n" + COLOURS[..., 0].tobytes()
 DEEP_FAULT, PAGES_FAULT = "has more than 8 bits for each channel", "holds 2 images"
 
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -99,6 +101,13 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "GIF of two frames": (saved(RGB, "GIF", **PAGES), PAGES_FAULT),
     "PNG of two frames": (saved(RGB, "PNG", **PAGES), PAGES_FAULT),
     "WebP of two frames": (saved(RGB, "WEBP", lossless=True, **PAGES), PAGES_FAULT),
+    "two PPM": (written(PPM + PPM), "holds several images"),
+    "two PGM, a line between": (written(PGM + b"\n" + PGM), "holds several images"),
+    "two PPM of 15 levels": (written(b"P6 1 1 15\nabcP6 1 1 15\nabc"), "holds several images"),
+    "two PBM": (written(b"P4 9 1\nabP4 9 1\nab"), "holds several images"),
+    "two PPM, plain": (written(b"P3 1 1 255 # P6\n1 2 3\nP3 1 1 255\n4 5 6\n"), "holds several images"),
+    "premultiplied colours": (written(tiff(EIGHT, 2, t338=(1,))), "has colours multiplied by their transparency"),
+    "premultiplied grey": (written(tiff(EIGHT[..., :2], 1, t338=(1,))), "has colours multiplied by their transparency"),
     "JPEG 2000": (saved(RGB, "JPEG2000"), "cannot be read as an image"),
     "ICO of several sizes": (saved(RGB, "ICO", sizes=[(16, 16), (32, 32)]), "cannot be read as an image"),
 }
@@ -129,6 +138,7 @@ CONVERTED = {
     "RGB with a transparent colour": saved(RGB, "PNG", transparency=tuple(COLOURS[0, 0].tolist())),
     "RGBA PNG": saved(TRANSPARENT, "PNG"),
     "RGBA TIFF": saved(TRANSPARENT, "TIFF"),
+    "RGBA BMP": saved(TRANSPARENT, "BMP"),
     "RGBA WebP": saved(TRANSPARENT, "WEBP", lossless=True, exact=True),
     "LA": saved(TRANSPARENT.convert("LA"), "PNG"),
     "CMYK JPEG": saved(RGB.convert("CMYK"), "JPEG"),
@@ -138,5 +148,9 @@ CONVERTED = {
     "two views of a camera": saved(RGB, "MPO", **PAGES),
     "colour profile": saved(RGB, "PNG", icc_profile=b"of a monitor"),
     "15 levels": written(b"P6 2 1 15\n" + bytes([0, 1, 2, 3, 4, 15])),
+    "PPM": written(PPM),
+    "PPM, an empty line behind it": written(PPM + b"\n"),
+    "PPM, plain": written(b"P3 2 1 255 # P3\n1 2 3 4 5 6 # P3 2 1\n"),
+    "PBM": written(b"P4 9 2\nabcd"),
 }
 """What becomes RGB as torchvision's loader makes it."""

@@ -176,6 +176,22 @@ class TestKinds:
         data.setup("predict")
         assert np.array_equal(data.predict_set.slices[0].transpose(1, 2, 0), image.convert("RGB"))
 
+    @pytest.mark.parametrize(("fourth", "is_read"), [(0, True), (255, True), (128, False), (None, False)])
+    def test_fourth_channel_of_a_bmp(self, fourth: int | None, is_read: bool, tmp_path: Path):
+        """Pillow drops it: padding, which is no loss, or else a transparency."""
+        image = RGB.copy()
+        image.putalpha(Image.fromarray(COLOURS[..., 0]) if fourth is None else fourth)
+        image.save(tmp_path / "a.bmp")
+        if is_read:
+            assert predicted(tmp_path) == ["a.bmp"]
+        else:
+            with refused(f"{tmp_path}/a.bmp: has 4 channels, of which 3 would be read"):
+                predicted(tmp_path)
+
+    def test_the_first_view_of_a_camera(self, tmp_path: Path):
+        CONVERTED["two views of a camera"](tmp_path / "a.jpg")
+        assert predicted(tmp_path) == ["a.jpg"]
+
     def test_a_volume_that_was_predicted_is_no_image(self, tmp_path: Path):
         class Volume(torch.utils.data.Dataset):
             def __len__(self) -> int:
@@ -453,6 +469,31 @@ class TestNames:
         with pytest.warns(UserWarning, match="4: "), pytest.raises(FileNotFoundError, match="and are no masks"):
             predicted(tmp_path)
 
+    @pytest.mark.parametrize("mask", ["_MASK", "_Mask"])
+    def test_masks_in_capitals(self, mask: str, lgg: Path):
+        before = trained(lgg)
+        for path in lgg.rglob("*_mask.tif"):
+            path.rename(path.with_name(path.name.replace("_mask", mask)))
+        assert len(predicted(lgg)) == 20
+        assert np.array_equal(before.train_set.slices, trained(lgg).train_set.slices)
+        for folder in lgg.glob("TCGA_*"):
+            folder.rename(folder.with_name(folder.name[5:]))
+        assert slices_in(trained(lgg)) == 20
+
+    def test_masks_that_differ_in_their_case(self, lgg: Path):
+        path = slice_of(patient(lgg, 2), 3, "_mask")
+        shutil.copy(path, slice_of(patient(lgg, 2), 3, "_MASK"))
+        with refused(f"{path}: has the name of {path.stem[:-5]}_MASK.tif but for the suffix or the case of letters"):
+            trained(lgg)
+
+    def test_dates_of_other_data_are_none(self, tmp_path: Path):
+        """Eight digits may be a number that tells patients apart."""
+        write_lgg(tmp_path, patients=10)
+        names = [f"case_{number:08d}" for number in range(10)]
+        for folder, name in zip(list((tmp_path / "kaggle_3m").iterdir()), names, strict=True):
+            folder.rename(folder.with_name(name))
+        assert sorted(name for listed in trained(tmp_path).patients.values() for name in listed) == names
+
     def test_a_second_mask(self, lgg: Path):
         path = slice_of(patient(lgg, 2), 3, "_mask_1")
         shutil.copy(slice_of(patient(lgg, 2), 3, "_mask"), path)
@@ -586,6 +627,63 @@ class TestUnreachable:
         patch = min(kaggle.iterdir())
         with refused(broken(patch), f"{patch}: is missing"):
             patches(kaggle.parent)
+
+    @pytest.mark.parametrize("name", ["more", "more.v2", "TCGA_CS_4999_20000101"])
+    @pytest.mark.parametrize("target", ["/mnt/unmounted", "itself"])
+    def test_links_that_may_have_led_to_folders(
+        self, name: str, target: str, lgg: Path, images: Path, kaggle: Path, tmp_path_factory: pytest.TempPathFactory
+    ):
+        def broken(folder: Path) -> str:
+            (folder / name).symlink_to(name if target == "itself" else target)
+            return f"{folder / name}: is a link that cannot be followed ("
+
+        faults = [broken(folder) for folder in (lgg, patient(lgg, 0))]
+        for read in (trained, predicted):
+            with refused(*faults):
+                read(lgg)
+        faults = [broken(images / "train" / "n00000000"), broken(images / "val" / "n00000001")]
+        with refused(*faults):
+            folder_data(images)
+        of_classes = [broken(images / part) for part in ("train", "val")]
+        for stage in ("fit", "test"):
+            with refused(*of_classes):
+                folder_data(images, stage)
+        (images / "val" / name).unlink()
+        with refused(of_classes[0]):
+            folder_data(images)
+        with refused(broken(kaggle)):
+            patches(kaggle.parent)
+
+    def test_no_patients_but_links_that_lead_nowhere(self, tmp_path: Path):
+        (tmp_path / "kaggle_3m").mkdir()
+        path = tmp_path / "kaggle_3m" / "TCGA_CS_4999_20000101"
+        path.symlink_to("gone")
+        with refused(f"{path}: is a link that cannot be followed"):
+            trained(tmp_path)
+
+    def test_other_data_in_place_of_what_a_link_led_to(self, lgg: Path, tmp_path: Path):
+        """Such as an older copy beside it."""
+        shutil.copytree(lgg, tmp_path / "lgg-mri-segmentation" / "kaggle_3m")
+        shutil.rmtree(lgg)
+        lgg.symlink_to("gone")
+        with pytest.raises(FileNotFoundError, match=f"^{lgg} is a link that leads nowhere: "):
+            trained(tmp_path)
+
+    @pytest.mark.parametrize("link", ["pcam", "pcam/camelyonpatch_level_2_split_train_x.h5"])
+    def test_other_patches_in_place_of_what_a_link_led_to(self, link: str, kaggle: Path):
+        root = kaggle.parent.parent
+        (root / link).parent.mkdir(exist_ok=True)
+        (root / link).symlink_to("gone")
+        with pytest.raises(FileNotFoundError, match=f"^{root / link} is a link that leads nowhere: "):
+            patches(root)
+
+    def test_links_of_texts_are_not_worth_a_word(self, lgg: Path, images: Path, kaggle: Path):
+        for folder in (lgg, patient(lgg, 0), images / "train", images / "val" / "n00000001", kaggle):
+            for name in ("data.csv", "notes.txt", ".hidden"):
+                (folder / name).symlink_to("gone")
+        assert slices_in(trained(lgg)) == len(predicted(lgg)) == 20
+        folder_data(images)
+        patches(kaggle.parent)
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
     def test_pipes(self, images: Path):

@@ -430,6 +430,62 @@ def test_class_probabilities_in_training(name: str, is_put_off: bool, monkeypatc
         trainer().validate(task, loader(images, labels), verbose=False)
 
 
+MULTI_HOT, NO_CLASS = [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("is_put_off", [False, True])
+@pytest.mark.parametrize("wrong", [MULTI_HOT, NO_CLASS, [0.4, 0.3, 0.2], [0.5, 0.5, 0.04]], ids=str)
+def test_class_probabilities_add_up_to_one(
+    wrong: list[float], is_put_off: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_put_off:
+        put_off(monkeypatch)
+    labels = torch.eye(3)[torch.arange(12) % 3]
+    labels[-1] = torch.tensor(wrong)
+    low, high = sorted([1.0, sum(wrong)])
+    seen = Seen()
+    with pytest.raises(
+        ValueError,
+        match=f"Sums of class probabilities run from {low:g} to {high:g} in batch 1 of training, and .* must be 1: div",
+    ):
+        trainer(num_sanity_val_steps=0, callbacks=[seen]).fit(
+            TASKS["three classes"][0](), loader(torch.randn(12, 3, 4, 4), labels, batch_size=6), data("three classes")
+        )
+    assert len(seen.weights) == 1 + is_put_off
+    if is_put_off:  # the wrong batch trained nothing
+        assert all(map(torch.equal, *seen.weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_sums_that_are_one_up_to_rounding(dtype: torch.dtype) -> None:
+    """Of a softmax, Mixup, CutMix and label smoothing, computed in the type of the labels."""
+    classes, generator = 1000, torch.Generator().manual_seed(0)
+    task = ClassificationTask(nn.Sequential(nn.Flatten(), nn.Linear(12, classes)), classes, optimizer=sgd)
+    task.log = lambda *_, **__: None
+    hard = torch.eye(classes, dtype=dtype)[torch.randint(classes, (64,), generator=generator)]
+    soft = torch.randn(64, classes, generator=generator).to(dtype).softmax(dim=1)
+    for share in (0.3, 0.07, 0.5123):
+        mixed = share * soft + (1 - share) * soft.roll(1, 0)
+        cut = torch.tensor(share, dtype=dtype) * hard + (1 - torch.tensor(share, dtype=dtype)) * hard.roll(1, 0)
+        smooth = [(1 - share) * labels + share / classes for labels in (cut, mixed)]
+        for labels in (hard, soft, mixed, cut, *smooth):
+            task.training_step((torch.randn(64, 3, 2, 2, generator=generator), labels), 0)
+
+
+def test_a_sum_is_no_matter_with_one_logit() -> None:
+    task = TASKS["two classes"][0]()
+    task.log = lambda *_, **__: None
+    task.training_step((torch.randn(4, 3, 4, 4), torch.tensor([0.0, 0.2, 0.3, 0.0])), 0)
+
+
+def test_checks_of_class_probabilities_need_no_value() -> None:
+    # The meta device has no values: whatever would wait for a GPU raises there.
+    for check in ClassificationTask(nn.Linear(4, 3), 3).target_checks[1:]:
+        labels, misfit = check.note(torch.ones(4, 3, device="meta"), "training", 0)
+        assert labels.shape == (4, 3)
+        assert misfit.device.type == "meta"
+
+
 def test_class_probabilities_of_another_shape() -> None:
     task = TASKS["three classes"][0]()
     with pytest.raises(ValueError, match=r"Class probabilities have shape \(4, 2\), and .* ask for \(4, 3\)"):
