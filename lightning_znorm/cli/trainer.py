@@ -1,12 +1,14 @@
 """The Trainer that a command makes."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 
 class CommandTrainer(Trainer):
-    """Lightning's Trainer, for which ``limit_train_batches: 1`` is one batch on the command line and in YAML.
+    """Lightning's Trainer, which knows the command, and for which ``limit_train_batches: 1`` is one batch.
 
     Lightning's own annotation is ``Optional[Union[int, float]]``. ``typing`` may give for it the equal
     ``Optional[Union[float, int]]`` that it keeps in a cache from somewhere else: numbers are then read as floats, 1 as
@@ -19,7 +21,15 @@ class CommandTrainer(Trainer):
         limit_test_batches: The same of the test data.
         limit_predict_batches: The same of the data to predict.
         **kwargs: Further arguments of `lightning.pytorch.Trainer`.
+
+    Attributes:
+        config_files: The config files that were named.
+        flags: What else was typed, but for the checkpoint.
+        given_callbacks: The callbacks that it was made with: a model may add others.
     """
+
+    config_files: Sequence[Path] = ()
+    flags: Sequence[str] = ()
 
     def __init__(
         self,
@@ -37,6 +47,8 @@ class CommandTrainer(Trainer):
             limit_predict_batches=_unless_all(limit_predict_batches),
             **kwargs,
         )
+        callbacks: Any = self  # of which Lightning declares none
+        self.given_callbacks: list[Callback] = list(callbacks.callbacks)
 
 
 def _unless_all(limit: int | float | None) -> int | float | None:

@@ -12,6 +12,8 @@ from typing_extensions import override
 
 MONITORED = "lightning_znorm.monitored"
 """Key in a checkpoint: name of the metric by which it was chosen, and its value in that epoch."""
+STOPPED = "lightning_znorm.stopped"
+"""Key in a checkpoint: whether training was told to stop, which Lightning does not save."""
 
 
 class BestCheckpoint(ModelCheckpoint):

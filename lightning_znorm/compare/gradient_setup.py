@@ -38,6 +38,38 @@ def check_experiment(study: Study, settings: dict[str, dict[str, Any]]) -> None:
             )
 
 
+def check_tried(study: Study, method: str, settings: dict[str, Any], found: dict[str, list[str]]) -> None:
+    """Refuse a method that was tried out, and trained with a gradient method that its settings do not name.
+
+    Args:
+        study: The study.
+        method: Name of the method.
+        settings: Its resulting settings.
+        found: Classes of the gradient methods that worked, as the run recorded them.
+
+    Raises:
+        StudyError: If there are more than the settings account for.
+    """
+    file, entries = study.files[method], gradient_callbacks(settings)
+    for name in found["added"]:
+        raise StudyError(
+            f"{name} trains under {file}, which does not name it: the model's configure_callbacks, or other code, adds "
+            "it to the Trainer. Take it out there, and name it in a method file of its own (`trainer: callbacks+:`)."
+        )
+    if len(found["given"]) > len(entries):
+        name = next(iter(Counter(found["given"]) - Counter(map(class_name, entries))))
+        raise StudyError(
+            f"{name} trains under {file}, and no callback in the settings says that it is one: a function seems to "
+            f"make it. Name the class in its place, or annotate that function's result: `-> {name}`."
+        )
+    if found["attached"] and not _sets_model(file):
+        raise StudyError(
+            f"A gradient method that is attached to {found['attached'][0]} trains under {file}, which sets nothing of "
+            "the model: its code, or the optimizer's, calls lightning_znorm.functional.attach. Leave that to a setting "
+            "of the model, which a method file makes."
+        )
+
+
 def same_settings(settings: dict[str, dict[str, Any]]) -> list[list[str]]:
     """Group the methods whose resulting settings are the same."""
     groups: list[list[str]] = []
@@ -87,6 +119,13 @@ def _importable_from_here() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(here)
+
+
+def _sets_model(file: str) -> bool:
+    """Whether a file sets anything of the model, such as its optimizer."""
+    from lightning_znorm.cli.config_files import read_config
+
+    return any(key.partition(".")[0] == "model" for key in read_config(file).settings)
 
 
 def _names(file: str) -> Counter[str]:

@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 
 from lightning_znorm.compare.files import read_json, write_json, write_text
-from lightning_znorm.compare.gradient_setup import check_experiment
+from lightning_znorm.compare.gradient_setup import check_experiment, check_tried
 from lightning_znorm.compare.metrics import at_stage, choose, stage
 from lightning_znorm.compare.one_run import command_to_fit, command_to_test
 from lightning_znorm.compare.process import Processes, tail
 from lightning_znorm.compare.results import logged_names, read_test
-from lightning_znorm.compare.run_config import kept_callbacks, probe_config, run_config
+from lightning_znorm.compare.run_config import kept_callbacks, probe_config, run_config, validates
 from lightning_znorm.compare.settings import differences, monitored
 from lightning_znorm.compare.study import Run, Study, StudyError
 
@@ -61,7 +61,8 @@ def prepare(study: Study, processes: Processes, jobs: int) -> Plan:
 
     Raises:
         StudyError: If a file is missing or wrong, if the folder holds something else or a study with other settings, if
-            a method does not get through a batch of training, or if nothing logs the metric.
+            a method does not get through a batch of training, or has a gradient method that its file does not name, or
+            if nothing logs the metric.
     """
     record = _record(study.output)
     resolved = processes.map(lambda name: _resolve(study, name, processes), study.files, jobs)
@@ -74,8 +75,9 @@ def prepare(study: Study, processes: Processes, jobs: int) -> Plan:
     if missing:
         known = sorted({*known, *_probe(study, missing, monitor, processes, jobs)})
     metric, mode = choose(study.metric, study.mode, monitor, known)
-    if monitor is None and (name := at_stage(metric, "val", known)) and stage(metric) == "test":
-        monitor = (name, mode)
+    if monitor is None and stage(metric) == "test" and all(map(validates, settings.values())):
+        name = at_stage(metric, "val", known)
+        monitor = (name, mode) if name else None
     chosen = list(monitor) if monitor else None
     if record.get("monitor", chosen) != chosen:
         raise StudyError(
@@ -168,6 +170,7 @@ def _probe(
                     f"{study.files[run.method]}: a first try at one batch failed in {command[0]}. "
                     f"{_reason(tail(run.log))}"
                 )
+        check_tried(study, run.method, settings[run.method], read_json(run.fit_file)["methods"])
         return logged_names(run)
 
     try:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import random
+import shlex
 import shutil
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -16,16 +17,19 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_znorm.callbacks import GradientTransform
 from lightning_znorm.callbacks.step_watch import unwrapped
-from lightning_znorm.compare.checkpoints import BestCheckpoint, monitored_value
+from lightning_znorm.compare.checkpoints import STOPPED, BestCheckpoint, monitored_value
 from lightning_znorm.compare.files import read_json, write_json
 from lightning_znorm.compare.results import GRADIENT_NORM, STEP_SECONDS, TRAIN_SECONDS
+from lightning_znorm.functional import attached_optimizers
 from lightning_znorm.gradients.amp import is_unscaled
 from lightning_znorm.metrics.dtypes import widest_float
 from lightning_znorm.tasks.random_state import random_state, set_random_state
@@ -45,9 +49,15 @@ class Recorder(Callback):
     Every epoch begins with random numbers that follow from the seed and the epoch alone. So the order of batches stays
     the same under a method that draws random numbers, and after an interruption.
 
+    The files of the run are of its own settings, in ``run.yaml``: under others ``fit`` is refused, and ``test`` writes
+    nothing down.
+
     Args:
         folder: The run's folder.
         seed: The run's seed.
+
+    Raises:
+        MisconfigurationException: Before training, if it was started with other settings than the run's own.
     """
 
     def __init__(self, folder: str, seed: int) -> None:
@@ -62,6 +72,7 @@ class Recorder(Callback):
         self._has_whole_tensors = False
         self._weights: str | None = None
         self._optimizers: list[str] = []
+        self._methods: dict[str, list[str]] = {}
         self._logged: set[str] = set()
         self._tested: dict[str, Any] | None = None
 
@@ -72,6 +83,7 @@ class Recorder(Callback):
             "seconds": self._seconds,
             "weights": self._weights,
             "optimizers": self._optimizers,
+            "methods": self._methods,
             "logged": sorted(self._logged),
         }
 
@@ -79,7 +91,14 @@ class Recorder(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._epoch, self._seconds, self._weights = (state_dict[key] for key in ("epoch", "seconds", "weights"))
         self._optimizers = state_dict.get("optimizers", [])
+        self._methods = state_dict.get("methods", {})
         self._logged = set(state_dict.get("logged", []))
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[STOPPED] = trainer.should_stop
 
     @override
     def on_load_checkpoint(
@@ -89,9 +108,16 @@ class Recorder(Callback):
         monitor, value = monitored_value(checkpoint)
         path = os.path.abspath(str(trainer.ckpt_path))
         self._tested = {"path": path, "epoch": checkpoint["epoch"], "monitor": monitor, "value": value}
+        trainer.should_stop = checkpoint.get(STOPPED, False)  # else it would train on
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if others := self._other_settings(trainer):
+            raise MisconfigurationException(
+                f"{self.folder} is a run of a study, and trains with the settings in its run.yaml and from its own "
+                f"checkpoints alone, not with {others}: give options to `compare` (under another --output), or name "
+                "the files of the experiment and the method in place of run.yaml"
+            )
         # The first iterator over the training data is made between here and the start of the epoch, later ones after
         # the start of theirs.
         self._reseed()
@@ -153,6 +179,7 @@ class Recorder(Callback):
         self._stop_clock(trainer)
         self._seconds += self._epoch_seconds
         self._epoch = trainer.current_epoch + 1
+        self._methods = _methods(trainer, pl_module)
         self._logged |= {*trainer.callback_metrics, *trainer.logged_metrics}
         if self._epoch_batches:
             times = {STEP_SECONDS: self._epoch_seconds / self._epoch_batches, TRAIN_SECONDS: self._seconds}
@@ -168,7 +195,7 @@ class Recorder(Callback):
             if isinstance(callback, BestCheckpoint) and not callback.best_model_path:
                 reason = (
                     f"{callback.monitor} was not logged by the end of any of {self._epoch} epochs. Validate more often "
-                    "(trainer.check_val_every_n_epoch), or monitor another metric."
+                    "(trainer.check_val_every_n_epoch, trainer.limit_val_batches), or monitor another metric."
                     if trainer.global_step
                     else "Lightning has seen no optimizer step. Step the optimizers that self.optimizers() returns."
                 )
@@ -180,13 +207,18 @@ class Recorder(Callback):
             "parameters": parameters,
             "weights": self._weights,
             "optimizers": self._optimizers,
+            "methods": self._methods,
             "logged": sorted({*self._logged, *trainer.callback_metrics, *trainer.logged_metrics}),
         }
         write_json(self.folder / "fit.json", {**content, **_surroundings(trainer)})
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
+        if others := self._other_settings(trainer) or ("" if self._tested else "no checkpoint"):
+            rank_zero_warn(
+                f"{self.folder / 'test.json'} stays as it is, for this was another test than the study's: {others}."
+            )
+        elif trainer.is_global_zero:
             # A name that training logs too would be two numbers in one.
             taken = (read_json(self.folder / "fit.json") or {}).get("logged", [])
             metrics = {
@@ -194,6 +226,18 @@ class Recorder(Callback):
                 for name, value in trainer.callback_metrics.items()
             }
             write_json(self.folder / "test.json", {"checkpoint": self._tested, "metrics": metrics})
+
+    def _other_settings(self, trainer: pl.Trainer) -> str:
+        """What was typed beside the run's own settings and checkpoints; empty if nothing was."""
+        own = os.path.realpath(self.folder / "run.yaml")
+        files = (path for path in getattr(trainer, "config_files", ()) if os.path.realpath(path) != own)
+        words = [*(word for path in files for word in ("--config", str(path))), *getattr(trainer, "flags", ())]
+        folder, name = os.path.split(os.path.realpath(trainer.ckpt_path or ""))
+        is_own = folder == os.path.realpath(self.folder / "checkpoints")
+        # Where a job is requeued by SLURM, Lightning goes on from a checkpoint that it names itself.
+        if trainer.ckpt_path and not is_own and not name.startswith("hpc_ckpt_"):
+            words += ["--ckpt_path", str(trainer.ckpt_path)]
+        return shlex.join(words)
 
     def _reseed(self) -> None:
         seed = int(np.random.SeedSequence([self.seed, self._epoch]).generate_state(1)[0])
@@ -224,6 +268,21 @@ def _log(trainer: pl.Trainer, metrics: dict[str, Any], step: int) -> None:
     for logger in trainer.loggers:
         logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=step)
         logger.save()
+
+
+def _methods(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, list[str]]:
+    """Name the gradient methods that work: callbacks given or added, and optimizers that have one attached."""
+    typed: Any = trainer  # Lightning declares no callbacks of it
+    given = {id(callback) for callback in getattr(trainer, "given_callbacks", typed.callbacks)}
+    found: dict[str, list[str]] = {"given": [], "added": [], "attached": []}
+    for callback in typed.callbacks:
+        if isinstance(callback, GradientTransform):
+            found["given" if id(callback) in given else "added"].append(type(callback).__name__)
+    parameters = set(map(id, module.parameters()))
+    for optimizer in attached_optimizers():
+        if any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
+            found["attached"].append(type(optimizer).__name__)
+    return found
 
 
 def _described(optimizer: Optimizer) -> str:

@@ -16,8 +16,9 @@ def setups(findings: Findings) -> Iterator[Block]:
     rows = []
     for method in findings.methods:
         settings = findings.plan.settings[method]
-        callbacks = "; then ".join(f"`{described(entry)}`" for entry in gradient_callbacks(settings))
-        rows.append((method, callbacks or "none", *_trainer(settings), _optimizers(findings, method)))
+        callbacks = [f"`{described(entry)}`" for entry in gradient_callbacks(settings)]
+        work = "; then ".join([*callbacks, *_attached(findings, method)])
+        rows.append((method, work or "none", *_trainer(settings), _optimizers(findings, method)))
     yield Grid(("method", "gradient callbacks", "gradient clipping", "batches per step", "optimizer"), rows)
     for methods in same_settings(findings.plan.settings):
         yield Text(f"{' and '.join(methods)} have the same settings: what differs between them is chance.")
@@ -31,6 +32,13 @@ def _trainer(settings: dict[str, Any]) -> tuple[str, str]:
     schedulers = [entry for entry in kept_callbacks(settings) if class_name(entry) == "GradientAccumulationScheduler"]
     batches = [str(trainer.get("accumulate_grad_batches") or 1), *map(described, schedulers)]
     return clipping, ", ".join(batches)
+
+
+def _attached(findings: Findings, method: str) -> list[str]:
+    """Say which optimizers had a gradient method attached."""
+    found = [fit.get("methods", {}) for run, fit in findings.fits.items() if run.method == method]
+    names = dict.fromkeys(name for methods in found for name in methods.get("attached", []))
+    return [f"a method attached to {name}" for name in names]
 
 
 def _optimizers(findings: Findings, method: str) -> str:

@@ -46,12 +46,21 @@ def kept_callbacks(settings: dict[str, Any]) -> list[dict[str, Any]]:
     return [callback for callback in as_list(settings["trainer"].get("callbacks")) if not _makes_way(callback)]
 
 
+def validates(settings: dict[str, Any]) -> bool:
+    """Whether a run comes to its first validation, as far as the settings tell."""
+    trainer = settings["trainer"]
+    epochs, every = trainer.get("max_epochs"), trainer.get("check_val_every_n_epoch")
+    return trainer.get("limit_val_batches") != 0 and not (every and epochs and 0 < epochs < every)
+
+
 def probe_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Shorten the settings of a run to a batch or two of everything."""
+    """Shorten the settings of a run to a batch or two of everything that it does."""
     config = copy.deepcopy(config)
-    limits = {f"limit_{part}_batches": 1 for part in ("train", "val", "test")}
+    limits = {f"limit_{part}_batches": 1 for part in ("train", "test")}
     once = {"max_epochs": 1, "min_epochs": None, "max_steps": -1, "min_steps": None, "max_time": None}
-    validation = {"val_check_interval": 1.0, "check_val_every_n_epoch": 1, "num_sanity_val_steps": 0}
+    validation = {"val_check_interval": 1.0, "num_sanity_val_steps": 0}
+    if validates(config):  # else its settings keep it from validating in this one epoch too
+        validation |= {"limit_val_batches": 1, "check_val_every_n_epoch": 1}
     config["trainer"] |= {**limits, **once, **validation, "overfit_batches": 0.0, "log_every_n_steps": 1}
     return config
 

@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from lightning_znorm import GradientTransform
+from lightning_znorm import GradientTransform, ZNormCallback
+from lightning_znorm.functional import attach
 
 
 class StudyData(LightningDataModule):
@@ -135,3 +136,44 @@ class Crash(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.num_training_batches > 1:  # not when the study tries it out
             raise RuntimeError("the method broke")
+
+
+def unannotated(eps: float = 1e-10) -> Callback:
+    """Makes a gradient method, and does not say so."""
+    return ZNormCallback(eps)
+
+
+class AddingModule(StudyModule):
+    """Brings a gradient method along."""
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [ZNormCallback()]
+
+
+class AttachingModule(StudyModule):
+    """Steps one of its optimizers itself, with a gradient method attached while it trains, if it is told to."""
+
+    automatic_optimization = False
+
+    def __init__(self, attached: bool = True) -> None:
+        super().__init__()
+        self.attached = attached
+
+    def configure_optimizers(self) -> Any:
+        first, *_, last = self.network
+        return torch.optim.Adam(first.parameters()), torch.optim.SGD(last.parameters(), lr=self.lr)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        known, own = self.optimizers()
+        self.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        known.step()
+        own.optimizer.step()
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.handle = attach(self.trainer.optimizers[1]) if self.attached else None
+
+    def on_train_end(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()

@@ -81,7 +81,7 @@ def train(
     return run
 
 
-def evaluate(run: Run, checkpoint: Path, module: StudyModule | None = None) -> dict:
+def evaluate(run: Run, checkpoint: Path | None, module: StudyModule | None = None, typed: dict | None = None) -> dict:
     """Test a checkpoint of a run, in a Trainer of its own; return what it wrote down."""
     trainer = Trainer(
         logger=False,
@@ -94,6 +94,8 @@ def evaluate(run: Run, checkpoint: Path, module: StudyModule | None = None) -> d
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    for name, value in (typed or {}).items():
+        setattr(trainer, name, value)
     trainer.test(module or StudyModule(), StudyData(), ckpt_path=checkpoint, verbose=False, weights_only=False)
     return json.loads(run.test_file.read_text())
 
@@ -284,6 +286,19 @@ def test_a_checkpoint_of_an_older_version_is_read_too(tmp_path):
         "monitor": "val/accuracy",
         "value": value,
     }
+
+
+def test_of_other_settings_is_not_written_down(tmp_path):
+    run = train(tmp_path, max_epochs=1)
+    evaluate(run, run.best)
+    before = run.test_file.read_text()
+    typed = {"config_files": [run.config, tmp_path / "more.yaml"], "flags": ["--trainer.limit_test_batches", "1"]}
+    said = "this was another test than the study's: --config .*more.yaml --trainer.limit_test_batches 1"
+    with pytest.warns(UserWarning, match=f"test.json stays as it is, for {said}"):
+        evaluate(run, run.last, typed=typed)
+    with pytest.warns(UserWarning, match=r"another test than the study's: no checkpoint"):
+        evaluate(run, None)
+    assert run.test_file.read_text() == before
 
 
 def test_a_metric_that_no_epoch_ends_with(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forked import fork_processes
 from lightning.pytorch import Trainer
 from study_module import ScriptedModule, StudyData
 
 from lightning_znorm import compare
 from lightning_znorm.cli import main
 from lightning_znorm.compare.files import read_json
-from lightning_znorm.compare.process import Processes
 from lightning_znorm.compare.study import StudyError
 from tests.processes import run_forked
 
@@ -34,19 +35,7 @@ SCORES = [0.3, 0.9, 0.5, 0.4]  # best in the second epoch of four
 @pytest.fixture(scope="module")
 def patch() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parent))
-        patch.setattr(Processes, "run", lambda self, args, log, *rest, **options: run_forked(args, log))
-        captured: dict[str, tuple[int, str, str]] = {}
-
-        def capture(self: Processes, args: list[str]) -> tuple[int, str, str]:
-            key = Path("exp.yaml").read_text() + str(args)  # asked again, it says the same
-            if key not in captured:
-                log = Path("captured.txt").absolute()
-                code = run_forked(args, log)
-                captured[key] = code, log.read_text(), log.read_text()
-            return captured[key]
-
-        patch.setattr(Processes, "capture", capture)
+        fork_processes(patch)
         yield patch
 
 
@@ -136,6 +125,58 @@ def test_best_checkpoint_that_is_missing():
     check_the_best_was_tested()
 
 
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """What results are of, and when it was written."""
+    paths = [folder / "fit.json", folder / "test.json", *(folder / "checkpoints").iterdir()]
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+
+def test_a_test_by_hand_is_the_same():
+    run = Path("out/runs/baseline-5").absolute()
+    before = contents(run)["test.json"]
+    command = ["test", "--config", str(run / "run.yaml"), "--ckpt_path", "out/runs/baseline-5/checkpoints/best.ckpt"]
+    assert run_forked(command, Path("log")) == 0
+    after = contents(run)["test.json"]
+    assert after[0] == before[0]
+    assert after[1] > before[1]
+    check_the_best_was_tested()
+
+
+def other_settings() -> Path:
+    """Of the run, but for one, in a file of their own."""
+    settings = yaml.safe_load(Path("out/runs/baseline-5/run.yaml").read_text())
+    settings["trainer"]["log_every_n_steps"] = 1
+    Path("other.yaml").write_text(yaml.safe_dump(settings))
+    return Path("other.yaml")
+
+
+OTHERWISE = {
+    "flag": lambda run: ["--config", str(run / "run.yaml"), "--data.init_args.batch_size", "4"],
+    "file": lambda run: ["--config", str(other_settings())],
+    "checkpoint": lambda run: ["--config", str(run / "run.yaml"), "--ckpt_path", "elsewhere/best.ckpt"],
+}
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+@pytest.mark.parametrize("given", OTHERWISE.values(), ids=OTHERWISE)
+def test_other_settings_by_hand_leave_a_study_alone(command, given):
+    run = Path("out/runs/baseline-5").absolute()
+    Path("elsewhere").mkdir(exist_ok=True)
+    shutil.copy(run / "checkpoints/last.ckpt", "elsewhere/best.ckpt")
+    before = contents(run)
+    log = Path("by_hand.txt")
+    log.unlink(missing_ok=True)
+    args = given(run)
+    best = [] if command == "fit" or "--ckpt_path" in args else ["--ckpt_path", str(run / "checkpoints/best.ckpt")]
+    assert run_forked([command, *args, *best], log) == (1 if command == "fit" else 0), log.read_text()
+    if command == "fit":
+        assert log.read_text().rpartition("error: ")[2].startswith(f"{run} is a run of a study, and trains with the ")
+        assert "Traceback" not in log.read_text()
+    assert contents(run) == before
+    study()
+    check_the_best_was_tested()
+
+
 def test_tests_of_other_checkpoints_are_refused():
     run = Path("out/runs/baseline-5")
     tested = read_json(run / "test.json")
@@ -185,3 +226,24 @@ def test_by_the_line_of_a_dry_run(tmp_path, monkeypatch, capfd):
     paths = os.pathsep.join(filter(None, sys.path))
     subprocess.run(["sh", "-c", line], env={**os.environ, "PYTHONPATH": paths}, check=True, timeout=200)
     check_the_best_was_tested()
+
+
+@pytest.mark.parametrize("interval", [1.0, 0.5], ids=["at its end", "in its midst"])
+def test_killed_when_training_was_over(interval, tmp_path, monkeypatch):
+    """EarlyStopping had ended it: it does not go on."""
+    monkeypatch.chdir(tmp_path)
+    write_experiment()
+    settings = yaml.safe_load(Path("exp.yaml").read_text())
+    stopping = {"monitor": "val/score", "mode": "max", "patience": 1, "check_on_train_epoch_end": interval == 1.0}
+    settings["trainer"]["callbacks+"] += [{"class_path": "EarlyStopping", "init_args": stopping}]
+    settings["trainer"]["val_check_interval"] = interval
+    Path("exp.yaml").write_text(yaml.safe_dump(settings))
+    study()
+    run = Path("out/runs/baseline-5")
+    before, results = read_json(run / "fit.json"), Path("out/results.csv").read_text()
+    assert before["epochs"] == (3 if interval == 1.0 else 1)
+    for name in ("fit.json", "test.json"):
+        (run / name).unlink()
+    study()
+    assert read_json(run / "fit.json") == before
+    assert Path("out/results.csv").read_text() == results
