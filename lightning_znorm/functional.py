@@ -303,9 +303,9 @@ def _check_optimizer(optimizer: object) -> None:
     if "step" in vars(optimizer) or type(optimizer).__module__.startswith("torch."):
         by = getattr(optimizer.step, "__qualname__", type(optimizer.step).__name__)
         raise TypeError(
-            f"the step of this {kind} has been replaced by {by}, which does not refer to the original one, so that no "
-            "hook may run before it: let it call that one (`original = optimizer.step` before it is replaced), or call "
-            "lightning_znorm.functional.transform_grads_ before each step instead"
+            f"the step of this {kind} has been replaced by {by}, and nothing tells that it calls the original one, "
+            "which runs the hooks: attach before it is replaced, if it does, or else call "
+            "lightning_znorm.functional.transform_grads_ before each step"
         )
     which = f"the {type(wrapped[0]).__name__} that it wraps" if wrapped else "the one that it wraps, if it does"
     raise TypeError(f"{kind} runs no hooks before its step: attach to {which}, before it is wrapped")

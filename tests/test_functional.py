@@ -300,7 +300,7 @@ def named_like_the_original(optimizer: torch.optim.SGD) -> torch.optim.SGD:
     ids=["method", "partial", "of-another", "without-hooks", "named-alike"],
 )
 def test_step_that_has_been_replaced_is_refused(make: Any, by: str) -> None:
-    with pytest.raises(TypeError, match=f"the step of this SGD has been replaced by ({by}), which does not refer"):
+    with pytest.raises(TypeError, match=f"the step of this SGD has been replaced by ({by}), and nothing tells"):
         attach(make())
 
 
@@ -312,6 +312,10 @@ WRAPPED: dict[str, Any] = {
     "step of the object": lambda weight: wrapped_again(weight),
     "function": lambda weight: counting(weight, lambda original, count: lambda *args: (count(), original(*args))),
     "object": lambda weight: counting(weight, Counting),
+    "method": lambda weight: counting(weight, lambda original, count: Counting(original, count).step),
+    "dictionary": lambda weight: counting(weight, lambda original, _: in_dictionary({"step": original})),
+    "attribute": lambda weight: kept_as_attribute(weight),
+    "by its class": lambda weight: by_class(weight),
     "compiled": lambda weight: counting(weight, lambda original, _: torch.compile(original, backend="eager")),
     "deep copy": lambda weight: attach_to_copy(weight, copy.deepcopy),
     "pickle": lambda weight: attach_to_copy(weight, lambda optimizer: pickle.loads(pickle.dumps(optimizer))),
@@ -352,6 +356,24 @@ class Counting:
     def __call__(self, closure: Any = None) -> Any:
         self.count()
         return self.original(closure)
+
+    def step(self, closure: Any = None) -> Any:
+        return self(closure)
+
+
+def in_dictionary(originals: dict[str, Any]) -> Any:
+    return lambda closure=None: originals["step"](closure)
+
+
+def kept_as_attribute(weight: nn.Parameter) -> Any:
+    optimizer: Any = torch.optim.SGD([weight], lr=LR)
+    optimizer.original_step = optimizer.step
+    return attached(weight, replaced(optimizer, lambda closure=None: optimizer.original_step(closure)))
+
+
+def by_class(weight: nn.Parameter) -> Any:
+    optimizer = torch.optim.SGD([weight], lr=LR)
+    return attached(weight, replaced(optimizer, lambda closure=None: torch.optim.SGD.step(optimizer, closure)))
 
 
 def counting(weight: nn.Parameter, around: Any) -> Any:

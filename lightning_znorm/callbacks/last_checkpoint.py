@@ -171,7 +171,7 @@ class LastCheckpoint(ModelCheckpoint):
     def _refusal(self, trainer: pl.Trainer) -> str | None:
         """Say which other callback writes the same file, if one does."""
         typed: Any = trainer
-        for other in typed.callbacks:
+        for other in () if typed.fast_dev_run else typed.callbacks:
             if other is self or not isinstance(other, ModelCheckpoint) or not self._is_in(other.dirpath):
                 continue
             if isinstance(other, LastCheckpoint):
@@ -180,24 +180,33 @@ class LastCheckpoint(ModelCheckpoint):
                     "them out, or give them different dirpaths."
                 )
             name = type(other).__name__
-            writes = f"also writes last.ckpt in the folder of LastCheckpoint ({self.dirpath})"
+            writes = "writes {}.ckpt, and so may LastCheckpoint in the same folder (" + str(self.dirpath) + ")"
             if other.save_last and self._is_name(other.CHECKPOINT_NAME_LAST, other):
-                return f"{name}(save_last={other.save_last!r}) {writes}: take save_last out of it."
+                written = writes.format(other.CHECKPOINT_NAME_LAST)
+                return f"{name}(save_last={other.save_last!r}) {written}: take save_last out of it."
             if (other.save_top_k or other.save_on_exception) and self._is_name(other.filename, other):
-                return f"{name}(filename={other.filename!r}) {writes}: give it another filename."
+                return f"{name}(filename={other.filename!r}) {writes.format(other.filename)}: give it another filename."
         return None
 
     def _is_name(self, name: str | None, other: ModelCheckpoint) -> bool:
-        return other.FILE_EXTENSION == ".ckpt" and bool(re.fullmatch(_NAME, name or ""))
+        """Whether a name is one that this callback gives, with a number only if it counts versions."""
+        own = _NAME if self._enable_version_counter else "last"
+        return other.FILE_EXTENSION == ".ckpt" and bool(re.fullmatch(own, name or ""))
 
     def _wait_until_written(self, trainer: pl.Trainer) -> None:
         plugin: Any = trainer.strategy.checkpoint_io
-        wrapped = plugin
+        wrapped, failed = plugin, None
         while wrapped is not None:  # from the outermost to those that it wraps
             if isinstance(wrapped, AsyncCheckpointIO):
-                wrapped.teardown()  # waits for its thread, and raises what that raised; the next save starts another
+                try:
+                    wrapped.teardown()  # waits for its thread, and raises what that raised; the next save starts one
+                except Exception as error:  # of whatever kind: the other processes must not be left waiting
+                    failed = error
             wrapped = getattr(wrapped, "checkpoint_io", None)
-        if not self.file_exists(self._new, trainer):
+        is_written = self.file_exists(self._new, trainer)  # with all processes
+        if failed is not None:
+            raise failed
+        if not is_written:
             raise RuntimeError(
                 f"{type(plugin).__name__} had not written {self._new} when Trainer.save_checkpoint returned, and "
                 "LastCheckpoint cannot wait for it: use a CheckpointIO that returns once the checkpoint is complete, "

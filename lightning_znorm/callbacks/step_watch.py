@@ -144,8 +144,7 @@ class StepWatch:
         if self._looks_for_written:
             own = (place for place in self._source.places() if self._choice.matches(place))
             for place in (*own, *self._places_of(*self._steps)):
-                # torch counts neither for lazy layers nor for what was loaded in inference mode.
-                if isinstance(place, ParameterPlace) and place.ndim is not None and not place.parameter.is_inference():
+                if isinstance(place, ParameterPlace) and _counts_writes(place):
                     self._unstepped[id(place.parameter)] = place
 
     def start_batch(self) -> None:
@@ -350,6 +349,11 @@ def unwrapped(optimizer: Any) -> Any:
     # By name, because lightning.pytorch and pytorch_lightning each have a class of their own.
     is_wrapper = any(cls.__name__ == "LightningOptimizer" for cls in type(optimizer).__mro__)
     return optimizer.optimizer if is_wrapper else optimizer
+
+
+def _counts_writes(place: ParameterPlace) -> bool:
+    """Whether a parameter trains, and torch counts how often it has been written."""
+    return place.ndim is not None and place.parameter.requires_grad and not place.parameter.is_inference()
 
 
 def _names(places: Iterable[Place]) -> set[str]:

@@ -143,7 +143,7 @@ class RunCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Refuse to leave processes on their own, and say so if a model that was never trained is to be evaluated.
 
-        And let callbacks know what was typed.
+        Callbacks find on the Trainer which config files and flags were given.
         """
         check_processes(os.environ, self.trainer.world_size)
         assert isinstance(self.trainer, CommandTrainer)

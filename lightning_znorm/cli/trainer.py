@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 
 
 class CommandTrainer(Trainer):
-    """Lightning's Trainer, which knows the command, and for which ``limit_train_batches: 1`` is one batch.
+    """Lightning's Trainer, for which ``limit_train_batches: 1`` is one batch on the command line and in YAML.
 
     Lightning's own annotation is ``Optional[Union[int, float]]``. ``typing`` may give for it the equal
     ``Optional[Union[float, int]]`` that it keeps in a cache from somewhere else: numbers are then read as floats, 1 as

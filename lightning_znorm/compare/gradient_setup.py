@@ -59,8 +59,8 @@ def check_tried(study: Study, method: str, settings: dict[str, Any], found: dict
     if len(found["given"]) > len(entries):
         name = next(iter(Counter(found["given"]) - Counter(map(class_name, entries))))
         raise StudyError(
-            f"{name} trains under {file}, and no callback in the settings says that it is one: a function seems to "
-            f"make it. Name the class in its place, or annotate that function's result: `-> {name}`."
+            f"{name} trains under {file}, and no callback in the settings says that it is one: a function, or an "
+            f"installed plugin of Lightning's, seems to make it. Name the class, or annotate the function: `-> {name}`."
         )
     if found["attached"] and not _sets_model(file):
         raise StudyError(

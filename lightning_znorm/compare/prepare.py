@@ -160,17 +160,25 @@ def _probe(
     shutil.rmtree(folder, ignore_errors=True)
     runs = [Run(name, study.seeds[0], folder / name) for name in settings]
 
+    def try_out(run: Run, command: list[str]) -> None:
+        if processes.run(command, run.log):
+            raise StudyError(
+                f"{study.files[run.method]}: a first try at one batch failed in {command[0]}. {_reason(tail(run.log))}"
+            )
+
     def probe(run: Run) -> set[str]:
         config = probe_config(run_config(settings[run.method], run, monitor))
         write_text(run.config, yaml.safe_dump(config, sort_keys=False))
-        commands = [command_to_fit(run), command_to_test(run, monitor is not None)]
-        for command in commands[: 2 if run is runs[0] else 1]:
-            if processes.run(command, run.log):
-                raise StudyError(
-                    f"{study.files[run.method]}: a first try at one batch failed in {command[0]}. "
-                    f"{_reason(tail(run.log))}"
-                )
-        check_tried(study, run.method, settings[run.method], read_json(run.fit_file)["methods"])
+        try_out(run, command_to_fit(run))
+        fit = read_json(run.fit_file)
+        if not fit["epochs"]:
+            raise StudyError(
+                f"{study.files[run.method]}: a first try at one batch has trained none, for there is none: give the "
+                "training more images than a batch has, or smaller batches."
+            )
+        check_tried(study, run.method, settings[run.method], fit["methods"])
+        if run is runs[0]:
+            try_out(run, command_to_test(run, monitor is not None))
         return logged_names(run)
 
     try:

@@ -214,7 +214,7 @@ class Recorder(Callback):
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if others := self._other_settings(trainer) or ("" if self._tested else "no checkpoint"):
+        if others := self._other_settings(trainer) or self._other_checkpoint(trainer):
             rank_zero_warn(
                 f"{self.folder / 'test.json'} stays as it is, for this was another test than the study's: {others}."
             )
@@ -238,6 +238,13 @@ class Recorder(Callback):
         if trainer.ckpt_path and not is_own and not name.startswith("hpc_ckpt_"):
             words += ["--ckpt_path", str(trainer.ckpt_path)]
         return shlex.join(words)
+
+    def _other_checkpoint(self, trainer: pl.Trainer) -> str:
+        """What was tested, if it is not the checkpoint that the study tests."""
+        typed: Any = trainer  # Lightning declares no callbacks of it
+        monitored = any(isinstance(callback, BestCheckpoint) for callback in typed.callbacks)
+        name = os.path.basename(trainer.ckpt_path or "no checkpoint")
+        return "" if name == ("best.ckpt" if monitored else "last.ckpt") else name
 
     def _reseed(self) -> None:
         seed = int(np.random.SeedSequence([self.seed, self._epoch]).generate_state(1)[0])

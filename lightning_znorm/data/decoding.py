@@ -99,13 +99,15 @@ def _load(path: str | Path, as_stored: bool = False) -> "Image":
 
     try:
         with Image.open(path, formats=_FORMATS) as image:
-            _refuse_what_would_be_cut(image)
+            _refuse_what_would_be_altered(image)
             if as_stored:
                 if (orientation := _orientation(image)) in range(2, 9):
                     raise BadFileError(f"is stored turned or mirrored (EXIF orientation {orientation})")
                 if _hides_transparency(image):
-                    raise BadFileError("has 4 channels, of which 3 would be read")
+                    raise BadFileError("has a fourth channel that varies, and 3 would be read")
             image.load()
+            if _is_divided(image):
+                raise BadFileError("has colours multiplied by their transparency, which would be read divided by it")
             return image
     except BadFileError:
         raise
@@ -113,7 +115,7 @@ def _load(path: str | Path, as_stored: bool = False) -> "Image":
         raise BadFileError(f"cannot be read as an image ({type(error).__name__}: {error})") from error
 
 
-def _refuse_what_would_be_cut(image: Any) -> None:
+def _refuse_what_would_be_altered(image: Any) -> None:
     """Refuse what Pillow would read in part or change: all but one image with up to 8 bits for each channel."""
     # A camera's JPEG file may hold other views or sizes of its image behind it.
     if getattr(image, "is_animated", False) and image.format != "MPO":
@@ -129,8 +131,6 @@ def _refuse_what_would_be_cut(image: Any) -> None:
         raise BadFileError(f"has {stored} channels, of which {read} would be read")
     if not {*image.tag_v2.get(_TIFF_NUMBERS, ())} <= _TIFF_UNSIGNED:
         raise BadFileError("has signed values, which would be read as unsigned")
-    if _TIFF_PREMULTIPLIED in image.tag_v2.get(_TIFF_EXTRA, ()):
-        raise BadFileError("has colours multiplied by their transparency, which would be read divided by it")
 
 
 def _is_deep(image: Any) -> bool:
@@ -155,6 +155,14 @@ def _has_further_image(image: Any) -> bool:
     bits = image.width * len(image.getbands()) * (1 if image.mode == "1" else 8)
     image.fp.seek(start + image.height * ((bits + 7) // 8))
     return _NETPBM_HEAD.match(image.fp.read(64)) is not None
+
+
+def _is_divided(image: Any) -> bool:
+    """Whether Pillow has divided the colours of a TIFF file by their transparency, which it does if there is some."""
+    if image.format != "TIFF" or _TIFF_PREMULTIPLIED not in image.tag_v2.get(_TIFF_EXTRA, ()):
+        return False
+    *_, last = image.getbands()
+    return last in "Aa" and image.getchannel(last).getextrema() != (255, 255)
 
 
 def _hides_transparency(image: Any) -> bool:

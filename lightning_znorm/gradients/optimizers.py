@@ -2,35 +2,33 @@
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
-from types import CodeType, FrameType, FunctionType, MethodType
+from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+from torch.nn import Module
 from torch.optim import Optimizer
+
+_DEPTH = 5  # from one object to what it refers to
 
 
 def runs_hooks(optimizer: Optimizer) -> bool:
-    """Whether the step is the function that torch has put around it to run hooks, or refers to that.
+    """Whether the step is the function that torch has put around it to run hooks, or leads to that.
 
-    The latter is so of what schedulers, accelerators and users put in its place, if they call the original.
+    The latter is so of what schedulers, accelerators and users put in its place, if they call the original: it is among
+    what their names stand for, or in an object or a collection there.
     """
-    seen: list[FunctionType] = []
-    waiting: list[Any] = [optimizer.step]
-    if not isinstance(optimizer.step, (FunctionType, MethodType)):
-        waiting += getattr(optimizer.step, "__dict__", {}).values()
+    seen: dict[int, object] = {}
+    waiting: list[tuple[Any, int]] = [(optimizer.step, 0)]
     while waiting:
-        step = waiting.pop()
-        if isinstance(step, partial):
-            waiting += [step.func, *step.args]
-        elif isinstance(step, MethodType):
-            if step.__self__ is optimizer:
-                waiting.append(step.__func__)
-        elif isinstance(step, FunctionType) and step not in seen:
-            if step.__code__ is _around_step():
-                return True
-            seen.append(step)
-            waiting += _referred_to(step)
+        found, depth = waiting.pop()
+        if id(found) in seen or depth > _DEPTH:
+            continue
+        seen[id(found)] = found
+        if isinstance(found, FunctionType) and found.__code__ is _around_step():
+            return True
+        waiting += [(each, depth + 1) for each in _referred_to(found, optimizer)]
     return False
 
 
@@ -68,13 +66,34 @@ def _around_step() -> CodeType | None:
     return None if wrap is None else wrap(lambda self: None).__code__
 
 
-def _referred_to(function: FunctionType) -> list[Any]:
-    """What the names in a function's code stand for outside of it."""
+def _referred_to(found: Any, optimizer: Optimizer) -> Iterable[Any]:
+    """What a call of something may call, as far as its names and attributes tell."""
+    if isinstance(found, (type, ModuleType, Module)) or (isinstance(found, Optimizer) and found is not optimizer):
+        return ()
+    if isinstance(found, MethodType):
+        is_others = isinstance(found.__self__, Optimizer) and found.__self__ is not optimizer
+        return () if is_others else (found.__func__, found.__self__)
+    if isinstance(found, FunctionType):
+        return _named_in(found, optimizer)
+    if isinstance(found, partial):
+        return [found.func, *found.args, *found.keywords.values()]
+    if isinstance(found, (list, tuple)):
+        return found
+    if isinstance(found, dict):
+        return found.values()
+    return [value for name, value in getattr(found, "__dict__", {}).items() if name != "step"]
+
+
+def _named_in(function: FunctionType, optimizer: Optimizer) -> list[Any]:
     try:
         found = inspect.getclosurevars(function)
-    except ValueError:  # a name that is not bound yet
+    except ValueError:  # one is not bound yet
         return []
-    return [*found.nonlocals.values(), *found.globals.values()]
+    values = [*found.nonlocals.values(), *found.globals.values()]
+    names = {*function.__code__.co_names, *function.__code__.co_freevars}
+    if "step" in names:  # perhaps that of the optimizer's class, or of one of its base classes
+        values += [cls.step for cls in type(optimizer).__mro__ if cls.__name__ in names and hasattr(cls, "step")]
+    return values
 
 
 def _callers() -> Iterator[FrameType]:

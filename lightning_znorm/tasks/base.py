@@ -193,15 +193,17 @@ class Task(LightningModule):
         return (self.target_check,)
 
     def check_targets(
-        self, targets: Tensor, stage: str, batch_idx: int, check: TargetCheck | None = None
+        self, targets: Tensor, stage: str, batch_idx: int, *checks: TargetCheck
     ) -> tuple[Tensor, Tensor | None]:
         """Raise if a target is out of range: now, or at the end of the epoch where that would make processes wait.
+
+        To be called once in a batch: in the first one, processes put together what each has found.
 
         Args:
             targets: Those of a batch.
             stage: One of `lightning_znorm.tasks.targets.STAGES`.
             batch_idx: Number of the batch in its epoch.
-            check: One of ``target_checks``. Default: ``target_check``.
+            *checks: Some of ``target_checks``. Default: ``target_check``.
 
         Returns:
             Targets that a loss can be computed of. Where the check is put off, also whether the given ones are out of
@@ -210,11 +212,15 @@ class Task(LightningModule):
         Raises:
             ValueError: If a target is out of range, and the check is not put off.
         """
-        check = self.target_check if check is None else check
+        checks = checks or (self.target_check,)
         if not self._puts_off_checks(targets.device):
-            check.require(targets, stage, batch_idx)
+            for check in checks:
+                check.require(targets, stage, batch_idx)
             return targets, None
-        targets, misfit = check.note(targets, stage, batch_idx)
+        noted = [check.note(targets, stage, batch_idx) for check in checks]
+        targets, misfit = noted[0]
+        for _, other in noted[1:]:
+            targets, misfit = targets.masked_fill(other, 0), misfit | other
         # So a mistake in all of the data costs no epoch. Not in evaluation by several processes: one may have no batch.
         if batch_idx == 0 and (stage == "training" or self.trainer.world_size == 1):
             self._refuse_noted_targets()

@@ -245,10 +245,8 @@ class ClassificationTask(Task):
                 f"Class probabilities have shape {tuple(labels.shape)}, and {len(images)} images with num_classes="
                 f"{self.num_classes} ask for {expected}."
             )
-        labels, misfit = self.check_targets(labels, "training", batch_idx, self.probability_check)
-        if self.num_classes > 1:
-            labels, wrong_sum = self.check_targets(labels, "training", batch_idx, self.sum_check)
-            misfit = None if misfit is None or wrong_sum is None else misfit | wrong_sum
+        checks = [self.probability_check, *([self.sum_check] if self.num_classes > 1 else [])]
+        labels, misfit = self.check_targets(labels, "training", batch_idx, *checks)
         logits = self(images)
         targets = labels.to(at_least_float32(logits).dtype).view_as(logits)
         return self.compute_loss(logits, targets, misfit), logits, labels

@@ -289,6 +289,16 @@ class TestBesideAnotherThatWritesTheSameFile:
         with pytest.raises(MisconfigurationException, match=message):
             train(tmp_path, ModelCheckpoint(tmp_path, filename="last", monitor="other"))
 
+    def test_a_number_is_no_clash_without_versions(self, tmp_path: Path) -> None:
+        numbered = ModelCheckpoint(tmp_path, filename="last-v1", monitor="other")
+        with pytest.raises(MisconfigurationException, match=r"writes last-v1\.ckpt, and so may LastCheckpoint in"):
+            fit(LastCheckpoint(tmp_path), numbered)
+        fit(LastCheckpoint(tmp_path, enable_version_counter=False), numbered)
+        assert names(tmp_path) == ["last-v1.ckpt", "last.ckpt"]
+
+    def test_nothing_clashes_where_nothing_is_written(self, tmp_path: Path) -> None:
+        fit(LastCheckpoint(tmp_path), ModelCheckpoint(tmp_path, save_last=True), fast_dev_run=True)
+
     def test_other_names_are_legal(self, tmp_path: Path) -> None:
         instance = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=0, save_last=True)
         instance.CHECKPOINT_NAME_LAST = "newest"

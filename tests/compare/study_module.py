@@ -18,9 +18,10 @@ from lightning_znorm.functional import attach
 
 
 class StudyData(LightningDataModule):
-    def __init__(self, batch_size: int = 8) -> None:
+    def __init__(self, batch_size: int = 8, drop_last: bool = False) -> None:
         super().__init__()
         self.batch_size = batch_size
+        self.drop_last = drop_last
 
     def setup(self, stage: str) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -30,7 +31,7 @@ class StudyData(LightningDataModule):
         self.parts = [*random_split(seen, [48, 24]), unseen]  # of the run's seed, as users do it
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.parts[0], batch_size=self.batch_size, shuffle=True)
+        return DataLoader(self.parts[0], batch_size=self.batch_size, shuffle=True, drop_last=self.drop_last)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.parts[1], batch_size=24)

@@ -65,7 +65,14 @@ def test_method_of_a_function_that_does_not_say_so():
     write_experiment()
     entry = {"class_path": "study_module.unannotated"}
     Path("made.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [entry]}}))
-    check_refused("ZNormCallback trains under made.yaml, .* a function .* annotate .* `-> ZNormCallback`", "made.yaml")
+    check_refused("ZNormCallback trains under made.yaml, .* a function, .* annotate .* `-> ZNormCallback`", "made.yaml")
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader`")
+def test_training_without_a_batch():
+    write_experiment(monitor=None)
+    flags = ["--data.init_args.batch_size", "100", "--data.init_args.drop_last", "true"]
+    check_refused("baseline.yaml: a first try at one batch has trained none, for there is none", args=flags)
 
 
 def test_method_that_is_attached_to_the_optimizer():

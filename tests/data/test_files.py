@@ -22,10 +22,11 @@ from torchvision.datasets.folder import default_loader
 from lightning_znorm import MaskWriter
 from lightning_znorm.data import ImageFolderDataModule, LGGDataModule, PCamDataModule
 from lightning_znorm.data.array_file import cached_array
+from lightning_znorm.data.decoding import read_rgb
 from lightning_znorm.data.files import same_files
 from lightning_znorm.tasks import SegmentationTask
 from tests.data.jpegs import write_image_folder
-from tests.data.odd_images import COLOURS, CONVERTED, REFUSED, RGB, SIZE, TURNED
+from tests.data.odd_images import COLOURS, CONVERTED, REFUSED, RGB, SIZE, TURNED, tiff
 from tests.data.somebody_else import as_somebody_else
 from tests.medical import PCAM, write_kaggle_pcam, write_lgg, write_pcam
 from tests.trainers import trainer
@@ -185,8 +186,15 @@ class TestKinds:
         if is_read:
             assert predicted(tmp_path) == ["a.bmp"]
         else:
-            with refused(f"{tmp_path}/a.bmp: has 4 channels, of which 3 would be read"):
+            with refused(f"{tmp_path}/a.bmp: has a fourth channel that varies, and 3 would be read"):
                 predicted(tmp_path)
+
+    def test_colours_multiplied_by_full_opacity(self, tmp_path: Path):
+        """Are the colours."""
+        opaque = COLOURS[..., [0, 1, 2, 0]].copy()
+        opaque[..., 3] = 255
+        (tmp_path / "a.tif").write_bytes(tiff(opaque, 2, t338=(1,)))
+        assert np.array_equal(np.asarray(read_rgb(str(tmp_path / "a.tif"))), COLOURS)
 
     def test_the_first_view_of_a_camera(self, tmp_path: Path):
         CONVERTED["two views of a camera"](tmp_path / "a.jpg")

@@ -17,6 +17,12 @@ from lightning_znorm.tasks import ClassificationTask
 from tests.trainers import trainer
 
 
+def mixed_on_one(rank: int) -> DataLoader:
+    """Batches of which Mixup has made class probabilities in the first process alone."""
+    labels = torch.tensor([[0.3, 0.7], [1.0, 0.0]]) if rank == 0 else torch.tensor([0, 1])
+    return DataLoader([(torch.randn(2, 4), labels) for _ in range(3)], batch_size=None)
+
+
 def batches(rank: int, wrong: dict[tuple[int, int], int], counts: tuple[int, int] = (3, 3)) -> DataLoader:
     """Batches of each process, with a wrong value in those given by rank and number."""
 
@@ -45,6 +51,7 @@ def process(rank: int, folder: Path, port: int) -> None:
         "training, first": ("fit", batches(rank, {(0, 0): -3})),
         "validation, of uneven batches": ("validate", batches(rank, {(0, 1): 2, (0, 2): 9}, (3, 1))),
         "good": ("fit", good),
+        "mixed": ("fit", mixed_on_one(rank)),
     }
     record = {}
     for name, (method, data) in scenarios.items():
@@ -52,7 +59,8 @@ def process(rank: int, folder: Path, port: int) -> None:
         # The bar of rank 0 reduces metrics at an epoch's end, before the other rank gets there.
         bar = {"enable_progress_bar": name == "good", "callbacks": [steps]}
         run = trainer(strategy="ddp", devices=2, use_distributed_sampler=False, **bar)
-        task = ClassificationTask(nn.Linear(4, 1), num_classes=1)
+        classes = 2 if name == "mixed" else 1
+        task = ClassificationTask(nn.Linear(4, classes), num_classes=classes)
         try:
             getattr(run, method)(task, data, *([good] if method == "fit" else []))
         except ValueError as error:

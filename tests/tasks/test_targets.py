@@ -385,6 +385,7 @@ def test_several_processes_raise_together(tmp_path: Path) -> None:
             f"Labels run from 0 to 2 in batch 1 of validation on rank 0 (one of 2 such batches), {remedy}",
         ],
         "good": [3, None],
+        "mixed": [3, None],
     }
 
 
