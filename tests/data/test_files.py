@@ -637,7 +637,7 @@ class TestUnreachable:
             patches(kaggle.parent)
 
     @pytest.mark.parametrize("name", ["more", "more.v2", "TCGA_CS_4999_20000101"])
-    @pytest.mark.parametrize("target", ["/mnt/unmounted", "itself"])
+    @pytest.mark.parametrize("target", ["/nowhere/unmounted", "itself"])
     def test_links_that_may_have_led_to_folders(
         self, name: str, target: str, lgg: Path, images: Path, kaggle: Path, tmp_path_factory: pytest.TempPathFactory
     ):

@@ -224,7 +224,8 @@ def test_shards_of_the_same_memory() -> None:
         transform_places_([ShardPlace(f"layer{number}", shard) for number, shard in enumerate(shards)], ZScore(EPS))
 
     on_ranks(3, [group], run)
-    torch.testing.assert_close(torch.cat(parts).double(), zscore(whole, EPS), rtol=1e-6, atol=1e-6)
+    # In float32, sums over so many elements are off by more the fewer threads share them.
+    torch.testing.assert_close(torch.cat(parts).double(), zscore(whole, EPS), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("other", ["shard", "whole"])
