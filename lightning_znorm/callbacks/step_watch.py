@@ -185,14 +185,12 @@ class StepWatch:
     def hook(self, optimizer: Any) -> None:
         """Take note that Lightning has called its hook."""
         steps = self._steps.get(optimizer)
-        if steps is None:
-            return
-        steps.is_hooked = True
-        if not steps.is_hooked_in_epoch:
-            steps.is_hooked_in_epoch = True
+        if steps is None or not steps.is_hooked_in_epoch:  # one that has been put in within the epoch is not known yet
             for place in self._source.places_of(optimizer):
                 if isinstance(place, ParameterPlace):
                     self._unstepped.pop(id(place.parameter), None)
+        if steps is not None:
+            steps.is_hooked = steps.is_hooked_in_epoch = True
         self.look_for_gradients()
 
     def search(self, optimizer: Any, found: Iterable[Place], may_miss_backwards: bool) -> None:

@@ -536,6 +536,19 @@ def test_parameters_in_no_optimizer_that_have_gradients(fit, warned) -> None:
     assert warned() == []
 
 
+def test_optimizer_that_is_put_in_the_place_of_another(fit, warned) -> None:
+    class Replacing(Training):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.trainer.strategy.optimizers = [SGD(self.parameters(), 2 * LR)]
+
+    module, data = Replacing(), batches(BATCHES)
+    fit(module, data, ZNormCallback(), GradientMonitor(), max_epochs=3, log_every_n_steps=1)
+    before, after = module.weights[BATCHES : BATCHES + 2]
+    assert_weights(after, stepped(module.net, before, data[:1], lr=2 * LR))
+    assert warned() == []
+
+
 def test_frozen_layer_that_was_made_in_inference_mode(fit, warned) -> None:
     with torch.inference_mode():
         frozen = nn.Linear(6, 6).requires_grad_(False)
