@@ -1,8 +1,10 @@
 """Gradient methods for any PyTorch loop, named and shaped like :func:`torch.nn.utils.clip_grad_norm_`."""
 
+import functools
 import warnings
 import weakref
 from collections.abc import Iterable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -198,7 +200,8 @@ def attach(
     Raises:
         TypeError: If ``method`` is no method, or ``optimizer`` none, or one whose ``step`` runs no hooks.
         ValueError: If the optimizer is LBFGS, which steps with a closure only.
-        RuntimeError: In a step that is called with a closure, which computes the gradients too late for the method.
+        RuntimeError: In a step that is called with a closure, which computes the gradients too late for the method; or
+            after one that something has put in the place of the optimizer's own, and that has not called that.
         UnsupportedGradientError: In a step, as in :func:`transform_grads_`, or where something (DeepSpeed) has replaced
             the optimizer's parameters by flat ones; at once, if this release of PyTorch does not tell what is needed.
         NonFiniteGradientError: In a step, before the update, as in :func:`zscore_grads_`.
@@ -220,14 +223,15 @@ def attach(
     """
     method = ZScore() if method is None else method
     name = describe(method)
-    _check_optimizer(optimizer)
+    replaced = _check_optimizer(optimizer)
     if unscales_in_step(optimizer) or any(group.get("fused") for group in optimizer.param_groups):
         check_grad_scaler()
     known = optimizer_places(optimizer).parameters
-    warned_of_no_gradient = False
+    warned_of_no_gradient = has_run = False
 
     def transform(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal warned_of_no_gradient
+        nonlocal warned_of_no_gradient, has_run
+        has_run = True
         # torch hands the hook the arguments of the unbound step, which begin with the optimizer.
         if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
             raise RuntimeError(
@@ -254,7 +258,25 @@ def attach(
 
     _attached.add(optimizer)
     # Where the step is compiled, the hook is not: it looks at the call stack, and has kernels of its own.
-    return optimizer.register_step_pre_hook(torch.compiler.disable(transform))  # type: ignore[no-untyped-call]
+    handle = optimizer.register_step_pre_hook(torch.compiler.disable(transform))  # type: ignore[no-untyped-call]
+    if replaced is not None:
+        step = replaced.step
+
+        @functools.wraps(step)
+        def checked(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            nonlocal has_run
+            has_run = False
+            result = step(*args, **kwargs)
+            if not has_run and handle.id in optimizer._optimizer_step_pre_hooks:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} has stepped without the attached {name}: its step has been replaced "
+                    f"by {getattr(step, '__qualname__', type(step).__name__)}, which does not call the original one, "
+                    "which runs hooks. Call lightning_znorm.functional.transform_grads_ before each step instead"
+                )
+            return result
+
+        replaced.step = MethodType(checked, replaced)  # type: ignore[method-assign]
+    return handle
 
 
 _attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -271,8 +293,8 @@ def is_attached(optimizer: Optimizer) -> bool:
     return any(getattr(hook, "__module__", None) == attach.__module__ for hook in hooks)
 
 
-def _check_optimizer(optimizer: object) -> None:
-    """Refuses what would never run the hook, or too early."""
+def _check_optimizer(optimizer: object) -> Optimizer | None:
+    """Refuses what would never run the hook, or too early; returns the optimizer whose step something has replaced."""
     kind = type(optimizer).__name__
     if isinstance(optimizer, nn.Module):
         raise TypeError(f"{kind} is a module: give the optimizer of its parameters")
@@ -294,19 +316,13 @@ def _check_optimizer(optimizer: object) -> None:
         raise TypeError(f"{kind} steps in the backward pass with overlap_with_ddp=True, and runs no hooks before")
     if not marks_steps():
         raise untested_torch("torch.optim.Optimizer has no `profile_hook_step`")
-    if runs_hooks(optimizer):
-        return
     # Lightning's and Fabric's share the hooks of the optimizer in them.
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
-    if any(runs_hooks(inner) and inner._optimizer_step_pre_hooks is hooks for inner in wrapped):
-        return
-    if "step" in vars(optimizer) or type(optimizer).__module__.startswith("torch."):
-        by = getattr(optimizer.step, "__qualname__", type(optimizer.step).__name__)
-        raise TypeError(
-            f"the step of this {kind} has been replaced by {by}, and nothing tells that it calls the original one, "
-            "which runs the hooks: attach before it is replaced, if it does, or else call "
-            "lightning_znorm.functional.transform_grads_ before each step"
-        )
+    for each in (optimizer, *(one for one in wrapped if getattr(one, "_optimizer_step_pre_hooks", ()) is hooks)):
+        if runs_hooks(each):
+            return None
+        if "step" in vars(each) or type(each).__module__.startswith("torch.optim."):
+            return each  # a scheduler's or a user's, which may call the original
     which = f"the {type(wrapped[0]).__name__} that it wraps" if wrapped else "the one that it wraps, if it does"
     raise TypeError(f"{kind} runs no hooks before its step: attach to {which}, before it is wrapped")
 

@@ -288,20 +288,34 @@ def named_like_the_original(optimizer: torch.optim.SGD) -> torch.optim.SGD:
     return replaced(optimizer, step)
 
 
+def kept_for_later(optimizer: Any) -> Any:
+    optimizer.original_step = optimizer.step
+    return replaced(optimizer, lambda closure=None: plain_step(optimizer))
+
+
 @pytest.mark.parametrize(
     ("make", "by"),
     [
-        (lambda: replaced(sgd(), types.MethodType(plain_step, sgd())), "plain_step"),
-        (lambda: replaced(sgd(), functools.partial(plain_step, sgd())), "partial"),
-        (lambda: replaced(sgd(), sgd().step), r"Optimizer\.profile_hook_step\.<locals>\.wrapper|SGD\.step"),
-        (lambda: replaced(one := sgd(), types.MethodType(type(one).step.__wrapped__, one)), r"SGD\.step"),
-        (lambda: named_like_the_original(sgd()), r"SGD\.step"),
+        (lambda one: replaced(one, types.MethodType(plain_step, one)), "plain_step"),
+        (lambda one: replaced(one, functools.partial(plain_step, one)), "partial"),
+        (lambda one: replaced(one, sgd().step), r".*step"),
+        (lambda one: replaced(one, types.MethodType(type(one).step.__wrapped__, one)), r"SGD\.step"),
+        (named_like_the_original, r"SGD\.step"),
+        (kept_for_later, r"kept_for_later\.<locals>\.<lambda>"),
     ],
-    ids=["method", "partial", "of-another", "without-hooks", "named-alike"],
+    ids=["method", "partial", "of-another", "without-hooks", "named-alike", "kept-for-later"],
 )
-def test_step_that_has_been_replaced_is_refused(make: Any, by: str) -> None:
-    with pytest.raises(TypeError, match=f"the step of this SGD has been replaced by ({by}), and nothing tells"):
-        attach(make())
+def test_step_that_has_been_replaced_and_runs_no_hooks(make: Any, by: str) -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = make(torch.optim.SGD([weight], lr=1.0))
+    handle = attach(optimizer)
+    weight.grad = torch.tensor([2.0, 3.0])
+    message = f"SGD has stepped without the attached ZScore.*: its step has been replaced by {by}, which does not call"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step()
+    handle.remove()
+    optimizer.step()
 
 
 WRAPPED: dict[str, Any] = {
@@ -316,6 +330,9 @@ WRAPPED: dict[str, Any] = {
     "dictionary": lambda weight: counting(weight, lambda original, _: in_dictionary({"step": original})),
     "attribute": lambda weight: kept_as_attribute(weight),
     "by its class": lambda weight: by_class(weight),
+    "default": lambda weight: counting(weight, lambda original, _: with_default(original)),
+    "class of self": lambda weight: class_of_self(weight),
+    "many": lambda weight: counting(weight, lambda original, _: functools.reduce(once_more, range(9), original)),
     "compiled": lambda weight: counting(weight, lambda original, _: torch.compile(original, backend="eager")),
     "deep copy": lambda weight: attach_to_copy(weight, copy.deepcopy),
     "pickle": lambda weight: attach_to_copy(weight, lambda optimizer: pickle.loads(pickle.dumps(optimizer))),
@@ -363,6 +380,23 @@ class Counting:
 
 def in_dictionary(originals: dict[str, Any]) -> Any:
     return lambda closure=None: originals["step"](closure)
+
+
+def with_default(original: Any) -> Any:
+    def step(closure: Any = None, _original: Any = original) -> Any:
+        return _original(closure)
+
+    return step
+
+
+def once_more(step: Any, _: int) -> Any:
+    return lambda closure=None: step(closure)
+
+
+def class_of_self(weight: nn.Parameter) -> Any:
+    optimizer = torch.optim.SGD([weight], lr=LR)
+    step = types.MethodType(lambda self, closure=None: type(self).step(self, closure), optimizer)
+    return attached(weight, replaced(optimizer, step))
 
 
 def kept_as_attribute(weight: nn.Parameter) -> Any:
@@ -434,6 +468,20 @@ def test_method_runs_once_where_a_step_calls_that_of_its_base(cls: Any) -> None:
         weight.grad = torch.tensor([2.0, 3.0])
         optimizer.step()
     assert weight.tolist() == [-8.0, -18.0]
+
+
+def test_schedulers_follow_a_checked_step() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    first = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    attach(optimizer, torch.square)
+    second = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    for _ in range(2):
+        weight.grad = torch.tensor([2.0, 3.0])
+        optimizer.step()
+        first.step()
+        second.step()
+    assert weight.tolist() == [-6.0, -13.5]
 
 
 def test_method_runs_once_where_a_step_calls_the_one_it_replaces(monkeypatch: pytest.MonkeyPatch) -> None:

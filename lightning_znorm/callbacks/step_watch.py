@@ -35,6 +35,7 @@ class _Steps:
         name: For messages.
         is_hooked: Whether Lightning's hook has been called since the last step.
         is_hooked_in_epoch: Whether it has been called in this epoch.
+        is_ever_hooked: Whether it has been called in this training.
         missed: Number of steps without a call of Lightning's hook, with gradients.
         searched: Number of steps before which gradients were looked for.
         next_check: Value of `searched` at which to look at the numbers again.
@@ -47,6 +48,7 @@ class _Steps:
     name: str
     is_hooked: bool = False
     is_hooked_in_epoch: bool = False
+    is_ever_hooked: bool = False
     missed: int = 0
     searched: int = 0
     next_check: int = FIRST_STEPS
@@ -169,7 +171,7 @@ class StepWatch:
         self._check(least=1)
         # What steps in place of these optimizers, such as one inside of one of them, or beside them, is not watched.
         missed = self._had_gradient & self._written
-        told = [one for one, steps in self._steps.items() if steps.is_hooked_in_epoch or steps.missed]
+        told = [one for one, steps in self._steps.items() if steps.is_ever_hooked or steps.missed]
         served = [one for one in (*self._steps, *attached_optimizers()) if self._is_served(one)]
         for optimizer in (*told, *served):
             missed -= {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -178,8 +180,9 @@ class StepWatch:
             self._looks_for_written = False
             self._warn(
                 f"{_count(len(places), 'parameter')} ({_listed([place.names[0] for place in places], 1)}) changed in "
-                f"this epoch without a step that Lightning knows of, and with gradients that were not {self._verb}. "
-                f"{self._way_out}"
+                "this epoch without a step that Lightning knows of. Nothing is amiss if they are bounded, averaged or "
+                "copied from others; but if an optimizer changed them, it did so with gradients that were not "
+                f"{self._verb}. {self._way_out}"
             )
 
     def hook(self, optimizer: Any) -> None:
@@ -190,7 +193,7 @@ class StepWatch:
                 if isinstance(place, ParameterPlace):
                     self._unstepped.pop(id(place.parameter), None)
         if steps is not None:
-            steps.is_hooked = steps.is_hooked_in_epoch = True
+            steps.is_hooked = steps.is_hooked_in_epoch = steps.is_ever_hooked = True
         self.look_for_gradients()
 
     def search(self, optimizer: Any, found: Iterable[Place], may_miss_backwards: bool) -> None:

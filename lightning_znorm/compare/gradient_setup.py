@@ -51,10 +51,11 @@ def check_tried(study: Study, method: str, settings: dict[str, Any], found: dict
         StudyError: If there are more than the settings account for.
     """
     file, entries = study.files[method], gradient_callbacks(settings)
-    for name in found["added"]:
+    if found["added"] and not _sets_model(file):
         raise StudyError(
-            f"{name} trains under {file}, which does not name it: the model's configure_callbacks, or other code, adds "
-            "it to the Trainer. Take it out there, and name it in a method file of its own (`trainer: callbacks+:`)."
+            f"{found['added'][0]} trains under {file}, which does not name it: the model's configure_callbacks, or "
+            "other code, adds it to the Trainer. Take it out there, and name it in a method file of its own "
+            "(`trainer: callbacks+:`), or let a setting of the model decide, which a method file makes."
         )
     if len(found["given"]) > len(entries):
         name = next(iter(Counter(found["given"]) - Counter(map(class_name, entries))))

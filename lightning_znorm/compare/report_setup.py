@@ -17,7 +17,7 @@ def setups(findings: Findings) -> Iterator[Block]:
     for method in findings.methods:
         settings = findings.plan.settings[method]
         callbacks = [f"`{described(entry)}`" for entry in gradient_callbacks(settings)]
-        work = "; then ".join([*callbacks, *_attached(findings, method)])
+        work = "; then ".join([*callbacks, *_by_code(findings, method)])
         rows.append((method, work or "none", *_trainer(settings), _optimizers(findings, method)))
     yield Grid(("method", "gradient callbacks", "gradient clipping", "batches per step", "optimizer"), rows)
     for methods in same_settings(findings.plan.settings):
@@ -34,11 +34,12 @@ def _trainer(settings: dict[str, Any]) -> tuple[str, str]:
     return clipping, ", ".join(batches)
 
 
-def _attached(findings: Findings, method: str) -> list[str]:
-    """Say which optimizers had a gradient method attached."""
+def _by_code(findings: Findings, method: str) -> list[str]:
+    """Say which gradient callbacks code has added, and which optimizers had a method attached."""
     found = [fit.get("methods", {}) for run, fit in findings.fits.items() if run.method == method]
-    names = dict.fromkeys(name for methods in found for name in methods.get("attached", []))
-    return [f"a method attached to {name}" for name in names]
+    added = dict.fromkeys(name for methods in found for name in methods.get("added", []))
+    attached = dict.fromkeys(name for methods in found for name in methods.get("attached", []))
+    return [*(f"`{name}`, added by code" for name in added), *(f"a method attached to {name}" for name in attached)]
 
 
 def _optimizers(findings: Findings, method: str) -> str:

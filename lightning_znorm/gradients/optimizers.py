@@ -1,35 +1,17 @@
 """What optimizers tell of their steps: whether these run hooks, and whether one runs inside another."""
 
-import inspect
 import sys
-from collections.abc import Iterable, Iterator
-from functools import lru_cache, partial
-from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
-from typing import Any
+from collections.abc import Iterator
+from functools import lru_cache
+from types import CodeType, FrameType
 
-from torch.nn import Module
 from torch.optim import Optimizer
-
-_DEPTH = 5  # from one object to what it refers to
 
 
 def runs_hooks(optimizer: Optimizer) -> bool:
-    """Whether the step is the function that torch has put around it to run hooks, or leads to that.
-
-    The latter is so of what schedulers, accelerators and users put in its place, if they call the original: it is among
-    what their names stand for, or in an object or a collection there.
-    """
-    seen: dict[int, object] = {}
-    waiting: list[tuple[Any, int]] = [(optimizer.step, 0)]
-    while waiting:
-        found, depth = waiting.pop()
-        if id(found) in seen or depth > _DEPTH:
-            continue
-        seen[id(found)] = found
-        if isinstance(found, FunctionType) and found.__code__ is _around_step():
-            return True
-        waiting += [(each, depth + 1) for each in _referred_to(found, optimizer)]
-    return False
+    """Whether the step is the function that torch puts around it to run hooks, and nothing has taken its place."""
+    function, owner = (getattr(optimizer.step, name, None) for name in ("__func__", "__self__"))
+    return owner is optimizer and getattr(function, "__code__", None) is _around_step()
 
 
 def is_nested_step(optimizer: Optimizer) -> bool:
@@ -64,36 +46,6 @@ def _around_step() -> CodeType | None:
     """The code of the function that torch puts around each step, which runs the hooks."""
     wrap = getattr(Optimizer, "profile_hook_step", None)
     return None if wrap is None else wrap(lambda self: None).__code__
-
-
-def _referred_to(found: Any, optimizer: Optimizer) -> Iterable[Any]:
-    """What a call of something may call, as far as its names and attributes tell."""
-    if isinstance(found, (type, ModuleType, Module)) or (isinstance(found, Optimizer) and found is not optimizer):
-        return ()
-    if isinstance(found, MethodType):
-        is_others = isinstance(found.__self__, Optimizer) and found.__self__ is not optimizer
-        return () if is_others else (found.__func__, found.__self__)
-    if isinstance(found, FunctionType):
-        return _named_in(found, optimizer)
-    if isinstance(found, partial):
-        return [found.func, *found.args, *found.keywords.values()]
-    if isinstance(found, (list, tuple)):
-        return found
-    if isinstance(found, dict):
-        return found.values()
-    return [value for name, value in getattr(found, "__dict__", {}).items() if name != "step"]
-
-
-def _named_in(function: FunctionType, optimizer: Optimizer) -> list[Any]:
-    try:
-        found = inspect.getclosurevars(function)
-    except ValueError:  # one is not bound yet
-        return []
-    values = [*found.nonlocals.values(), *found.globals.values()]
-    names = {*function.__code__.co_names, *function.__code__.co_freevars}
-    if "step" in names:  # perhaps that of the optimizer's class, or of one of its base classes
-        values += [cls.step for cls in type(optimizer).__mro__ if cls.__name__ in names and hasattr(cls, "step")]
-    return values
 
 
 def _callers() -> Iterator[FrameType]:

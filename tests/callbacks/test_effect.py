@@ -322,7 +322,7 @@ def test_parameters_that_change_without_a_step_of_lightnings(fit, warned, make, 
     fit(make(), batches(3), GradientMonitor(), ZNormCallback(), max_epochs=3, log_every_n_steps=1)
     for warning, verb in zip(warned(), ["shown", "transformed"], strict=True):
         assert f"({names}) changed in this epoch without a step that Lightning knows of" in warning
-        assert f"with gradients that were not {verb}. " in warning
+        assert f"if an optimizer changed them, it did so with gradients that were not {verb}. " in warning
 
 
 def test_an_optimizer_of_its_own_with_an_attached_method(fit, warned) -> None:
@@ -525,6 +525,19 @@ def test_epochs_without_a_step(fit, warned, make, others) -> None:
     module = make()
     fit(module, batches(3), *(other() for other in others), ZNormCallback(), GradientMonitor(), max_epochs=3)
     assert any(module.moved)
+    assert warned() == []
+
+
+def test_weights_that_are_clipped_in_epochs_of_another_optimizer(fit, warned) -> None:
+    """As of a critic, which has gradients in the epochs of the generator."""
+
+    def script(module: ManualTraining, batch: Tensor) -> None:
+        bypass(module.optimizers()[module.current_epoch % 2], module, batch)
+        with torch.no_grad():
+            module.net.first.weight.clamp_(-0.1, 0.1)
+
+    net = network()
+    fit(ManualTraining(script, net=net, optimizer=two_optimizers(net)), batches(3), ZNormCallback(), max_epochs=4)
     assert warned() == []
 
 
