@@ -201,7 +201,7 @@ def attach(
         TypeError: If ``method`` is no method, or ``optimizer`` none, or one whose ``step`` runs no hooks.
         ValueError: If the optimizer is LBFGS, which steps with a closure only.
         RuntimeError: In a step that is called with a closure, which computes the gradients too late for the method; or
-            after one that something has put in the place of the optimizer's own, and that has not called that.
+            after a step, if something else was assigned to ``optimizer.step`` and does not call the original.
         UnsupportedGradientError: In a step, as in :func:`transform_grads_`, or where something (DeepSpeed) has replaced
             the optimizer's parameters by flat ones; at once, if this release of PyTorch does not tell what is needed.
         NonFiniteGradientError: In a step, before the update, as in :func:`zscore_grads_`.
@@ -275,7 +275,8 @@ def attach(
                 )
             return result
 
-        replaced.step = MethodType(checked, replaced)  # type: ignore[method-assign]
+        # A bound method, because schedulers that come later look for the function in it.
+        vars(replaced)["step"] = MethodType(checked, replaced)
     return handle
 
 
@@ -294,7 +295,11 @@ def is_attached(optimizer: Optimizer) -> bool:
 
 
 def _check_optimizer(optimizer: object) -> Optimizer | None:
-    """Refuses what would never run the hook, or too early; returns the optimizer whose step something has replaced."""
+    """Refuses what would never run the hook, or too early.
+
+    Returns:
+        The optimizer whose step something has replaced, if one has been: only a step shows whether it runs the hook.
+    """
     kind = type(optimizer).__name__
     if isinstance(optimizer, nn.Module):
         raise TypeError(f"{kind} is a module: give the optimizer of its parameters")

@@ -171,7 +171,7 @@ class LastCheckpoint(ModelCheckpoint):
     def _refusal(self, trainer: pl.Trainer) -> str | None:
         """Say which other callback writes the same file, if one does."""
         typed: Any = trainer
-        for other in () if typed.fast_dev_run else typed.callbacks:
+        for other in typed.callbacks:
             if other is self or not isinstance(other, ModelCheckpoint) or not self._is_in(other.dirpath):
                 continue
             if isinstance(other, LastCheckpoint):
@@ -200,7 +200,7 @@ class LastCheckpoint(ModelCheckpoint):
             if isinstance(wrapped, AsyncCheckpointIO):
                 try:
                     wrapped.teardown()  # waits for its thread, and raises what that raised; the next save starts one
-                except Exception as error:  # of whatever kind: the other processes must not be left waiting
+                except Exception as error:  # the thread may have met any; raised below, when no process waits for it
                     failed = error
             wrapped = getattr(wrapped, "checkpoint_io", None)
         is_written = self.file_exists(self._new, trainer)  # with all processes

@@ -63,7 +63,7 @@ class StepWatch:
 
     It counts until every optimizer and every ``include`` pattern has met a gradient, which is normally the first step;
     after that, it only sees whether steps bypass Lightning: by hooks that it registers with the optimizers, and by
-    torch's count of how often a tensor has been written, for parameters of which Lightning has announced no step.
+    torch's count of how often a tensor has been written, for parameters for which Lightning's hook is not called.
 
     Args:
         callback: Name of the callback, for messages.
@@ -96,7 +96,7 @@ class StepWatch:
         self._steps: dict[Any, _Steps] = {}
         self._handles: list[RemovableHandle] = []
         self._unmet = list(choice.include)
-        # By the parameter's id, in this epoch: those without a step that Lightning has announced; which of them have
+        # By the parameter's id, in this epoch: those for which Lightning's hook has not been called; which of them have
         # had a gradient; and which have been written in a batch.
         self._unstepped: dict[int, ParameterPlace] = {}
         self._had_gradient: set[int] = set()

@@ -296,8 +296,12 @@ class TestBesideAnotherThatWritesTheSameFile:
         fit(LastCheckpoint(tmp_path, enable_version_counter=False), numbered)
         assert names(tmp_path) == ["last-v1.ckpt", "last.ckpt"]
 
-    def test_nothing_clashes_where_nothing_is_written(self, tmp_path: Path) -> None:
-        fit(LastCheckpoint(tmp_path), ModelCheckpoint(tmp_path, save_last=True), fast_dev_run=True)
+    def test_is_refused_in_a_fast_dev_run_too(self, tmp_path: Path) -> None:
+        """Which is there to find such things, and in which Lightning's callback writes its last.ckpt all the same."""
+        with pytest.raises(MisconfigurationException, match="take save_last out of it"):
+            fit(LastCheckpoint(tmp_path), ModelCheckpoint(tmp_path, save_last=True), fast_dev_run=True)
+        fit(LastCheckpoint(tmp_path), fast_dev_run=True)
+        assert names(tmp_path) == []
 
     def test_other_names_are_legal(self, tmp_path: Path) -> None:
         instance = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=0, save_last=True)
