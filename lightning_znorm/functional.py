@@ -20,6 +20,7 @@ from lightning_znorm.gradients import (
     transform_places_,
 )
 from lightning_znorm.gradients.amp import check_grad_scaler, scale_of, unscales_in_step
+from lightning_znorm.gradients.arguments import checked_flag, shown
 from lightning_znorm.gradients.errors import untested_torch
 from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.methods import describe
@@ -49,10 +50,11 @@ def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10, err
       rounding of the mean).
     - A gradient of one element has no deviation and stays as it is; an empty or missing one is skipped. A parameter
       that is given twice is normalized once, and so is a gradient that several parameters share.
-    - A gradient that holds an inf or NaN becomes NaN throughout; so does one whose squared deviations overflow
-      (deviations above about 1e19 in float32).
-    - ``eps`` is an absolute number: a gradient of deviation 1e-12 comes out with deviation 1e-2. Deviations below about
-      1e-22 in float32 count as zero.
+    - A gradient that holds an inf or NaN becomes NaN throughout; so does one of d elements the sum of whose squared
+      deviations overflows: a deviation above :math:`1.8 \cdot 10^{19} / \sqrt{d}` in float32 and bfloat16 (8e17 with
+      512 elements, 1.8e16 with a million), above :math:`1.3 \cdot 10^{154} / \sqrt{d}` in float64, none in float16.
+    - ``eps`` is an absolute number: a gradient of deviation 1e-12 comes out with deviation 1e-2. In float32, deviations
+      below 2e-23 count as zero, and one of 1e-22 is off by 1 %.
     - Complex gradients have a complex mean and a real deviation, as :func:`torch.std` defines it.
 
     Call it when the gradients are complete and unscaled: after ``backward()`` and ``GradScaler.unscale_``, before
@@ -72,10 +74,11 @@ def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10, err
             :func:`torch.nn.utils.clip_grad_norm_` does; costs a pass over the gradients and one wait for the device.
 
     Raises:
+        TypeError: If an argument is of another type.
         ValueError: If ``eps`` is negative, infinite or NaN.
-        UnsupportedGradientError: If a gradient is sparse, overlaps in memory with another parameter's, or is sharded by
-            DeepSpeed or the first version of FSDP, whose parts only the callbacks put together; no gradient has been
-            changed then.
+        UnsupportedGradientError: If a gradient is sparse or of 8 bits, overlaps in memory with another parameter's, or
+            is sharded by DeepSpeed or the first version of FSDP, whose parts only the callbacks put together; no
+            gradient has been changed then.
         NonFiniteGradientError: If a gradient holds an inf or NaN and ``error_if_nonfinite`` is set; all have been
             replaced then.
 
@@ -98,10 +101,11 @@ def centralize_grads_(parameters: Tensor | Iterable[Tensor], error_if_nonfinite:
     Gradients with fewer than two dimensions stay as they are. So does that of an ``(out, 1)`` weight, whose rows are
     single elements: the authors' code sets it to zero, so that such a weight never trains.
 
-    The authors' optimizers do more than a transform before the step can. Their SGD and Adam subtract the mean from the
-    finished update, after L2 penalty and momentum; their AdamW, and their Adam with ``gc_loc=True``, from the gradient,
-    the latter with the penalty in it. So the results agree for SGD (momentum included), AdamW and ``gc_loc=True`` as
-    long as there is no L2 penalty, which stays uncentred here, and differ for their default Adam.
+    The authors' optimizers subtract the mean in several places: their SGD from the gradient with the L2 penalty in it,
+    before momentum (in one version after it, which comes to the same), and so their ``Adam_GC`` and their later Adam
+    with ``gc_loc=True``; their AdamW from the gradient alone, as here; their later Adam, by default (``gc_loc=False``),
+    from the finished update. So, without an L2 penalty, all but the last centre what is centred here. With one, this
+    function leaves the penalty uncentred.
 
     DTensors are treated as :func:`zscore_grads_` does; processes exchange something only if they hold parts of the same
     rows.
@@ -114,9 +118,10 @@ def centralize_grads_(parameters: Tensor | Iterable[Tensor], error_if_nonfinite:
         error_if_nonfinite: See :func:`zscore_grads_`.
 
     Raises:
-        UnsupportedGradientError: If a gradient is sparse, overlaps in memory with another parameter's, or is sharded by
-            DeepSpeed or the first version of FSDP, whose parts only the callbacks put together; no gradient has been
-            changed then.
+        TypeError: If an argument is of another type.
+        UnsupportedGradientError: If a gradient is sparse or of 8 bits, overlaps in memory with another parameter's, or
+            is sharded by DeepSpeed or the first version of FSDP, whose parts only the callbacks put together; no
+            gradient has been changed then.
         NonFiniteGradientError: If a gradient holds an inf or NaN and ``error_if_nonfinite`` is set; all have been
             replaced then.
 
@@ -145,11 +150,12 @@ def transform_grads_(
         error_if_nonfinite: See :func:`zscore_grads_`.
 
     Raises:
-        TypeError: If ``method`` is no method, or ``parameters`` are none.
-        UnsupportedGradientError: If a gradient is sparse, overlaps in memory with another parameter's, is sharded in a
-            way that :func:`zscore_grads_` does not support, or is a sharded DTensor and the method a function, and then
-            before any is changed; or if a function returns anything but a tensor of its argument's shape, when those
-            before it have been replaced.
+        TypeError: If ``method`` is no method, or one whose shift and scale do not fit the statistics; or if another
+            argument is of another type.
+        UnsupportedGradientError: If a gradient is sparse or of 8 bits, overlaps in memory with another parameter's, is
+            sharded in a way that :func:`zscore_grads_` does not support, or is a sharded DTensor and the method a
+            function, and then before any is changed; or if a function returns anything but a tensor of its argument's
+            shape, when those before it have been replaced.
         NonFiniteGradientError: As in :func:`zscore_grads_`.
 
     Example:
@@ -163,6 +169,9 @@ def transform_grads_(
     """
     if isinstance(parameters, nn.Module):
         raise TypeError(f"{type(parameters).__name__} is a module: give its parameters()")
+    if not isinstance(parameters, Iterable):
+        raise TypeError(f"give a parameter, or several such as model.parameters(), got {shown(parameters)}")
+    error_if_nonfinite = checked_flag("error_if_nonfinite", error_if_nonfinite)
     places = NumberedPlaces([parameters] if isinstance(parameters, Tensor) else parameters)
     transform_places_(places, method)
     if error_if_nonfinite:
@@ -198,7 +207,8 @@ def attach(
         A handle whose ``remove()`` detaches the method.
 
     Raises:
-        TypeError: If ``method`` is no method, or ``optimizer`` none, or one whose ``step`` runs no hooks.
+        TypeError: If ``method`` is no method, or ``optimizer`` none, or one whose ``step`` runs no hooks, or
+            ``error_if_nonfinite`` no flag.
         ValueError: If the optimizer is LBFGS, which steps with a closure only.
         RuntimeError: In a step that is called with a closure, which computes the gradients too late for the method; or
             after a step, if something else was assigned to ``optimizer.step`` and does not call the original.
@@ -223,6 +233,7 @@ def attach(
     """
     method = ZScore() if method is None else method
     name = describe(method)
+    error_if_nonfinite = checked_flag("error_if_nonfinite", error_if_nonfinite)
     replaced = _check_optimizer(optimizer)
     if unscales_in_step(optimizer) or any(group.get("fused") for group in optimizer.param_groups):
         check_grad_scaler()
@@ -303,6 +314,14 @@ def _check_optimizer(optimizer: object) -> Optimizer | None:
     kind = type(optimizer).__name__
     if isinstance(optimizer, nn.Module):
         raise TypeError(f"{kind} is a module: give the optimizer of its parameters")
+    if isinstance(optimizer, type):
+        raise TypeError(
+            f"{optimizer.__name__} is a class: give an optimizer, {optimizer.__name__}(model.parameters(), ...)"
+        )
+    if isinstance(optimizer, Iterable):
+        raise TypeError(f"attach takes one optimizer at a time, got a {kind}: attach to each optimizer by itself")
+    if not hasattr(optimizer, "param_groups") and not hasattr(optimizer, "optimizer"):
+        raise TypeError(f"{shown(optimizer)} is no optimizer: give a torch.optim.Optimizer")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"{kind} runs no hooks before its step, for it is no torch.optim.Optimizer: if it stands for one, as "

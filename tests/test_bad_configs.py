@@ -115,7 +115,7 @@ def test_misspelt_key(file: Path, path: tuple[Any, ...], capsys: pytest.CaptureF
         ("trainer", 3, "mistaken.yaml has trainer: 3, and `key: value` lines are expected there."),
         ("trainer", ["max_epochs"], "mistaken.yaml has trainer: ['max_epochs'], and"),
         ("trainer.max_epochs", "many", "trainer.max_epochs (mistaken.yaml) is many, and int or null is expected."),
-        ("trainer.max_epochs", {}, "trainer.max_epochs is {}, and int or null is expected."),
+        ("trainer.max_epochs", {}, "trainer.max_epochs (mistaken.yaml) is {}, and int or null is expected."),
         ("trainer.callbacks+", 3, "trainer.callbacks (mistaken.yaml) is 3, and a Callback (class_path and"),
     ],
 )  # fmt: skip
@@ -154,7 +154,7 @@ def test_file_that_may_not_be_read(capsys: pytest.CaptureFixture[str], monkeypat
         raise PermissionError(13, "Permission denied")
 
     Path("mistaken.yaml").touch()
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     assert "mistaken.yaml cannot be read: Permission denied" in refusal(capsys, "fit", "--config", "mistaken.yaml")
 
 

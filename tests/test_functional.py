@@ -220,7 +220,7 @@ def sgd() -> torch.optim.SGD:
         (lambda: nn.Linear(2, 2), "Linear is a module: give the optimizer of its parameters"),
         (lambda: Placeholder([]), "Placeholder runs no hooks before its step.*no torch.optim.Optimizer"),
         (lambda: torch.optim.lr_scheduler.StepLR(sgd(), 1), "StepLR runs no hooks .*no torch.optim.Optimizer"),
-        (lambda: [sgd()], "list runs no hooks .*no torch.optim.Optimizer"),
+        (lambda: [sgd()], "attach takes one optimizer at a time, got a list"),
         (lambda: Unhooked(sgd()), "Unhooked runs no hooks before its step: attach to the SGD that it wraps"),
         (lambda: Lookahead(sgd()), "Lookahead runs no hooks before its step: attach to the SGD that it wraps"),
         (

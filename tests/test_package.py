@@ -153,6 +153,7 @@ ROOMS = [
     "compare",
     "tasks",
     "data",
+    "hyperparameters",
     "models",
     "metrics",
     "callbacks",
@@ -166,6 +167,7 @@ LIBRARIES = {
     "compare": {"lightning", "numpy", "rich", "yaml"},
     "tasks": {"lightning", "numpy", "torchmetrics"},
     "data": {"lightning", "numpy"},
+    "hyperparameters": {"lightning", "numpy"},
     "metrics": {"numpy", "torchmetrics"},
     "callbacks": {"lightning"},
     "gradients": {"triton"},  # by what is loaded where there is a GPU

@@ -1,5 +1,7 @@
 """What callbacks share that do something with the gradients that an optimizer is about to use."""
 
+import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +10,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -16,6 +19,7 @@ from lightning_znorm.callbacks.step_watch import StepWatch
 from lightning_znorm.callbacks.strategies import check_strategy, gradient_source
 from lightning_znorm.gradients import GradientMethod
 from lightning_znorm.gradients.amp import is_unscaled, unscales_in_step
+from lightning_znorm.gradients.arguments import checked_flag
 from lightning_znorm.gradients.places import Place
 from lightning_znorm.gradients.selection import ParameterFilter
 from lightning_znorm.gradients.sources import GradientSource
@@ -50,6 +54,7 @@ class GradientCallback(Callback, ABC):
         allow_untested_strategy: Whether to trust a strategy that is none of Lightning's tested ones.
 
     Raises:
+        TypeError: If an argument is of another type.
         MisconfigurationException: Before training, if another Trainer is using the callback.
         ValueError: Before training, if a pattern matches no parameter or nothing is chosen, or if patterns meet
             parameters that have no names.
@@ -62,7 +67,8 @@ class GradientCallback(Callback, ABC):
     def __init__(
         self, include: str | Sequence[str], exclude: str | Sequence[str], min_ndim: int, allow_untested_strategy: bool
     ) -> None:
-        self.allow_untested_strategy = allow_untested_strategy
+        _warn_of_other_package(self._name)
+        self.allow_untested_strategy = checked_flag("allow_untested_strategy", allow_untested_strategy)
         self._filter = ParameterFilter(include, exclude, min_ndim)
         # Of a run, and gone with it, so that the callback does not keep a model alive.
         self._trainer: pl.Trainer | None = None
@@ -294,6 +300,17 @@ class GradientCallback(Callback, ABC):
             # A lazy layer that has not been used yet is asked for again.
             model.choice = {place: is_chosen for place, is_chosen in choice.items() if place.ndim is not None}
         return [place for place in places if choice[place]]
+
+
+def _warn_of_other_package(callback: str) -> None:
+    """Warn if pytorch_lightning is loaded, in a release whose Trainer fails with callbacks of lightning."""
+    version = getattr(sys.modules.get("pytorch_lightning"), "__version__", "")
+    if (numbers := re.match(r"(\d+)\.(\d+)", str(version))) and tuple(map(int, numbers.groups())) < (2, 6):
+        rank_zero_warn(
+            f"{callback}: pytorch_lightning {version} is loaded, whose Trainer fails with callbacks of lightning "
+            "(`Expected a parent`) and takes them from 2.6 on: upgrade it (`pip install 'pytorch-lightning>=2.6'`), or "
+            "use the Trainer of lightning.pytorch"
+        )
 
 
 def _not_lazy(places: Iterable[Place]) -> list[Place]:

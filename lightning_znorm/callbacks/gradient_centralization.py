@@ -24,9 +24,10 @@ class GradientCentralizationCallback(GradientTransform):
         error_if_nonfinite: See :class:`GradientTransform`.
 
     Raises:
+        TypeError: If an argument is of another type.
         MisconfigurationException: As :class:`GradientTransform` does.
         ValueError: As :class:`GradientTransform` does.
-        UnsupportedGradientError: Before a step, if a gradient is sparse, or sharded in an unknown way.
+        UnsupportedGradientError: Before a step, if a gradient is sparse, of 8 bits, or sharded in an unknown way.
         NonFiniteGradientError: Before a step, if a gradient holds an inf or NaN and ``error_if_nonfinite`` is set.
 
     Example:

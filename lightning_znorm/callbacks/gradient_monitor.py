@@ -1,25 +1,27 @@
 """Shows gradients as they are before anything is made of them."""
 
+import os
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_znorm.callbacks.folders import run_folder
+from lightning_znorm.callbacks.folders import run_folder, short_key
 from lightning_znorm.callbacks.gradient_callback import GradientCallback, ModelState
-from lightning_znorm.callbacks.gradient_transform import GradientTransform
 from lightning_znorm.callbacks.pictures import log_picture
 from lightning_znorm.callbacks.sigma_history import SigmaHistory
 from lightning_znorm.callbacks.step_watch import unwrapped
 from lightning_znorm.gradients import GradientMethod, ZScore
 from lightning_znorm.gradients.amp import scale_of
+from lightning_znorm.gradients.arguments import checked_flag, checked_number, shown
 from lightning_znorm.gradients.measure import measure_places
 from lightning_znorm.gradients.places import Place
 from lightning_znorm.gradients.summary import GradientSummary
@@ -52,14 +54,17 @@ class GradientMonitor(GradientCallback):
 
     When training ends, fails or is interrupted, two pictures go to ``gradients`` beside the logs and to each
     TensorBoard or Weights & Biases logger there is: :math:`\sigma` of every parameter over the steps, and its
-    distribution by depth. They hold at most 512 steps, evenly spaced.
+    distribution by depth. They hold at most 512 steps, evenly spaced. Without a logger they go to the Trainer's
+    ``default_root_dir``, and nowhere if it was given none.
 
     The gradients are those of :class:`GradientTransform`: complete, of the stepping optimizer alone, without loss
-    scale, whole where a strategy shards them, and before the callbacks that transform them, in front of which this one
-    puts itself in the Trainer's list. They are not changed. In manual optimization, ``self.clip_gradients`` comes
+    scale, whole where a strategy shards them, and as they are before this package's callbacks transform them, wherever
+    this one stands in the Trainer's list. They are not changed. In manual optimization, ``self.clip_gradients`` comes
     before.
 
-    Steps outside training, such as those of a ``test_step`` that adapts the model, are not shown.
+    There is one row a step and optimizer: of the evaluations of an optimizer that calls its closure several times
+    (LBFGS), and of several steps of one optimizer in a batch, the first. Steps outside training, such as those of a
+    ``test_step`` that adapts the model, are not shown.
 
     Note:
         A measurement reads the gradients twice, and is one copy from the device to the host; two small sums travel for
@@ -70,7 +75,8 @@ class GradientMonitor(GradientCallback):
 
     Args:
         per_parameter: Whether to log ``grad_sigma/NAME``, and likewise ``mean``, ``norm``, ``znorm_norm``, ``cosine``
-            and ``sigma_over_running``, of each parameter as well.
+            and ``sigma_over_running``, of each parameter as well. Those of a parameter that several optimizers step
+            are told apart by their numbers: ``grad_sigma/0/NAME``, ``grad_sigma/1/NAME``.
         sigma_threshold: Of ``grad/share_below``; by default Adam's ``eps``, below which Adam's own steps shrink.
         eps: That of the ZNorm that ``grad/znorm_norm`` is about.
         include: Shell-style pattern or patterns; a parameter takes part if its name in the LightningModule matches one.
@@ -82,10 +88,15 @@ class GradientMonitor(GradientCallback):
     Raises:
         MisconfigurationException: Before training, if the strategy is not supported, or another Trainer is using this
             callback.
-        ValueError: If the threshold or ``eps`` is no number from 0 on; before training, if a pattern matches no
-            parameter or nothing is chosen, or if there are patterns and an optimizer steps parameters that the
-            LightningModule does not register, which have no names.
-        UnsupportedGradientError: Before a step, if a gradient is sparse, or sharded in an unknown way.
+        TypeError: If an argument is of another type.
+        ValueError: If the threshold or ``eps`` is no finite number from 0 on, or the prefix is empty; before training,
+            if a pattern matches no parameter or nothing is chosen, or if there are patterns and an optimizer steps
+            parameters that the LightningModule does not register, which have no names.
+        UnsupportedGradientError: Before a step, if a gradient is sparse, of 8 bits, or sharded in an unknown way.
+
+    Warns:
+        UserWarning: Once, if the Trainer logs none of the training's steps: at its start, if they are known to be fewer
+            than ``log_every_n_steps``, or else at its end.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -111,19 +122,25 @@ class GradientMonitor(GradientCallback):
         allow_untested_strategy: bool = False,
     ) -> None:
         super().__init__(include, exclude, min_ndim, allow_untested_strategy)
-        if not sigma_threshold >= 0:
-            raise ValueError(f"sigma_threshold must be a number from 0 on, got {sigma_threshold!r}")
-        self.per_parameter = per_parameter
-        self.sigma_threshold = sigma_threshold
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix must be a string, got {shown(prefix)}")
+        if not prefix:
+            raise ValueError("prefix must not be empty, for it is what tells these metrics from others")
+        self.per_parameter = checked_flag("per_parameter", per_parameter)
+        self.sigma_threshold = checked_number("sigma_threshold", sigma_threshold)
         self.eps = ZScore(eps).eps
         self.prefix = prefix
         self._history = SigmaHistory()
-        self._folder = Path()
+        self._folder: Path | None = None
+        self._steps_before = 0  # of this training, in which a checkpoint may have been made
+        self._has_warned = False
+        self._shown: set[int] = set()  # numbers of the optimizers that have been shown in this batch
+        self._has_looked = False  # before its turn, for a GradientTransform in front of it
 
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(prefix=self.prefix)
+        return short_key(self._generate_state_key(prefix=self.prefix))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -138,8 +155,14 @@ class GradientMonitor(GradientCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self._folder = Path(run_folder(trainer)) / "gradients"  # here, where every process is
-        self._step_forward(trainer)
+        # Without a logger, Lightning makes the folder that a program is run in the Trainer's; nobody has named it.
+        has_folder = bool(trainer.loggers) or trainer.default_root_dir != os.getcwd()
+        self._folder = Path(run_folder(trainer)) / "gradients" if has_folder else None  # here, where every process is
+        if not has_folder and not _is_trial(trainer):
+            rank_zero_info(
+                f"{self._name} draws no pictures, as the Trainer has neither a logger nor a default_root_dir to put "
+                "them in. Its numbers are in trainer.callback_metrics."
+            )
 
     @property
     @override
@@ -152,9 +175,37 @@ class GradientMonitor(GradientCallback):
         if trainer.global_step == 0:
             self._history = SigmaHistory()
         model = self._model_of(trainer, pl_module)
+        owners = _owners(trainer, model)
         for place in model.source.places():  # in the model's order, which an optimizer's need not be
             if self._filter.matches(place):
-                self._history.register(place.names[0], place.ndim or 0)
+                for number in owners[place.names[0]] or [0]:
+                    self._history.register(_row(place, owners, number), place.ndim or 0)
+        self._steps_before, self._has_warned = _step(trainer), False
+        if not self._history.steps and not _is_trial(trainer):
+            self._warn_of_few_steps(trainer)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._has_looked = False
+        self._shown.clear()
+
+    def _look_ahead(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Look at the gradients before the turn of this callback, for a callback in front of it that changes them."""
+        if not self._has_looked:
+            self.on_before_optimizer_step(trainer, pl_module, optimizer)
+            self._has_looked = True
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self._has_looked:
+            self._has_looked = False
+        else:
+            super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     @override
     def _before_step(
@@ -168,30 +219,38 @@ class GradientMonitor(GradientCallback):
         logs = trainer._logger_connector.should_update_logs or _is_trial(trainer)
         if repeated or not logs or not self._is_training(trainer):
             return None
+        optimizers = [unwrapped(one) for one in trainer.optimizers]
+        number = optimizers.index(optimizer) if len(optimizers) > 1 else 0
+        if number in self._shown:
+            return None
+        self._shown.add(number)
         places, stats = measure_places(
             self._places(trainer, model, optimizer), model.source.loss_scale() if scaler is None else scale_of(scaler)
         )
         summary = GradientSummary(stats, self.eps)
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # as Lightning counts them for its own logs
-        rows = [self._history.register(place.names[0], place.ndim or 0) for place in places]
+        step = _step(trainer)
+        owners = _owners(trainer, model)
+        rows = [self._history.register(_row(place, owners, number), place.ndim or 0) for place in places]
         ratio = self._history.add(step, rows, summary.sigma, summary.is_finite)
-        optimizers = [unwrapped(one) for one in trainer.optimizers]
-        number = f"/{optimizers.index(optimizer)}" if len(optimizers) > 1 else ""
-        metrics = {f"{self.prefix}{number}/{name}": value for name, value in self._aggregates(summary, ratio).items()}
+        infix = f"/{number}" if len(optimizers) > 1 else ""
+        metrics = {f"{self.prefix}{infix}/{name}": value for name, value in self._aggregates(summary, ratio).items()}
         if self.per_parameter:
             for name, values in _of_each(summary, ratio).items():
                 for place, value in zip(places, values.tolist(), strict=True):
-                    metrics[f"{self.prefix}_{name}/{place.names[0]}"] = value
+                    own = place.names[0]
+                    metrics[f"{self.prefix}_{name}{infix if len(owners[own]) > 1 else ''}/{own}"] = value
         trainer.callback_metrics.update(
             {name: torch.tensor(value, dtype=torch.float32) for name, value in metrics.items()}
         )
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
+            logger.log_metrics(metrics=metrics, step=step)  # by the names that Lightning's own calls use
         return places
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
+        if not self._history.steps and not self._has_warned and not _is_trial(trainer):
+            self._warn_of_no_logged_step(trainer)
         self._draw(trainer)
 
     @override
@@ -201,6 +260,28 @@ class GradientMonitor(GradientCallback):
             self._draw(trainer)
         finally:
             super().on_exception(trainer, pl_module, exception)
+
+    def _warn_of_few_steps(self, trainer: pl.Trainer) -> None:
+        """Warn before a training none of whose steps is going to be logged, as far as that is known."""
+        every, steps = _every(trainer), trainer.estimated_stepping_batches
+        if every == 0:
+            reason, way_out = "log_every_n_steps=0 logs no step", "1 or more"
+        elif 0 < steps < every:
+            reason = f"log_every_n_steps={every} is more than the number of this training's steps, {steps}"
+            way_out = f"{steps} or less"
+        else:
+            return
+        self._has_warned = True
+        rank_zero_warn(f"{self._name} will measure nothing, as {reason}: set that to {way_out}")
+
+    def _warn_of_no_logged_step(self, trainer: pl.Trainer) -> None:
+        """Warn after a training none of whose steps has been logged."""
+        before, last, every = self._steps_before, _step(trainer), _every(trainer)
+        if last > before and last // every == before // every:
+            rank_zero_warn(
+                f"{self._name} has measured nothing, as log_every_n_steps={every} logs none of the steps {before + 1} "
+                f"to {last}: set that to {last - before} or less"
+            )
 
     def _aggregates(self, summary: GradientSummary, ratio: Tensor) -> dict[str, float]:
         chosen = summary.is_finite & summary.has_deviation
@@ -219,29 +300,45 @@ class GradientMonitor(GradientCallback):
             "nonfinite": float((~summary.is_finite).sum()),
         }
 
-    def _step_forward(self, trainer: Any) -> None:
-        """Puts this callback in front of those that transform gradients."""
-        callbacks = trainer.callbacks
-        place = callbacks.index(self)
-        first = next((i for i, callback in enumerate(callbacks) if isinstance(callback, GradientTransform)), place)
-        if first < place:
-            # Another list, because the Trainer is going through this one.
-            trainer.callbacks = [*callbacks[:first], self, *callbacks[first:place], *callbacks[place + 1 :]]
-            rank_zero_info(
-                f"{self._name} goes in front of {type(callbacks[first]).__name__} in the Trainer's callbacks: it shows "
-                "gradients as they are before that transforms them."
-            )
-
     def _draw(self, trainer: pl.Trainer) -> None:
-        if not self._history.steps or not trainer.is_global_zero or _is_trial(trainer):
+        if self._folder is None or not self._history.steps or not trainer.is_global_zero or _is_trial(trainer):
             return
         from lightning_znorm.callbacks.sigma_plots import by_depth, heat_map
 
         self._folder.mkdir(parents=True, exist_ok=True)
         for name, draw in (("sigma_over_steps", heat_map), ("sigma_by_depth", by_depth)):
             picture = draw(self._history)
-            picture.save(self._folder / f"{self.prefix.replace('/', '_')}_{name}.png")
+            picture.save(self._folder / f"{short_key(self.prefix.replace('/', '_'))}_{name}.png")
             log_picture(trainer, f"{self.prefix}/{name}", picture)
+
+
+def _owners(trainer: pl.Trainer, model: ModelState) -> defaultdict[str, list[int]]:
+    """The numbers of the optimizers that step a parameter of a name, for each name.
+
+    Where there are several, it is one parameter, or different ones that have no other names than their numbers.
+    """
+    owners: defaultdict[str, list[int]] = defaultdict(list)
+    for number, optimizer in enumerate(map(unwrapped, trainer.optimizers)):
+        for place in model.source.places_of(optimizer):
+            if number not in owners[place.names[0]]:
+                owners[place.names[0]].append(number)
+    return owners
+
+
+def _row(place: Place, owners: defaultdict[str, list[int]], number: int) -> str:
+    """What a parameter is called in the pictures."""
+    name = place.names[0]
+    return f"{name} (optimizer {number})" if len(owners[name]) > 1 else name
+
+
+def _step(trainer: Any) -> int:
+    """Number of the step that is about to be taken, as Lightning counts them for its own logs."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _every(trainer: Any) -> int:
+    """Number of steps of which the Trainer logs one."""
+    return int(trainer.log_every_n_steps)
 
 
 def _of_each(summary: GradientSummary, ratio: Tensor) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The callback behind every gradient method: applies it to the stepping optimizer's gradients."""
 
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,11 +12,14 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_znorm.callbacks.folders import short_key
 from lightning_znorm.callbacks.gradient_callback import GradientCallback, ModelState
+from lightning_znorm.callbacks.gradient_monitor import GradientMonitor
 from lightning_znorm.callbacks.overlap import is_same_method, shared_names
 from lightning_znorm.functional import is_attached
 from lightning_znorm.gradients import GradientMethod, transform_places_
 from lightning_znorm.gradients.amp import found_inf, take_over_scale_
+from lightning_znorm.gradients.arguments import checked_flag
 from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.methods import describe
 from lightning_znorm.gradients.optimizers import takes_two_steps, wrapped_by
@@ -26,6 +29,8 @@ from lightning_znorm.gradients.sources import GradientSource
 
 class GradientTransform(GradientCallback):
     """Applies a gradient method before every optimizer step, right before gradient clipping.
+
+    In the Trainers of ``lightning.pytorch`` and ``pytorch_lightning``, both from 2.6 on.
 
     Works with automatic and manual optimization, any number of optimizers (only the stepping one's gradients change),
     accumulation, and the precisions 32, 64, bf16 and 16, true and mixed: the method always sees the true, unscaled
@@ -65,18 +70,20 @@ class GradientTransform(GradientCallback):
             ones, such as a subclass, leaves gradients where the class of Lightning's that it derives from does; or, if
             it derives from none of them, in the ``grad`` of each parameter.
         error_if_nonfinite: Whether to raise, before the update and on all processes, if a gradient that the optimizer
-            is about to use holds an inf or NaN after the method, also one that is left out (unless it is sparse). Costs
-            a pass over the gradients and one wait for the device at each step. A step that a ``GradScaler`` is going to
-            skip is no error. By default they pass, as in :func:`torch.nn.utils.clip_grad_norm_`.
+            is about to use holds an inf or NaN after the method, also one that is left out (unless it is sparse or of 8
+            bits). Costs a pass over the gradients and one wait for the device at each step. A step that a
+            ``GradScaler`` is going to skip is no error. By default they pass, as in
+            :func:`torch.nn.utils.clip_grad_norm_`.
 
     Raises:
-        TypeError: If ``method`` is no method.
+        TypeError: If ``method`` is no method, or another argument of another type; in a step, if the shift and scale of
+            an affine method do not fit the statistics.
         MisconfigurationException: Before training, if the strategy is not supported, or shards gradients and ``method``
             is a function; if another callback does the same to one of the parameters; or if another Trainer is using
             this callback.
         ValueError: Before training, if a pattern matches no parameter or nothing is chosen, or if there are patterns
             and an optimizer steps parameters that the LightningModule does not register, which have no names.
-        UnsupportedGradientError: Before a step, if a gradient is sparse, or sharded in an unknown way.
+        UnsupportedGradientError: Before a step, if a gradient is sparse, of 8 bits, or sharded in an unknown way.
         NonFiniteGradientError: Before a step, if a gradient holds an inf or NaN and ``error_if_nonfinite`` is set.
 
     Example:
@@ -108,14 +115,14 @@ class GradientTransform(GradientCallback):
     ) -> None:
         super().__init__(include, exclude, min_ndim, allow_untested_strategy)
         self.method = method
-        self.error_if_nonfinite = error_if_nonfinite
+        self.error_if_nonfinite = checked_flag("error_if_nonfinite", error_if_nonfinite)
         self._description = describe(method)
         self._overlaps: set[int] = set()  # callbacks of which a warning has told
 
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(**self.state_dict())
+        return short_key(self._generate_state_key(**self.state_dict()))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -132,6 +139,17 @@ class GradientTransform(GradientCallback):
     @override
     def _required_method(self) -> GradientMethod:
         return self.method
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        # A monitor shows gradients as they are before anything is made of them, wherever in the list it stands.
+        callbacks: Any = getattr(trainer, "callbacks", ())
+        for monitor in dropwhile(lambda callback: callback is not self, callbacks):
+            if isinstance(monitor, GradientMonitor):
+                monitor._look_ahead(trainer, pl_module, optimizer)
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -14,6 +14,8 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_znorm.callbacks.folders import short_key
+
 _NAME = r"last(-v\d+)?"  # without the extension
 
 
@@ -76,7 +78,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, dirpath: str | Path | None = None, enable_version_counter: bool = True) -> None:
         super().__init__(dirpath, save_top_k=0, enable_version_counter=enable_version_counter)
-        self._key = self._generate_state_key(dirpath=str(dirpath))
+        self._key = short_key(self._generate_state_key(dirpath=str(dirpath)))
         self._is_written = False  # and has not taken its place yet
         self._found: str | Path | None = None  # the default folder
         self._trainer: weakref.ref[pl.Trainer] | None = None  # the one that `last_model_path` is of

@@ -31,12 +31,13 @@ class MaskOverlay(Callback):
     Args:
         num_cases: Number of cases to draw, spread evenly over those whose true mask is not empty: neighbours, such as
             the slices of one scan, look alike.
-        cases: Numbers of the cases to draw instead, in the order of the loader, from 0.
+        cases: Numbers of the cases to draw instead, in the order of the loader, from 0. Of several loaders they go on
+            from one to the next.
         every_n_epochs: In training, draws after the validation of every n-th epoch; outside of it, always.
 
     Raises:
         ValueError: If ``num_cases`` or ``every_n_epochs`` is less than 1, or a case is negative.
-        TypeError: During validation, if the module returns no masks.
+        TypeError: During validation, if the module returns no masks, or a batch does not begin with images.
 
     Example:
         >>> from lightning_znorm import MaskOverlay
@@ -118,11 +119,16 @@ class MaskOverlay(Callback):
                 "MaskOverlay draws what validation_step and test_step return, a mapping with 'preds' and 'target' "
                 f"(masks of shape (N, K, H, W)), and was given {type(outputs).__name__}"
             )
-        preds, target = outputs["preds"], outputs["target"]
+        if not isinstance(batch, Sequence) or not batch or not isinstance(batch[0], Tensor):
+            raise TypeError(
+                "MaskOverlay draws the images that a batch begins with, and was given a batch that is a "
+                f"{type(batch).__name__}: let the dataset or its collate_fn return a tuple or list, images first"
+            )
+        images, preds, target = batch[0], outputs["preds"], outputs["target"]
         first, self._seen = self._seen, self._seen + len(target)
 
         def keep(index: int) -> None:
-            self._kept.append(_case(batch[0][index], target[index], preds[index], first + index))
+            self._kept.append(_case(images[index], target[index], preds[index], first + index))
 
         if self.cases is not None:
             for number in sorted(self.cases):

@@ -1,8 +1,10 @@
 """Predicted masks as image files."""
 
 import csv
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, TextIO
 
 import lightning.pytorch as pl
@@ -13,6 +15,7 @@ from typing_extensions import override
 
 from lightning_znorm.callbacks.folders import run_folder
 
+_NAME = (str, os.PathLike, NoneType)
 _COLUMNS = ["image", "mask", "class", "pixels", "fraction", "max_probability", "mean_probability"]
 
 
@@ -24,8 +27,8 @@ class MaskWriter(BasePredictionWriter):
     pixels, the largest probability in the image and the mean probability over the marked pixels (empty if there are
     none). Every process writes its own images, and ``scores-RANK.csv`` if there are several.
 
-    Batches are pairs of images and their paths or names, as ``LGGDataModule(predict_root=...)`` makes them; images
-    without names are numbered.
+    Batches begin with images and their paths or names, as ``LGGDataModule(predict_root=...)`` makes them; images
+    without names, such as those that masks or metadata follow, are numbered.
 
     Args:
         dirpath: Folder for the files; ``masks`` beside the logs by default. It must be new or empty: no file is
@@ -84,9 +87,7 @@ class MaskWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        names = (
-            batch[1] if isinstance(batch, Sequence) and len(batch) > 1 and not isinstance(batch[1], Tensor) else None
-        )
+        names = _names(batch)
         module: Any = pl_module
         masks = module.marked(prediction).cpu()
         if masks.ndim == 5 and self.format == "png":
@@ -146,6 +147,15 @@ class MaskWriter(BasePredictionWriter):
             count += 1
             base = path.with_name(f"{path.stem}-{count}")
         return str(name), base
+
+
+def _names(batch: Any) -> Sequence[str | os.PathLike[str] | None] | None:
+    """The names that follow the images in a batch, if it is names that follow."""
+    follows = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
+    if hasattr(follows, "tolist") and not isinstance(follows, Tensor):  # NumPy's
+        follows = follows.tolist()
+    are_names = isinstance(follows, (list, tuple)) and all(isinstance(name, _NAME) for name in follows)
+    return follows if are_names else None
 
 
 def _opened(path: Path, mode: Literal["a", "w"]) -> TextIO:

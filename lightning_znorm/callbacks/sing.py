@@ -23,9 +23,10 @@ class SINGCallback(GradientTransform):
         error_if_nonfinite: See :class:`GradientTransform`.
 
     Raises:
+        TypeError: If an argument is of another type.
         ValueError: If ``eps`` is negative, infinite or NaN, and as :class:`GradientTransform` does.
         MisconfigurationException: As :class:`GradientTransform` does.
-        UnsupportedGradientError: Before a step, if a gradient is sparse, or sharded in an unknown way.
+        UnsupportedGradientError: Before a step, if a gradient is sparse, of 8 bits, or sharded in an unknown way.
 
     Example:
         >>> from lightning.pytorch import Trainer

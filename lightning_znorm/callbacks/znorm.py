@@ -37,9 +37,10 @@ class ZNormCallback(GradientTransform):
         error_if_nonfinite: See :class:`GradientTransform`.
 
     Raises:
+        TypeError: If an argument is of another type.
         ValueError: If ``eps`` is negative, infinite or NaN, and as :class:`GradientTransform` does.
         MisconfigurationException: As :class:`GradientTransform` does.
-        UnsupportedGradientError: Before a step, if a gradient is sparse, or sharded in an unknown way.
+        UnsupportedGradientError: Before a step, if a gradient is sparse, of 8 bits, or sharded in an unknown way.
         NonFiniteGradientError: Before a step, if a gradient holds an inf or NaN and ``error_if_nonfinite`` is set.
 
     Example:

@@ -8,15 +8,22 @@ Torch is loaded only when a command runs, so that help and refusals come at once
 """
 
 import argparse
+import difflib
+import io
+import os
+import shlex
 import sys
+from typing import NoReturn
 
 from lightning_znorm import __version__
-from lightning_znorm.cli.config_files import read_config, shipped_configs
+from lightning_znorm.cli.config_files import is_stream, read_config, shipped_configs
 from lightning_znorm.cli.config_order import check_order
 from lightning_znorm.cli.errors import sentence
+from lightning_znorm.cli.processes import check_streams, refuse_streams
 
 __all__ = ["main"]
 
+_COMMANDS = ("fit", "validate", "test", "predict", "compare")
 _HELP = """\
 usage: python -m lightning_znorm {fit,validate,test,predict,compare} [--config FILE ...] [--KEY VALUE ...]
 
@@ -51,20 +58,16 @@ def main(args: list[str] | None = None) -> None:
         >>> main(["--version"])
         lightning-znorm 0.1.0
     """
-    args = sys.argv[1:] if args is None else args
+    if args is None:
+        args = sys.argv[1:]
+        _prepare_streams(args)
     if args in ([], ["-h"], ["--help"]):
         print(_HELP + "\n".join(f"  {name}" for name in shipped_configs()))
     elif args == ["--version"]:
         print(f"lightning-znorm {__version__}")
     else:
         try:
-            if args[0] == "compare":
-                from lightning_znorm.compare.command import main as compare
-
-                if code := compare(args[1:]):
-                    sys.exit(code)
-            else:
-                _run(args)
+            _run(args)
         except Exception as error:
             message = sentence(error)
             if message is None:
@@ -73,13 +76,60 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run(args: list[str]) -> None:
-    options = argparse.ArgumentParser(prog="python -m lightning_znorm", add_help=False, allow_abbrev=False)
+    options = _Options(prog="python -m lightning_znorm", add_help=False, allow_abbrev=False)
     options.usage = _HELP.splitlines()[0].removeprefix("usage: ")
     options.add_argument("-c", "--config", action="append", default=[])
     named, rest = options.parse_known_args(args)
+    if problem := _no_command(rest, args):
+        options.error(problem)
+    if rest[0] == "compare":
+        named_files = [*named.config, *rest[1:]]  # methods among them
+        refuse_streams([name for name in named_files if is_stream(name)], "each run of a study reads its settings")
+        from lightning_znorm.compare.command import main as compare
+
+        if code := compare([*(arg for name in named.config for arg in ("--config", name)), *rest[1:]]):
+            sys.exit(code)
+        return
+    streams = [name for name in named.config if is_stream(name)]
+    if twice := next((name for name in streams if streams.count(name) > 1), None):
+        raise ValueError(f"{twice} is named twice: name it once.")
+    check_streams(streams, int(os.environ.get("WORLD_SIZE", 1)))
     files = [read_config(name) for name in named.config]
     check_order(files)
 
     from lightning_znorm.cli.run import RunCLI
 
     RunCLI(files, rest)
+
+
+class _Options(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """End the program as jsonargparse does."""
+        self.print_usage(sys.stderr)
+        self.exit(2, f"error: {message}\n")
+
+
+def _no_command(rest: list[str], args: list[str]) -> str | None:
+    """Say that no command comes first among the arguments that name no config file, if so."""
+    first = rest[0] if rest else ""
+    if first in _COMMANDS:
+        return None
+    every = f"{', '.join(_COMMANDS[:-1])} or {_COMMANDS[-1]}"
+    if first and not first.startswith("-"):
+        nearest = difflib.get_close_matches(first.lower(), _COMMANDS, 1)
+        advice = f"did you mean {nearest[0]}?" if nearest else f"it is {every}."
+        return f"there is no command {first}: {advice}"
+    later = [arg for arg in rest if arg in _COMMANDS]
+    if len(later) == 1:
+        return f"the command comes first: {later[0]} {shlex.join(arg for arg in args if arg != later[0])}"
+    nearest = difflib.get_close_matches(first, ("--help", "--version"), 1)
+    return f"there is no option {first}: did you mean {nearest[0]}?" if nearest else f"name a command first: {every}."
+
+
+def _prepare_streams(args: list[str]) -> None:
+    """See that no character of a progress bar or a name ends a command, whatever the encoding of the terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # else somebody's own
+            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper) and any(arg.startswith("--print_config") for arg in args):
+        sys.stdout.reconfigure(encoding="utf-8")  # a config file, as they are read

@@ -1,6 +1,8 @@
 """Config files: where they are found, and what they set."""
 
 import difflib
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -8,21 +10,28 @@ from typing import Any
 import yaml
 
 _PACKAGE = Path(__file__).parents[1]
+_STDIN = "-"
 
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """A YAML file of settings.
+    """A YAML file of settings, as it was when it was read.
 
     Args:
         name: As the user named it.
         path: Where it was found.
         settings: Value of each dotted key, such as ``trainer.max_epochs``; a key that ends in ``+`` appends.
+        content: The same, nested as it is written.
+        text: All that it holds.
+        is_stream: Whether it can be read only once, as a pipe.
     """
 
     name: str
     path: Path
     settings: dict[str, Any]
+    content: dict[str, Any]
+    text: str
+    is_stream: bool
 
     @property
     def is_experiment(self) -> bool:
@@ -51,20 +60,26 @@ def shipped_configs() -> list[str]:
 def read_config(name: str) -> ConfigFile:
     """Read a config file from disk or, where there is none of this name, from those that come with the package.
 
+    It is read once, in UTF-8 on every system. ``-`` is standard input.
+
     Raises:
         FileNotFoundError: If it is in neither place.
         ValueError: If it is not a YAML mapping.
     """
     path = _find(name)
+    raw = b""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = sys.stdin.buffer.read() if name == _STDIN else path.read_bytes()
+        text = raw.decode("utf-8-sig")  # editors on Windows may begin a file with a mark of its encoding
+        content = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{name} is not valid YAML{line}: {error.problem}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not text in UTF-8: {error}") from error
+        place = f"line {raw.count(10, 0, error.start) + 1}, byte 0x{raw[error.start]:02x}"
+        raise ValueError(f"{name} is not text in UTF-8 ({place}): save it in UTF-8.") from error
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error.strerror}") from error
     except (RecursionError, ValueError, TypeError) as error:  # PyYAML's, of a date that is none, say
@@ -77,7 +92,12 @@ def read_config(name: str) -> ConfigFile:
         raise ValueError(f"{name} holds settings within themselves, or nested too deeply.") from None
     if not isinstance(content.get("trainer", {}), dict):
         raise ValueError(f"{name} has trainer: {content['trainer']!r}, and `key: value` lines are expected there.")
-    return ConfigFile(name, path, flatten(content))
+    return ConfigFile(name, path, flatten(content), content, text, is_stream(name))
+
+
+def is_stream(name: str) -> bool:
+    """Whether a file can be read only once: standard input, or a pipe such as ``<(...)`` makes."""
+    return name == _STDIN or (os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name))
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -109,8 +129,14 @@ def _check_keys(name: str, value: Any) -> None:
 
 
 def _find(name: str) -> Path:
+    if name == _STDIN:
+        if sys.stdin is None:
+            raise FileNotFoundError(f"No config file {name}: standard input is closed.")
+        return Path("/dev/stdin")
     path = Path(name)
-    if path.is_file():
+    if path.is_dir():
+        raise ValueError(f"{name} is a folder: name a config file in it.")
+    if path.exists():
         return path.absolute()
     names = shipped_configs()
     if PurePath(name).as_posix() in names:

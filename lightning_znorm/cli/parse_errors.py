@@ -1,105 +1,300 @@
 """What jsonargparse says of settings that it does not accept, in one sentence."""
 
 import difflib
+import importlib
+import inspect
+import pkgutil
 import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+from jsonargparse import ArgumentParser
+
 from lightning_znorm.cli.config_files import ConfigFile
+from lightning_znorm.cli.errors import raised
+from lightning_znorm.cli.parse_faults import Fault, read_fault
 
-_UNKNOWN = re.compile(r"(?:(?:Group '([^']+)'|Subcommand '[^']+') does not accept option|Option) '([^']+)'")
+_OF_CLASSES = ("class_path", "init_args")
 _SECTIONS = ("seed_everything", "model", "data", "trainer")
-_KEY = re.compile(r'Parser key "([^"]+)"')
-_CLASS = re.compile(r"Problem with given class_path '([^']+)'")
-_VALUE = re.compile(r"(?:Got|Given) value: (.+?)(?=\. Got value: |$)", re.MULTILINE)
-_CLASS_PATH = re.compile(r"^(?:Namespace\(|\{'?).*?\bclass_path'?[=:] ?'([^']+)'")
-_TYPE = re.compile(
-    r"Expected an? <class '(?P<type>[^']+)'>|Expected a typing.Literal\[(?P<values>.+)\]|"
-    r"Not a valid subclass of (?P<base>\w+)"
+_UNKNOWN = re.compile(r"(?:(?:Group '([^']+)'|Subcommand '[^']+') does not accept option|Option) '([^']+)'")
+_UNRECOGNIZED = "unrecognized arguments: "
+_REQUIRED = "the following arguments are required: "
+_WRONG_CLASS = re.compile(
+    r"(?:Import path|Expected) '?(?P<path>[\w.]+?)?'? ?"
+    r"(?:does not|to be a) (?:correspond to a subclass of|implement protocol|subclass of|function that returns) "
+    r"(?:<class '|Union\[)?(?P<base>.+?)(?:'>|\])?\.*$"
 )
-_NOT_FOUND = re.compile(r"No module named '[^']+'|module '[^']+' has no attribute '[^']+'")
-_NOT_NAMED = re.compile(r"Expected a dot import path string: (.+)")
+_ATTRIBUTE = re.compile(r"module '([^']+)' has no attribute '([^']+)'")
+_TYPE_NAME = re.compile(r"[a-z_]\w*(?:\.\w+)*\.[A-Z]\w*")
+_CLASS_PATHS = re.compile(r"\bclass_path'?[=:] ?'([^']+)'")
+_PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
+_LONGEST = 200
+# Whose classes may be named without their module.
+_BASES = (
+    "lightning.pytorch.LightningModule",
+    "lightning.pytorch.LightningDataModule",
+    "lightning.pytorch.Callback",
+    "lightning.pytorch.loggers.Logger",
+    "torch.optim.Optimizer",
+    "torch.optim.lr_scheduler.LRScheduler",
+)
 
 
-def explained(message: str, files: Iterable[ConfigFile]) -> str:
+def explained(message: str, files: Iterable[ConfigFile], options: Collection[str] = ()) -> str:
     """Say in one sentence which setting is wrong, in which file, and why.
 
     Args:
         message: What jsonargparse says: where a setting is nested, a paragraph of all that it tried.
         files: All config files that were named.
+        options: All flags of the command, such as ``--trainer.max_epochs``.
 
     Returns:
         The sentence; the message itself, on one line, where it is of another kind.
     """
     files = list(files)
-    found = list(_KEY.finditer(message))
-    path = [match[1] for match in found]
-    if unknown := _UNKNOWN.search(message):
-        group, option = unknown.groups()
-        section, _, inner = option.partition(".")
-        parents = [*filter(None, [group]), *path]
-        if section in _SECTIONS and inner and not parents:
-            parents, option = [section], inner
-        name = option.partition(".")[0]
-        classes = _CLASS.findall(message)
-        of = f", of {classes[-1]}," if classes and name not in _near_misses([name]) else ""
-        advice = "" if parents else f"; a file's sections are {', '.join(_SECTIONS)}"
-        where = _where(name, files, at_top=not parents)
-        return f"there is no setting {'.'.join([*parents, name])}{of}{where}{advice}."
-    if not found or not (value := _VALUE.search(message, found[-1].end())):
-        return " ".join(message.split())
-    if misspelt := next(_near_misses(key for file in files for key in _keys(file.settings)), None):
-        return (
-            f"{'.'.join(path)} has the key {misspelt}{_where(misspelt, files)}: class_path and init_args are expected."
-        )
-    reasons = message[found[-1].end() : value.start()]
-    if "class_path" in value[1] and (not_found := _NOT_FOUND.search(reasons)):
-        return f"{'.'.join(path)}{_where('class_path', files)} cannot be made: {not_found[0]}."
-    if "class_path" in value[1] and (not_named := _NOT_NAMED.search(reasons)):
-        return (
-            f"{'.'.join(path)}{_where('class_path', files)} cannot be made: there is no class {not_named[1]} here, and "
-            "others are named with their module, as in torch.optim.Adam."
-        )
-    class_path = _CLASS_PATH.search(value[1])
-    given = f"{'.'.join(path)}{_where(path[-1].rpartition('.')[2], files)} is {(class_path or value)[1]}"
-    expected = " or ".join(dict.fromkeys(map(_kind, _TYPE.finditer(reasons))))
-    return f"{given}, and {expected} is expected." if expected else " ".join(message.split())
+    fault = read_fault(message)
+    one_line = " ".join(message.split())
+    if one_line.startswith(_UNRECOGNIZED):
+        flag = one_line.removeprefix(_UNRECOGNIZED).split()[0].partition("=")[0]
+        return one_line + _did_you_mean(flag, options)
+    if unknown := _UNKNOWN.search(fault.reason):
+        return _unknown(fault, unknown[1], unknown[2], files, options)
+    if not fault.keys:
+        if fault.reason.startswith(_REQUIRED):
+            name = fault.reason.removeprefix(_REQUIRED).partition(".")[2]
+            return f"{name} is required: name its class in a file (`{name}: {{class_path: ...}}`) or by --{name}."
+        return one_line
+    return _wrong(fault, files)
 
 
-def _kind(expected: re.Match[str]) -> str:
-    """What a setting should be, as YAML has it."""
-    if values := expected["values"]:
-        return f"one of {values}"
-    if base := expected["base"]:
-        return f"a {base} (class_path and init_args)"
-    name = expected["type"].rpartition(".")[2]
-    return "null" if name == "NoneType" else name
+def class_settings(settings: dict[str, Any], class_type: type) -> list[tuple[str, str]]:
+    """Find the settings that name a class: the dotted key of each, and the name.
+
+    Args:
+        settings: Those of a command.
+        class_type: The class.
+    """
+    named = ((path, value) for path, value in _nodes(settings) if isinstance(value, str))
+    same_name = ((path, value) for path, value in named if value.endswith(class_type.__name__))
+    return [(path, value) for path, value in same_name if _found(value) is class_type]
 
 
-def _where(name: str, files: Iterable[ConfigFile], at_top: bool = False) -> str:
-    """Which files have a key of this name; none if it was a flag."""
+def where(path: str, value: str | None, files: Iterable[ConfigFile]) -> str:
+    """Say which files have a setting; nothing if it was a flag.
+
+    Args:
+        path: Dotted key of the setting.
+        value: What it is there, of a class its name; None for anything.
+        files: All config files that were named.
+    """
     found = []
     for file in files:
-        keys = (key.partition(".")[0] for key in file.settings) if at_top else _keys(file.settings)
-        if any(name in (key, key.removesuffix("+")) for key in keys):
-            found.append(file.name)
-    return f" ({', '.join(found)})" if found else ""
+        for key, setting in _nodes(file.content):
+            is_same = value is None or str(setting) == value or _class_name(setting) == _class_name(value) != ""
+            # A file may name another one, which holds what is nested there.
+            is_reference = isinstance(setting, str) and setting.endswith((".yaml", ".yml", ".json"))
+            if (key == path and is_same) or (is_reference and path.startswith(f"{key}.")):
+                found.append(file.name if key == path else f"{setting} of {file.name}")
+    return f" ({', '.join(dict.fromkeys(found))})" if found else ""
+
+
+def _wrong(fault: Fault, files: Sequence[ConfigFile]) -> str:
+    """Of a setting that there is."""
+    path = ".".join(fault.keys)
+    groups = ((file, *node) for file in files for node in _nodes(file.content) if isinstance(node[1], dict))
+    for file, key, group in groups:
+        if f"{key}.".startswith(f"{path}.") and (said := _misshapen(group, f" ({file.name})")):
+            return f"{key}{said}"
+    for class_path in dict.fromkeys([fault.owner, *_CLASS_PATHS.findall(fault.value), *_bare_classes(fault)]):
+        if failure := _failed_import(class_path, fault.reason):
+            key = next(_keys_of(class_path, path, files), path)
+            return f"{key}{where(key, class_path, files)} {failure}"
+    if fault.kinds:
+        verb = "holds" if fault.is_part else "is"
+        place = where(path, None if fault.is_part else fault.given, files)
+        return f"{path}{place} {verb} {_short(fault.given)}, and {' or '.join(fault.kinds)} is expected."
+    if (name := fault.class_name) is not None:
+        advice = (
+            _did_you_mean(name, _class_names(_TYPE_NAME.findall(fault.types)))
+            or _did_you_mean(name, _class_names(_BASES))
+            or ", and others are named with their module, as in torch.optim.Adam."
+        )
+        return f"{path}{where(path, name, files)} cannot be made: there is no class {name} here{advice}"
+    if missing := _ATTRIBUTE.search(fault.reason):
+        advice = _did_you_mean(missing[2], dir(_found(missing[1]))) or "."
+        name = fault.owner if f"{fault.owner}.".startswith(f"{missing[1]}.{missing[2]}.") else fault.given
+        return f"{path}{where(path, name, files)} cannot be made: {missing[0]}{advice}"
+    if wrong := _WRONG_CLASS.match(fault.reason):
+        name = wrong["path"] or fault.given
+        return f"{path}{where(path, name, files)} is {name}, {_nature(name, wrong['base'].replace(', ', ' or '))}."
+    if fault.reason.startswith(_REQUIRED):
+        lacking = fault.reason.removeprefix(_REQUIRED)
+        return f"{path}{where(path, fault.owner, files)} lacks {lacking}, which {fault.owner} requires."
+    given = f"{where(path, fault.given, files)} is {_short(fault.given)}" if fault.given else ""
+    return f"{path}{given}: {fault.reason.rstrip('.')}."
+
+
+def _misshapen(spec: dict[str, Any], place: str) -> str | None:
+    """Say what is wrong with the form of a class and its arguments, if that is what this is, whatever the class."""
+    misspelt = [*_near_misses(spec)]
+    if spec.keys() - {*_OF_CLASSES, *misspelt}:
+        return None
+    if misspelt:
+        return f" has the key {misspelt[0]}{place}: class_path and init_args are expected."
+    class_path, arguments = spec.get("class_path", "a.class"), spec.get("init_args")
+    if not isinstance(class_path, str) or not _PATH.fullmatch(class_path):
+        return f".class_path{place} is {class_path!r}, and the name of a class is expected, such as my_module.MyClass."
+    if not isinstance(arguments, dict | None):
+        return f".init_args{place} is {arguments!r}, and `key: value` lines are expected there."
+    return None
+
+
+def _unknown(
+    fault: Fault, group: str | None, option: str, files: Sequence[ConfigFile], options: Collection[str]
+) -> str:
+    """Of a setting that there is none of."""
+    section, _, inner = option.partition(".")
+    parents = [*fault.keys, *filter(None, [group])]
+    if section in _SECTIONS and inner and not parents:
+        parents, option = [section], inner
+    name = option.partition(".")[0]
+    path = ".".join([*parents, name])
+    place = where(path.removesuffix("+"), None, files)
+    if not parents:
+        return f"there is no setting {path}{place}; a file's sections are {', '.join(_SECTIONS)}."
+    if next(_near_misses([name]), None):
+        return f"there is no setting {path}{place}: class_path and init_args are expected."
+    known = [*_arguments(fault.owner)] if fault.owner else []
+    known += [flag.removeprefix(f"--{parents[0]}.") for flag in options if flag.startswith(f"--{parents[0]}.")]
+    of = f", of {fault.owner}" if fault.owner else ""
+    return f"there is no setting {path}{of}{place}{_did_you_mean(name, known) or '.'}"
+
+
+def _nodes(settings: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Each setting and group of settings by its dotted key, as a flag has it; a class and its path have the same."""
+    if path:
+        yield path, settings
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            names = [path, *(name for name in key.removesuffix("+").split(".") if name not in _OF_CLASSES)]
+            yield from _nodes(value, ".".join(filter(None, names)))
+    elif isinstance(settings, list):
+        for value in settings:
+            yield from _nodes(value, path)
 
 
 def _near_misses(keys: Iterable[str]) -> Iterator[str]:
     """Those that look like ``class_path`` or ``init_args``, and are neither."""
     for key in keys:
-        if key not in ("class_path", "init_args") and difflib.get_close_matches(
-            key, ["class_path", "init_args"], 1, 0.8
-        ):
+        if key not in _OF_CLASSES and difflib.get_close_matches(key, _OF_CLASSES, 1, 0.8):
             yield key
 
 
-def _keys(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from str(key).split(".")
-            yield from _keys(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _keys(inner)
+def _keys_of(class_path: str, within: str, files: Iterable[ConfigFile]) -> Iterator[str]:
+    """The dotted keys where files name a class."""
+    for file in files:
+        for key, value in _nodes(file.content):
+            if value == class_path and f"{key}.".startswith(f"{within}."):
+                yield key
+
+
+def _bare_classes(fault: Fault) -> list[str]:
+    """The words that stand where a class is expected, so that jsonargparse has tried to import them."""
+    if not fault.reason or not any(map(_is_class, _TYPE_NAME.findall(fault.types))):
+        return []
+    words = [word.strip("'") for word in fault.given.strip("[]").split(", ")]
+    return [word for word in words if _PATH.fullmatch(word)]
+
+
+def _failed_import(class_path: str, reason: str) -> str | None:
+    """Say why the module of a class cannot be imported, if that is what a fault's reason says."""
+    module = class_path.rpartition(".")[0]
+    if not _PATH.fullmatch(module):
+        return None
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # of the user's module, which may raise anything
+        if " ".join(str(error).split()) not in reason:
+            return None
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            parent, _, name = error.name.rpartition(".")
+            folders = getattr(_found(parent), "__path__", ()) if parent else None
+            known = [found.name for found in pkgutil.iter_modules(folders)]
+            return f"cannot be made: {error}{_did_you_mean(name, known, parent) or '.'}"
+        return f"is {class_path}, and {module} cannot be imported: {raised(error)}."
+    return None
+
+
+def _found(path: str) -> Any:
+    """What a dotted path names, of what is imported; None if there is no such thing."""
+    names = path.split(".")
+    for count in range(len(names), 0, -1):
+        if module := sys.modules.get(".".join(names[:count])):
+            found: Any = module
+            for name in names[count:]:
+                found = getattr(found, name, None)
+            return found
+    return None
+
+
+def _nature(class_path: str, expected: str) -> str:
+    """Say what a name stands for that should be a class of another kind."""
+    found = _found(class_path)
+    if inspect.isclass(found):
+        namesake = next((base for base in inspect.getmro(found) if base.__name__ == expected), None)
+        if namesake:
+            return f"which derives from {namesake.__module__}.{expected}, not from the {expected} that is expected"
+        return f"a class that is no {expected}"
+    if inspect.isroutine(found):
+        return f"a function that is not annotated to return a {expected}"
+    return f"{'a module' if inspect.ismodule(found) else f'of type {type(found).__name__}'}, and no {expected}"
+
+
+def _class_name(value: Any) -> str:
+    """The last part of a class path; empty for anything else."""
+    return value.rpartition(".")[2] if isinstance(value, str) and _PATH.fullmatch(value) else ""
+
+
+def _is_class(path: str) -> bool:
+    """Whether a type is a class of which objects are made, and not one that Python has for values."""
+    return inspect.isclass(_found(path)) and path.partition(".")[0] not in (*sys.stdlib_module_names, "jsonargparse")
+
+
+def _class_names(bases: Iterable[str]) -> list[str]:
+    """Names of all classes that derive from some."""
+    return [subclass.__name__ for path in bases if _is_class(path) for subclass in _subclasses(_found(path))]
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    yield base
+    subclasses: list[type] = type.__subclasses__(base)
+    for subclass in subclasses:
+        yield from _subclasses(subclass)
+
+
+def _arguments(class_path: str) -> list[str]:
+    """Names of a class's arguments, as jsonargparse finds them."""
+    found = _found(class_path)
+    if not callable(found):
+        return []
+    parser = ArgumentParser(exit_on_error=False)
+    add = parser.add_class_arguments if inspect.isclass(found) else parser.add_function_arguments
+    return list(add(found, fail_untyped=False))
+
+
+def _did_you_mean(name: str, known: Iterable[str], parent: str = "") -> str:
+    """The nearest name, or those that begin so, as the end of a sentence; empty if there is none."""
+    lower: dict[str, str] = {}
+    for candidate in known:
+        lower.setdefault(candidate.lower(), candidate)
+    nearest = difflib.get_close_matches(name.lower(), lower, 1, 0.75)
+    if not nearest and len(name) > 2:
+        nearest = [candidate for candidate in lower if candidate.startswith(name.lower())][:2]
+    prefix = f"{parent}." if parent else ""
+    return f": did you mean {' or '.join(prefix + lower[candidate] for candidate in nearest)}?" if nearest else ""
+
+
+def _short(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

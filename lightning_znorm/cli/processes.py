@@ -1,6 +1,6 @@
-"""Processes that torchrun or srun has started must train together, not each by itself."""
+"""Processes that torchrun or srun has started must train together, not each by itself, and under the same settings."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 # Who starts processes, and in which variables it says how many: in all, and on each machine.
 # With SLURM those of the step, because a batch script that runs without srun sees those of the whole job.
@@ -35,3 +35,35 @@ def check_processes(environment: Mapping[str, str], world_size: int) -> None:
                 "that each would train by itself and write to the same folder: name them all with "
                 f"--trainer.num_nodes {-(-started // devices)} --trainer.devices {devices}, or start fewer."
             )
+
+
+def check_streams(streams: Sequence[str], processes: int) -> None:
+    """Refuse settings from a pipe where several processes would each read a part of it, or nothing.
+
+    Args:
+        streams: Names of the config files that can be read only once.
+        processes: Number of processes that read them.
+
+    Raises:
+        ValueError: If there are several processes.
+
+    Example:
+        >>> check_streams(["-"], processes=1)
+    """
+    if processes > 1:
+        refuse_streams(streams, f"each of {processes} processes reads the settings")
+
+
+def refuse_streams(streams: Sequence[str], readers: str) -> None:
+    """Refuse settings from a pipe.
+
+    Args:
+        streams: Names of the config files that can be read only once.
+        readers: Who would read them more than once.
+
+    Raises:
+        ValueError: If there is such a file.
+    """
+    if streams:
+        names = " and ".join(streams)
+        raise ValueError(f"{names} can be read only once, and {readers}: write a file, and name that.")

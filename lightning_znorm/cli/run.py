@@ -1,16 +1,24 @@
 """What a command does, once its config files are found to be in order."""
 
+import codecs
+import locale
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jsonargparse
 import torch
+from jsonargparse.typing import Path as Folder
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
@@ -23,9 +31,10 @@ from lightning_znorm.callbacks.folders import run_folder
 from lightning_znorm.cli.checkpoint import check_checkpoint
 from lightning_znorm.cli.config_files import ConfigFile
 from lightning_znorm.cli.config_order import check_callbacks
+from lightning_znorm.cli.errors import is_bug, own_traceback, raised, sentence
 from lightning_znorm.cli.last_checkpoint import last_checkpoint
-from lightning_znorm.cli.parse_errors import explained
-from lightning_znorm.cli.processes import check_processes
+from lightning_znorm.cli.parse_errors import class_settings, explained, where
+from lightning_znorm.cli.processes import check_processes, check_streams
 from lightning_znorm.cli.resumed import changed_data, check_resumed, overridden
 from lightning_znorm.cli.trainer import CommandTrainer
 
@@ -46,21 +55,56 @@ class SaveConfig(SaveConfigCallback):
 
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save, in the first process."""
-        get_filesystem(self._folder).makedirs(self._folder, exist_ok=True)
-        path = os.path.join(self._folder, self.config_filename)
-        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
+        """Save, in the first process, in the encoding in which config files are read."""
+        system = get_filesystem(self._folder)
+        system.makedirs(self._folder, exist_ok=True)
+        content = self.parser.dump(self.config, skip_none=False)
+        with system.open(os.path.join(self._folder, self.config_filename), "w", encoding="utf-8") as file:
+            file.write(content)
 
 
 class Parser(LightningArgumentParser):
     """Says in one sentence what is wrong with the settings."""
 
     files: Sequence[ConfigFile] = ()
+    failures: list[tuple[type, Exception]]
+    """Classes that could not be made, and why."""
+
+    @override
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
+        """Parse settings: of a config file what was read of it, for it may be a pipe, or be changed by now."""
+        file = next((file for number, file in enumerate(self.files) if content == _stand_in(number)), None)
+        # Names of other files in it begin where it is.
+        folder = Folder(str(file.path.parent), mode="d") if file and not file.is_stream else None
+        with folder.relative_path_context() if folder else nullcontext():
+            settings: jsonargparse.Namespace = super().parse_string(file.text if file else content, *args, **kwargs)
+        return settings
+
+    @override
+    def add_instantiator(self, instantiator: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Add what makes the objects of a class, and remember those that it fails to make.
+
+        Where an argument may be of several types, jsonargparse tries the others then, and speaks of these.
+        """
+
+        @wraps(instantiator)
+        def make(class_type: type, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return instantiator(class_type, *args, **kwargs)
+            except Exception as error:
+                self.failures.append((class_type, error))
+                raise
+
+        super().add_instantiator(make, *args, **kwargs)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End the program, unless a parser around this one makes something else of the error."""
-        super().error(explained(message, self.files) if self.exit_on_error else message, ex)
+        super().error(explained(message, self.files, self._options()) if self.exit_on_error else message, ex)
+
+    def _options(self) -> Collection[str]:
+        commands: Iterable[Parser] = self._subcommands_action.choices.values() if self._subcommands_action else ()
+        return {*self._option_string_actions, *(option for command in commands for option in command._options())}
 
 
 class RunCLI(LightningCLI):
@@ -74,20 +118,31 @@ class RunCLI(LightningCLI):
     def __init__(self, files: Sequence[ConfigFile], args: Sequence[str]) -> None:
         self.files = files
         self.args = args
+        self.failures: list[tuple[type, Exception]] = []
         usages = {name: f"{_PROGRAM} {name} [--config FILE ...] [--KEY VALUE ...]" for name in self.subcommands()}
-        super().__init__(
-            args=[*args[:1], *_flags(str(file.path) for file in files), *args[1:]],
-            parser_class=Parser,
-            trainer_class=CommandTrainer,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"save_to_log_dir": False},  # but to the run's own folder, also for W&B
-            parser_kwargs={"prog": _PROGRAM, **{name: {"usage": usage} for name, usage in usages.items()}},
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            # An optimizer beside the model's own would undo the methods that set the latter.
-            auto_configure_optimizers=False,
-        )
+        # A flag by its beginning would slip past those who look for it by name.
+        commands = {name: {"usage": usage, "allow_abbrev": False} for name, usage in usages.items()}
+        try:
+            super().__init__(
+                args=[*args[:1], *_flags(map(_stand_in, range(len(files)))), *args[1:]],
+                parser_class=Parser,
+                trainer_class=CommandTrainer,
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"save_to_log_dir": False},  # but to the run's own folder, also for W&B
+                parser_kwargs={"prog": _PROGRAM, "allow_abbrev": False, **commands},
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                # An optimizer beside the model's own would undo the methods that set the latter.
+                auto_configure_optimizers=False,
+            )
+        except Exception as error:
+            failure = self._not_made(error)
+            if failure is None:
+                raise
+        else:
+            return
+        self._refuse_constructor(*failure)
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -100,6 +155,7 @@ class RunCLI(LightningCLI):
         parser = super().init_parser(**kwargs)
         assert isinstance(parser, Parser)
         parser.files = self.files
+        parser.failures = self.failures
         return parser
 
     @override
@@ -115,6 +171,12 @@ class RunCLI(LightningCLI):
         )
         if checkpoint := self.config[self.config.subcommand].ckpt_path:
             check_checkpoint(checkpoint)
+        _check_encoding(self.config)
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        """Remember what fails to be made of any other class too."""
+        self.parser.add_instantiator(_made, object)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -140,12 +202,21 @@ class RunCLI(LightningCLI):
             rank_zero_warn(note)
 
     @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the Trainer; what could not be made of one type has been made of another by then."""
+        self.failures.clear()
+        return super().instantiate_trainer(**kwargs)
+
+    @override
     def after_instantiate_classes(self) -> None:
         """Refuse to leave processes on their own, and say so if a model that was never trained is to be evaluated.
 
         Callbacks find on the Trainer which config files and flags were given.
         """
         check_processes(os.environ, self.trainer.world_size)
+        launcher = self.trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):  # which begins this command again, for each other process
+            check_streams([file.name for file in self.files if file.is_stream], launcher.num_processes)
         assert isinstance(self.trainer, CommandTrainer)
         self.trainer.config_files = [file.path for file in self.files]
         self.trainer.flags = list(_without_checkpoint(self.args[1:]))
@@ -184,9 +255,37 @@ class RunCLI(LightningCLI):
             which, path = "last", next(filter(None, paths), "")
         if path:
             path = _relative(path)
-            args = ["test", *_flags(file.name for file in self.files), *_without_checkpoint(self.args[1:])]
-            args += ["--ckpt_path", path]
+            args = ["test", *self._same_settings(), "--ckpt_path", path]
             print(f"{which} checkpoint  {path}{since}\ntest it with     {_PROGRAM} {shlex.join(args)}")
+
+    def _same_settings(self) -> list[str]:
+        """Files and flags for another command on the same settings; a pipe is there no more, but what was saved is."""
+        if any(file.is_stream for file in self.files) and self.trainer.loggers:
+            return ["--config", _relative(os.path.join(run_folder(self.trainer), "config.yaml"))]
+        return [*_flags(file.name for file in self.files), *_without_checkpoint(self.args[1:])]
+
+    def _not_made(self, error: Exception) -> tuple[type, Exception] | None:
+        """The class that fails to be made, and why, if that has led to the error."""
+        is_later = hasattr(self, "config_init")  # an optimizer is made when there are parameters
+        return next((made for made in self.failures[-1:] if not is_later or made[1] is error), None)
+
+    def _refuse_constructor(self, class_type: type, failure: Exception) -> NoReturn:
+        """Say which setting's class fails to be made, after the steps in the user's own code.
+
+        Raises:
+            ValueError: With the sentence.
+            Exception: The failure itself, if it is a bug of this package.
+        """
+        if said := sentence(failure):
+            raise ValueError(said) from failure
+        if is_bug(failure):
+            raise failure
+        settings = self.config[self.config.subcommand].as_dict()
+        named = dict.fromkeys(class_settings(settings, class_type))
+        which = " or ".join(f"{key}{where(key, name, self.files)}" for key, name in named) or "a setting"
+        name = next((name for _, name in named), f"{class_type.__module__}.{class_type.__qualname__}")
+        sys.stderr.write(own_traceback(failure))
+        raise ValueError(f"{which} cannot be made: {name} raises {raised(failure)}.") from failure
 
     def _best_since(self, best: ModelCheckpoint | None) -> str:
         """Since when the best is looked for: `ModelCheckpoint` forgets a best score of another folder."""
@@ -236,6 +335,44 @@ class RunCLI(LightningCLI):
 def _undrawn(class_type: type[Callback], *args: Any, **kwargs: Any) -> Callback:
     with isolate_rng(include_cuda=False):
         return class_type(*args, **kwargs)
+
+
+def _made(class_type: type, *args: Any, **kwargs: Any) -> Any:
+    return class_type(*args, **kwargs)
+
+
+def _stand_in(number: int) -> str:
+    """What stands in the arguments for a config file that has been read: no name of a file, nor anybody's settings."""
+    return f"{{config file: {number}}}"
+
+
+def _check_encoding(settings: Any) -> None:
+    """Refuse files that config files name and jsonargparse has read in another encoding than UTF-8.
+
+    Raises:
+        ValueError: If one holds a character for which that matters.
+    """
+    encoding = locale.getpreferredencoding(False)
+    if codecs.lookup(encoding).name == "utf-8":
+        return
+    for path in _named_files(settings):
+        if not Path(path).read_bytes().isascii():
+            raise ValueError(
+                f"{path}, which another config file names, is not ASCII, and is read in this system's encoding, "
+                f"{encoding}: write its content into the file that names it, or set PYTHONUTF8=1."
+            )
+
+
+def _named_files(settings: Any) -> Iterator[Any]:
+    if isinstance(settings, jsonargparse.Namespace):
+        settings = vars(settings)
+    if isinstance(settings, dict):
+        if "__path__" in settings:
+            yield settings["__path__"]
+        settings = list(settings.values())
+    if isinstance(settings, list):
+        for value in settings:
+            yield from _named_files(value)
 
 
 def _subclasses(cls: type[GradientTransform]) -> Iterator[type[GradientTransform]]:

@@ -25,6 +25,7 @@ def run(
     ray: str | None = None,
     cpus: float = 1,
     gpus: float = 0,
+    timeout: float | str | None = None,
     args: Sequence[str] = (),
 ) -> Table:
     """Run what is missing of a study, write its report, and return its table.
@@ -41,11 +42,15 @@ def run(
         ray: Address of a Ray cluster to run on, such as ``"auto"``.
         cpus: CPU cores of each run on Ray.
         gpus: GPUs of each run on Ray.
+        timeout: Longest time of one ``fit`` or ``test``, in seconds or such as ``"2h"``: a run that takes longer is
+            ended and counts as failed, and the same call goes on with it from its last checkpoint.
         args: Further options of ``fit``, such as ``["--trainer.max_epochs", "10"]``.
 
     Raises:
         StudyError: Before the first run, if something is wrong with the study. A run that fails raises nothing: it is
-            among the table's ``failures``.
+            among the table's ``failures``. A report that cannot be written raises nothing either, but is said.
+        KeyboardInterrupt: Upon Ctrl-C; and in the main thread upon SIGTERM, SIGHUP and SIGQUIT, unless the program
+            handles or ignores them. The processes of the runs are ended before.
 
     Example:
         >>> from lightning_znorm import compare
@@ -53,10 +58,12 @@ def run(
         >>> table = compare.run("configs/digits/resnet20.yaml", methods, output="studies/digits")  # doctest: +SKIP
         >>> table.row("znorm").difference, table.row("znorm").verdict  # doctest: +SKIP
     """
+    import warnings
+
     from rich.console import Console
 
     from lightning_znorm.compare.conduct import Means, conduct
-    from lightning_znorm.compare.study import Study
+    from lightning_znorm.compare.study import Study, parse_timeout
 
     configs = [config] if isinstance(config, str | Path) else config
     study = Study(
@@ -67,5 +74,9 @@ def run(
         metric,
         mode,
         tuple(args),
+        parse_timeout(timeout),
     )
-    return conduct(study, Means(jobs, ray, cpus, gpus), Console())
+    table, problems = conduct(study, Means(jobs, ray, cpus, gpus), Console())
+    for problem in problems:
+        warnings.warn(f"The report of the study is not complete. {problem}", stacklevel=2)
+    return table

@@ -4,11 +4,19 @@ Both stay in one folder for all attempts at a run, because `ModelCheckpoint` for
 folder changes.
 """
 
+import errno
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
+
+from lightning_znorm.compare.files import DamagedError
 
 MONITORED = "lightning_znorm.monitored"
 """Key in a checkpoint: name of the metric by which it was chosen, and its value in that epoch."""
@@ -52,3 +60,55 @@ def monitored_value(checkpoint: dict[str, Any]) -> tuple[str | None, float | Non
         if key.startswith(f"{BestCheckpoint.__name__}{{"):
             return state["monitor"], None if state["current_score"] is None else float(state["current_score"])
     return None, None
+
+
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """Load a checkpoint onto the CPU, and see that all bytes are those that were written: `torch.load` does not.
+
+    Args:
+        path: The checkpoint.
+
+    Returns:
+        What it holds. Nothing of one in parts, or with objects that only code could load: `fit` decides on those.
+
+    Raises:
+        DamagedError: If it is no checkpoint, or has changed since it was written.
+    """
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise DamagedError(path, "it is an empty folder")
+        return {}
+    is_archive = _is_whole_archive(path)
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=is_archive)
+    except MemoryError:
+        raise
+    except Exception as error:  # pickle's and torch's have no common base
+        if is_archive and isinstance(error, pickle.UnpicklingError):
+            return {}
+        reason = "it is no checkpoint, or not a whole one" if path.stat().st_size else "it is empty"
+        raise DamagedError(path, reason) from error
+    if not isinstance(content, Mapping) or not isinstance(content.get("state_dict"), Mapping):
+        raise DamagedError(path, "it is no checkpoint of Lightning's")
+    return content
+
+
+def _is_whole_archive(path: Path) -> bool:
+    """Whether a file is an archive, as torch writes them; if it is, its bytes are what was written."""
+    try:
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                return False
+            with zipfile.ZipFile(file) as archive:
+                for entry in archive.infolist():
+                    if entry.CRC:  # none where sums are turned off: `torch.serialization.set_crc32_options(False)`
+                        with archive.open(entry) as record:
+                            while record.read(2**20):
+                                pass
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which comes of a place that is none
+            raise
+        raise DamagedError(path, "it is not a whole archive") from error
+    except Exception as error:  # zip's, zlib's and struct's have no common base
+        raise DamagedError(path, f"it has changed since it was written ({error})") from error
+    return True

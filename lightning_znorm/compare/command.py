@@ -1,17 +1,15 @@
 """The command line of a study: ``python -m lightning_znorm compare``."""
 
 import argparse
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
 from lightning_znorm.compare.conduct import Means, commands, conduct
-from lightning_znorm.compare.study import Study, StudyError
+from lightning_znorm.compare.study import Study, StudyError, parse_timeout
 
 _DESCRIPTION = """\
 Does a method help? Runs every method with every seed, each as a process of its own: fit, then test of the best
@@ -30,7 +28,7 @@ def main(args: Sequence[str]) -> int:
         args: What is typed behind ``compare``.
 
     Returns:
-        The exit code: 1 if a run failed.
+        The exit code: 1 if a run failed, or a part of the report could not be written; 130 after an interruption.
 
     Raises:
         SystemExit: With one sentence on stderr, before the first run, if something is wrong with the study.
@@ -51,21 +49,26 @@ def _main(args: Sequence[str]) -> int:
         options.metric,
         options.mode,
         tuple(rest),
+        parse_timeout(options.timeout),
     )
     means = Means(options.jobs, options.ray, options.cpus, options.gpus)
     try:
-        with _interrupted_by_sigterm():  # so that the runs' processes end too
-            if options.dry_run:
-                print("\n".join(commands(study, means, Console(stderr=True))))
-                return 0
-            table = conduct(study, means, Console())
+        if options.dry_run:
+            print("\n".join(commands(study, means, Console(stderr=True))))
+            return 0
+        table, problems = conduct(study, means, Console())
     except KeyboardInterrupt:
-        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+        with suppress(OSError):  # of a terminal that is gone
+            print("Interrupted. The same command goes on from here.", file=sys.stderr)
         return 130
     for outcome in table.failures:
         print(f"\n{outcome.run.name} failed: {outcome.error}", file=sys.stderr)
-    print(f"\n{table}\n\nreport           {table.output / 'report.html'}")
-    return 1 if table.failures else 0
+    print(f"\n{table}\n")
+    for problem in problems:
+        print(f"error: the report is not complete. {problem}", file=sys.stderr)
+    if not problems:
+        print(f"report           {table.output / 'report.html'}")
+    return 1 if table.failures or problems else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,21 +103,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="runs side by side, a GPU each where there are several (default: 1)",
     )
+    add(
+        "--timeout",
+        metavar="TIME",
+        help="longest time of one `fit` or `test`, such as 90 (seconds), 30m, 2h or 1d: a run that takes longer is "
+        "ended and counts as failed, and the same command goes on from its last checkpoint (default: none)",
+    )
     add("--dry-run", action="store_true", help="try every method on one batch, and print a command for each run")
     add("--ray", nargs="?", const="auto", metavar="ADDRESS", help="run on a Ray cluster (default: this machine's)")
     add("--cpus", type=float, default=1, metavar="N", help="CPU cores of each run on Ray (default: 1)")
     add("--gpus", type=float, default=0, metavar="N", help="GPUs of each run on Ray, or a fraction (default: 0)")
     return parser
-
-
-@contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

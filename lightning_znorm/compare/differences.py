@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+
+from lightning_znorm.compare.numbers import deviation, mean
 
 _CONFIDENCE = 0.95
 _ROUNDING = 1e-3  # by which the same difference of float32 metrics varies, relative to it
@@ -51,12 +52,12 @@ def compare_methods(metric: str, values: Mapping[str, Mapping[int, float]], mode
             continue
         seeds = tuple(sorted(own))
         all_values = tuple(own[seed] for seed in seeds)
-        spread = stdev(all_values) if len(seeds) > 1 and all(map(math.isfinite, all_values)) else None
+        spread = deviation(all_values) if len(seeds) > 1 and all(map(math.isfinite, all_values)) else None
         paired = [own[seed] - first[seed] for seed in seeds if seed in first]
-        difference = fmean(paired) if i and paired else None
+        difference = mean(paired) if i and paired else None
         interval = paired_interval(paired) if i else None
         verdict = say(paired, interval, mode) if i else ""
-        yield Row(metric, method, seeds, all_values, fmean(all_values), spread, difference, interval, verdict)
+        yield Row(metric, method, seeds, all_values, mean(all_values), spread, difference, interval, verdict)
 
 
 def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
@@ -69,9 +70,9 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
     """
     if len(differences) < 2 or not all(map(math.isfinite, differences)):
         return None
-    mean = fmean(differences)
-    half = student(len(differences)) * stdev(differences) / math.sqrt(len(differences))
-    return mean - half, mean + half
+    middle = mean(differences)
+    half = student(len(differences)) * deviation(differences) / math.sqrt(len(differences))
+    return middle - half, middle + half
 
 
 def student(seeds: int) -> float:
@@ -88,9 +89,9 @@ def student(seeds: int) -> float:
 
 def seeds_needed(differences: Sequence[float]) -> int | None:
     """How many seeds would tell a difference of this mean and spread from zero; none if more than 50."""
-    mean, spread = abs(fmean(differences)), stdev(differences)
+    size, spread = abs(mean(differences)), deviation(differences)
     numbers = range(len(differences) + 1, _MOST_SEEDS + 1)
-    return next((n for n in numbers if student(n) * spread / math.sqrt(n) < mean), None)
+    return next((n for n in numbers if student(n) * spread / math.sqrt(n) < size), None)
 
 
 def say(differences: Sequence[float], interval: tuple[float, float] | None, mode: str | None) -> str:
@@ -103,7 +104,7 @@ def say(differences: Sequence[float], interval: tuple[float, float] | None, mode
     if not any(differences):
         return f"The same on {'the one seed' if n == 1 else f'each of {n} seeds'}."
     words = {"max": ("better", "worse"), "min": ("worse", "better"), None: ("higher", "lower")}[mode]
-    word = words[0] if fmean(differences) > 0 else words[1]
+    word = words[0] if mean(differences) > 0 else words[1]
     if interval is None:
         return f"One seed, where it is {word}, cannot tell a difference from chance."
     if math.isclose(*interval, rel_tol=_ROUNDING):

@@ -6,11 +6,10 @@ from functools import cached_property
 from typing import Any
 
 from lightning_znorm.compare.differences import Row
-from lightning_znorm.compare.files import read_json
 from lightning_znorm.compare.metrics import train_loss
 from lightning_znorm.compare.one_run import Outcome
 from lightning_znorm.compare.prepare import Plan
-from lightning_znorm.compare.results import Evaluation, Measurement, read_test
+from lightning_znorm.compare.results import Evaluation, Measurement, read_fit, read_test
 from lightning_znorm.compare.study import Run
 from lightning_znorm.compare.tables import make_rows
 
@@ -44,14 +43,21 @@ class Findings:
         return list(make_rows(self.plan, self.measurements))
 
     @cached_property
+    def done(self) -> list[Run]:
+        """Runs that are done, but for those whose files could not be read."""
+        failed = {outcome.run for outcome in self.failures}
+        return [run for run in self.plan.study.runs if run.is_done and run not in failed]
+
+    @cached_property
     def fits(self) -> dict[Run, dict[str, Any]]:
         """What runs that are done say of their training."""
-        return {run: read_json(run.fit_file) for run in self.plan.study.runs if run.is_done}
+        found = {run: read_fit(run) for run in self.done}
+        return {run: fit for run, fit in found.items() if fit is not None}
 
     @cached_property
     def tests(self) -> dict[Run, Evaluation]:
         """What runs that are done were tested at, and found."""
-        found = {run: read_test(run) for run in self.plan.study.runs if run.is_done}
+        found = {run: read_test(run) for run in self.done}
         return {run: tested for run, tested in found.items() if tested is not None}
 
     @property

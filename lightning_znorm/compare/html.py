@@ -4,7 +4,7 @@ import base64
 from collections.abc import Iterable
 from html import escape
 
-from lightning_znorm.compare.document import Block, Code, Figure, Grid, Heading, Points, Text
+from lightning_znorm.compare.document import Block, Code, Figure, Grid, Heading, Points, Text, plain, spans, visible
 
 _STYLE = """\
 body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; max-width: 66rem; margin: 2rem auto;
@@ -29,7 +29,7 @@ def to_html(blocks: Iterable[Block], title: str) -> str:
         blocks: Its content.
         title: Its title, for the browser's tab.
     """
-    head = f'<meta charset="utf-8">\n<title>{escape(title)}</title>\n<style>\n{_STYLE}\n</style>'
+    head = f'<meta charset="utf-8">\n<title>{escape(visible(title))}</title>\n<style>\n{_STYLE}\n</style>'
     body = "\n".join(_block(block) for block in blocks)
     viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n{viewport}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
@@ -44,10 +44,10 @@ def _block(block: Block) -> str:
         case Points(points):
             return f"<ul>{''.join(f'<li>{_inline(point)}</li>' for point in points)}</ul>"
         case Code(text):
-            return f"<pre>{escape(text)}</pre>"
+            return f"<pre>\n{escape(visible(text))}</pre>"  # whose first line break is not shown
         case Figure(_, caption, images):
             source = f"data:image/svg+xml;base64,{base64.b64encode(images['svg']).decode()}"
-            alt = escape(caption.replace("`", ""))
+            alt = escape(plain(caption))
             return f'<figure><img src="{source}" alt="{alt}"><figcaption>{_inline(caption)}</figcaption></figure>'
         case Grid(header, rows, numbers):
             lines = [_row("th", header, numbers), *(_row("td", row, numbers) for row in rows)]
@@ -60,6 +60,4 @@ def _row(tag: str, cells: Iterable[str], numbers: frozenset[int]) -> str:
 
 
 def _inline(text: str) -> str:
-    """Escape, and set what stands between backticks as code."""
-    parts = escape(text).split("`")
-    return "".join(f"<code>{part}</code>" if i % 2 and i + 1 < len(parts) else part for i, part in enumerate(parts))
+    return "".join(f"<code>{escape(part)}</code>" if is_code else escape(part) for part, is_code in spans(text))

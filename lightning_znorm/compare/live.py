@@ -1,18 +1,46 @@
 """What runs, what is done, and how long the rest will take."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TypeAlias
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from lightning_znorm.compare.files import read_json
-from lightning_znorm.compare.numbers import clock
+from lightning_znorm.compare.document import visible
+from lightning_znorm.compare.numbers import clock, fixed
 from lightning_znorm.compare.one_run import Outcome
-from lightning_znorm.compare.results import read_test
+from lightning_znorm.compare.process import tail
+from lightning_znorm.compare.ray import LostError
+from lightning_znorm.compare.results import read_progress, read_test
 from lightning_znorm.compare.study import Run
+
+_LINES_AROUND = 6
+"""A line above the table, its frame and header, and the line that the cursor is on."""
+_Stamp: TypeAlias = tuple[int, int, int] | None
+
+
+@dataclass(frozen=True)
+class _View:
+    """What a table says, apart from an estimate of time: where it is the same, nothing is drawn anew.
+
+    Args:
+        count: How many runs are done.
+        rows: Method, seed, state and metric of each run that is shown.
+        hidden: How many others there are of each kind; empty if there are none.
+    """
+
+    count: str
+    rows: tuple[tuple[str, str, str, str], ...]
+    hidden: str
 
 
 class Progress:
@@ -31,35 +59,46 @@ class Progress:
         self.outcomes: dict[Run, Outcome] = {}
         self.running: set[Run] = set()
         self.kept = {run for run in runs if run.is_done}
-        self._start = time.time()
+        self._start = time.monotonic()
+        # As the study found them: clocks of other machines, and of a folder's server, may differ from this one's.
+        self._found = {run: _files(run) for run in runs}
+        self._positions: dict[Run, tuple[_Stamp, tuple[int, float] | None]] = {}
+        self._values: dict[Run, str] = {}
 
-    def table(self) -> Table:
-        """One row for each run."""
-        table = Table("method", "seed", "state", self.metric, title=f"{self._count()}, {self._left()}")
-        for run in self.runs:
-            table.add_row(run.method, str(run.seed), self.state(run), self._value(run))
-        return table
+    def table(self, console: Console) -> Group:
+        """One row for each run; where the screen is too small, for those that run, have failed or ended last.
+
+        Args:
+            console: The terminal.
+        """
+        return self._drawn(self._view(console.height), console)
 
     def state(self, run: Run) -> str:
         """A word or two on a run."""
         outcome = self.outcomes.get(run)
-        if run in self.kept:
-            return "done before"
         if outcome is not None:
             return "failed" if outcome.error else f"done in {clock(outcome.seconds)}"
-        if run not in self.running:
-            return "waits"
-        if run.fit_file.is_file():
-            return "is tested"
-        progress = read_json(run.progress_file)
-        if progress is None:
-            return "starts"
-        return f"runs, {progress['share']:.0%}" if progress["share"] else f"runs, epoch {progress['epoch'] + 1}"
+        if run in self.running:
+            if run.fit_file.is_file():
+                return "is tested"
+            position, share = self._position(run), self._share(run)
+            if position is None:
+                return "starts"
+            return f"runs, {share:.0%}" if share else f"runs, epoch {position[0] + 1}"
+        return "done before" if run in self.kept else "waits"
 
     def has_begun(self, run: Run) -> bool:
         """Whether a process of the run has written since the study began; it may be another study's or elsewhere."""
-        files = (run.log, run.progress_file)
-        return any(file.is_file() and file.stat().st_mtime >= self._start for file in files)
+        return _files(run) != self._found[run]
+
+    def log_end(self, run: Run) -> str:
+        """What the run has printed since the study began, the end of it, to be put behind a sentence."""
+        log = self._found[run][0]
+        try:
+            text = tail(run.log, start=log[1] if log else 0)
+        except OSError as error:
+            return f"{run.log} cannot be read ({error.strerror})."
+        return f"The end of {run.log}:\n{text}" if text else f"There is nothing new in {run.log}."
 
     def seconds_left(self) -> float | None:
         """Estimate, from the runs that have ended and the shares of those that have not."""
@@ -69,19 +108,75 @@ class Progress:
             share = sum(self._share(run) for run in self.running) / max(1, len(self.running))
             if not share:
                 return None
-            took = [(time.time() - self._start) / share]
+            took = [(time.monotonic() - self._start) / share]
         waiting = [run for run in self.runs if run not in self.outcomes and run not in self.kept]
         shares = sum(1 - self._share(run) if run in self.running else 1.0 for run in waiting)
         at_a_time = min(max(self.jobs, len(self.running)), max(1, len(waiting)))  # on Ray, as many as find place
         return sum(took) / len(took) * shares / at_a_time
 
+    def _view(self, height: int) -> "_View":
+        shown = self._shown(height)
+        kinds = Counter(map(self._kind, set(self.runs) - set(shown)))
+        hidden = ", ".join(f"{kinds[kind]} {kind}" for kind in ("run", "wait", "failed", "done") if kinds[kind])
+        rows = tuple((run.method, str(run.seed), self.state(run), self._value(run)) for run in shown)
+        return _View(self._count(), rows, f"not shown: {hidden}" if hidden else "")
+
+    def _drawn(self, view: "_View", console: Console) -> Group:
+        def cell(text: str) -> Text:
+            return Text(_writable(text, console), no_wrap=True, overflow="crop")
+
+        table = Table()
+        for name in ("method", "seed", "state", self.metric):
+            table.add_column(cell(name), no_wrap=True, overflow="crop")
+        for row in view.rows:
+            table.add_row(*map(cell, row))
+        return Group(cell(f"{view.count}, {self._left()}"), table, *([cell(view.hidden)] if view.hidden else []))
+
+    def _shown(self, height: int) -> list[Run]:
+        if len(self.runs) <= max(1, height - _LINES_AROUND):
+            return self.runs
+        ended = list(reversed(self.outcomes))
+        by_weight = [
+            *(run for run in self.runs if run in self.running),
+            *(run for run in ended if self.outcomes[run].error),
+            *(run for run in ended if not self.outcomes[run].error),
+            *(run for run in self.runs if run not in self.outcomes and run not in self.running),
+        ]
+        chosen = set(by_weight[: max(1, height - _LINES_AROUND - 1)])
+        return [run for run in self.runs if run in chosen]
+
+    def _kind(self, run: Run) -> str:
+        if run in self.outcomes:
+            return "failed" if self.outcomes[run].error else "done"
+        if run in self.running:
+            return "run"
+        return "done" if run in self.kept else "wait"
+
     def _share(self, run: Run) -> float:
-        return float((read_json(run.progress_file) or {}).get("share", 0))
+        position = self._position(run)
+        return position[1] if position and 0 <= position[1] <= 1 else 0.0
+
+    def _position(self, run: Run) -> tuple[int, float] | None:
+        """Epochs and share that a run has behind it, read where its file has changed."""
+        stamp = _stamp(run.progress_file)
+        before, position = self._positions.get(run, (None, None))
+        if stamp != before:
+            with suppress(OSError, ValueError):  # of a file that is damaged: what was known before is all there is
+                position = read_progress(run)
+            self._positions[run] = stamp, position
+        return position
 
     def _value(self, run: Run) -> str:
-        tested = read_test(run)
-        value = None if tested is None else tested.metrics.get(self.metric)
-        return "" if value is None else f"{value:.4f}"
+        if self._kind(run) != "done":
+            return ""
+        if run not in self._values:
+            try:
+                tested = read_test(run)
+                value = None if tested is None else tested.metrics.get(self.metric)
+            except (OSError, ValueError):  # which the report says
+                value = None
+            self._values[run] = "" if value is None else fixed(value, 4)
+        return self._values[run]
 
     def _count(self) -> str:
         done = len(self.kept) + sum(not outcome.error for outcome in self.outcomes.values())
@@ -95,13 +190,18 @@ class Progress:
 
 def watch(futures: Mapping["Future[Outcome]", Run], progress: Progress, console: Console) -> None:
     """Show a live table until all runs have ended; where there is no terminal, a line for each event."""
-    if not console.is_terminal:
+    progress.kept -= set(futures.values())
+    if not console.is_interactive:
         for event in _events(futures, progress, 0.2):
-            console.print(event, highlight=False, markup=False, soft_wrap=True)
+            console.print(Text(_writable(event, console)), soft_wrap=True)
         return
-    with Live(progress.table(), console=console, refresh_per_second=2) as live:
-        for _ in _events(futures, progress, 0.5, ticks=True):
-            live.update(progress.table())
+    shown = None
+    with Live(console=console, auto_refresh=False) as live:
+        for _ in chain([""], _events(futures, progress, 0.5, ticks=True)):
+            seen = progress._view(console.height), console.size
+            if seen != shown:
+                shown = seen
+                live.update(progress._drawn(seen[0], console), refresh=True)
 
 
 def _events(
@@ -115,7 +215,8 @@ def _events(
             try:
                 progress.outcomes[run] = future.result()
             except Exception as error:  # of Ray, or of what the run's folder is on
-                progress.outcomes[run] = Outcome(run, f"{type(error).__name__}: {error}")
+                reason = str(error) if isinstance(error, LostError) else f"{type(error).__name__}: {error}"
+                progress.outcomes[run] = Outcome(run, f"{reason.rstrip('.')}. {progress.log_end(run)}")
             progress.running.discard(run)
             yield f"{run.name}: {progress.state(run)} ({progress._count()}, {progress._left()})"
         for future in waiting:
@@ -125,3 +226,21 @@ def _events(
                 yield f"{run.name}: starts"
         if ticks:
             yield ""
+
+
+def _files(run: Run) -> tuple[_Stamp, _Stamp]:
+    return _stamp(run.log), _stamp(run.progress_file)
+
+
+def _stamp(path: Path) -> _Stamp:
+    """Return what changes whenever a file is written to, or put in place of another; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _writable(text: str, console: Console) -> str:
+    """Show what a terminal cannot, or what would move its cursor, by its number."""
+    return visible(text).encode(console.encoding, "backslashreplace").decode(console.encoding)

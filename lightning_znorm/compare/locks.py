@@ -3,8 +3,10 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from lightning_znorm.compare.files import named
 
 
 class InUseError(RuntimeError):
@@ -24,20 +26,37 @@ def locked(path: Path, wait: Callable[[], object] | None = None) -> Iterator[int
 
     Raises:
         InUseError: If somebody else holds it; the message is what they wrote into it.
+        OSError: If the file cannot be made, or locked where it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        while not _acquire(descriptor):
+        while not _acquired(descriptor, path):
             if wait is None:
                 raise InUseError(_read(descriptor))
             wait()
-        os.ftruncate(descriptor, 0)
-        os.lseek(descriptor, 1, os.SEEK_SET)  # Windows locks the first byte against readers too
-        os.write(descriptor, f"process {os.getpid()} on {_host()}".encode())
+        with suppress(OSError):  # a full disk: what is written is for people to read, and the lock holds without it
+            os.ftruncate(descriptor, 0)
+            os.lseek(descriptor, 1, os.SEEK_SET)  # Windows locks the first byte against readers too
+            os.write(descriptor, f"process {os.getpid()} on {_host()}".encode())
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def holder(path: Path) -> str:
+    """Who holds a lock, or held it last."""
+    try:
+        return path.read_bytes()[1:200].decode(errors="replace") or "another process"
+    except OSError:  # not there, or locked against readers too
+        return "another process"
+
+
+def _acquired(descriptor: int, path: Path) -> bool:
+    try:
+        return _acquire(descriptor)
+    except OSError as error:
+        raise named(error, path) from error
 
 
 def _read(descriptor: int) -> str:

@@ -2,15 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from math import isfinite
-from statistics import fmean
 from typing import Any
+
+from lightning_znorm.compare.document import visible
+from lightning_znorm.compare.numbers import mean
 
 # Okabe and Ito's colours without yellow, which paper swallows; dashes and markers say the same without colour.
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 _MARKERS = "os^Dv<>PX*"
 _SIZE = (7.2, 3.8)
+_LARGEST = 1e100
+"""Beyond it, axes overflow."""
+_LONGEST = 50
+"""Letters of a name; more would leave no room for the axes."""
 
 Curves = Mapping[str, Mapping[int, Mapping[int, float]]]
 """A value by method, seed and epoch."""
@@ -47,7 +52,7 @@ def plot(curves: Curves, methods: Sequence[str], label: str) -> dict[str, bytes]
         if lines and min(lines) > 0 and max(lines) / min(lines) > 50:
             axes.set_yscale("log")
         axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
+        axes.set_ylabel(_shortened(label), parse_math=False)  # for a name may hold a $
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.9", linewidth=0.6)
@@ -64,7 +69,9 @@ def plot(curves: Curves, methods: Sequence[str], label: str) -> dict[str, bytes]
 
 def _finite(by_seed: Mapping[int, Mapping[int, float]]) -> dict[int, dict[int, float]]:
     """Without what cannot be drawn: runs that have diverged."""
-    curves = {seed: {e: value for e, value in curve.items() if isfinite(value)} for seed, curve in by_seed.items()}
+    curves = {
+        seed: {e: value for e, value in curve.items() if abs(value) < _LARGEST} for seed, curve in by_seed.items()
+    }
     return {seed: curve for seed, curve in curves.items() if curve}
 
 
@@ -72,7 +79,7 @@ def _line(axes: Any, by_seed: Mapping[int, Mapping[int, float]], i: int, method:
     epochs = sorted({epoch for curve in by_seed.values() for epoch in curve})
     values = [[curve[epoch] for curve in by_seed.values() if epoch in curve] for epoch in epochs]
     shown = [epoch + 1 for epoch in epochs]
-    means = [fmean(found) for found in values]
+    means = [mean(found) for found in values]
     colour = _COLOURS[i % len(_COLOURS)]
     dashes = _DASHES[i % len(_DASHES)]
     if len(by_seed) > 1:
@@ -105,13 +112,19 @@ def _label(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
     point = axes.figure.dpi / 72
     for (height, y, name, colour), free in zip(placed, spaced(wanted, 12 * point), strict=True):
         axes.annotate(
-            name,
+            _shortened(name),
+            parse_math=False,
             xy=(right, y),
             xytext=(1.02, (free - height) / point),  # beside the axes, where nothing else is
             textcoords=("axes fraction", "offset points"),
             va="center",  # in black: some of the colours are too light for letters
             arrowprops={"arrowstyle": "-", "color": colour, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3},
         )
+
+
+def _shortened(name: str) -> str:
+    shown = " ".join(visible(name).split())
+    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 3]}..."
 
 
 def spaced(wanted: Sequence[float], least: float) -> list[float]:
@@ -132,4 +145,4 @@ def spaced(wanted: Sequence[float], least: float) -> list[float]:
 
 def _ends(group: Sequence[float], least: float) -> tuple[float, float]:
     half = (len(group) - 1) * least / 2
-    return fmean(group) - half, fmean(group) + half
+    return mean(group) - half, mean(group) + half

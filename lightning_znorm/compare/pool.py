@@ -50,8 +50,10 @@ def pool(jobs: int, devices: int | None, monitored: bool, processes: Processes) 
     try:
         yield opened
     except BaseException:
-        opened._threads.shutdown(wait=False, cancel_futures=True)
-        processes.stop()
+        try:
+            opened._threads.shutdown(wait=False, cancel_futures=True)
+        finally:  # also if this is interrupted in turn
+            processes.stop()
         raise
     finally:
         opened._threads.shutdown()

@@ -9,14 +9,22 @@ from typing import Any
 
 import yaml
 
-from lightning_znorm.compare.files import read_json, write_json, write_text
+from lightning_znorm.compare.files import (
+    DamagedError,
+    is_leftover,
+    numbered,
+    read_object,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
 from lightning_znorm.compare.gradient_setup import check_experiment, check_tried
 from lightning_znorm.compare.metrics import at_stage, choose, stage
-from lightning_znorm.compare.one_run import command_to_fit, command_to_test
-from lightning_znorm.compare.process import Processes, tail
-from lightning_znorm.compare.results import logged_names, read_test
-from lightning_znorm.compare.run_config import kept_callbacks, probe_config, run_config, validates
-from lightning_znorm.compare.settings import differences, monitored
+from lightning_znorm.compare.one_run import command_to_fit, command_to_test, ended, mend_unused, printed
+from lightning_znorm.compare.process import Processes, TimedOut
+from lightning_znorm.compare.results import logged_names, read_fit, read_test
+from lightning_znorm.compare.run_config import OVERRIDDEN, is_ours, kept_callbacks, probe_config, run_config, validates
+from lightning_znorm.compare.settings import as_list, class_name, differences, monitored
 from lightning_znorm.compare.study import Run, Study, StudyError
 
 
@@ -31,6 +39,7 @@ class Plan:
         metric: Metric by which methods are compared.
         mode: Whether ``"max"`` or ``"min"`` of it is better.
         logged: Names of all that the experiment logs.
+        notes: What of the study could not be read and was set aside, a sentence each.
     """
 
     study: Study
@@ -39,6 +48,7 @@ class Plan:
     metric: str
     mode: str
     logged: list[str]
+    notes: tuple[str, ...] = ()
 
     @property
     def monitored(self) -> bool:
@@ -64,14 +74,15 @@ def prepare(study: Study, processes: Processes, jobs: int) -> Plan:
             a method does not get through a batch of training, or has a gradient method that its file does not name, or
             if nothing logs the metric.
     """
-    record = _record(study.output)
+    record, damage = _record(study)
     resolved = processes.map(lambda name: _resolve(study, name, processes), study.files, jobs)
     settings = dict(zip(study.files, resolved, strict=True))
     _refuse_changes(study, record, settings)
     check_experiment(study, settings)
     monitor = monitored(next(iter(settings.values())))
     known = record.get("logged", [])
-    missing = {name: settings[name] for name in settings if name not in record.get("methods", {})}
+    # Where the record was lost, all are tried again for what they log.
+    missing = {name: settings[name] for name in settings if name not in record.get("methods", {}) or damage}
     if missing:
         known = sorted({*known, *_probe(study, missing, monitor, processes, jobs)})
     metric, mode = choose(study.metric, study.mode, monitor, known)
@@ -84,33 +95,122 @@ def prepare(study: Study, processes: Processes, jobs: int) -> Plan:
             f"{study.output} holds runs whose best checkpoint was chosen by {record['monitor']}, and now it would be "
             f"{chosen}: choose another --output."
         )
+    notes = [damage] if damage else []
+    notes += [note for run in study.runs for note in mend_unused(run, monitor is not None, goes_on=False)]
     _refuse_other_tests(study, monitored_by=monitor)
     methods = record.get("methods", {}) | {
         name: {"hash": digest(found), "settings": found} for name, found in settings.items()
     }
-    write_json(study.output / "study.json", {**record, "monitor": chosen, "logged": known, "methods": methods})
+    new = {**record, "monitor": chosen, "logged": known, "methods": methods}
+    if new != record or damage:  # a full disk keeps nobody from the results of a study that is done
+        path = study.output / "study.json"
+        if damage and path.exists():
+            path.rename(numbered(path.with_name("study.json.damaged")))
+        write_json(path, new)
     for run in study.runs:
         if not run.is_done:
             config = run_config(settings[run.method], run, monitor)
             write_text(run.config, f"# {run.method}, seed {run.seed}\n{yaml.safe_dump(config, sort_keys=False)}")
-    return Plan(study, settings, monitor, metric, mode, known)
+    return Plan(study, settings, monitor, metric, mode, known, tuple(notes))
 
 
-def _record(output: Path) -> dict[str, Any]:
-    """What an earlier command wrote down about the study."""
-    record: dict[str, Any] | None = read_json(output / "study.json")
-    if record is not None:
-        return record
-    if any(path.name not in (".lock", ".probe") for path in output.iterdir()):
-        raise StudyError(f"{output} is not empty, and holds no study: choose another --output.")
-    return {}
+def read_record(output: Path) -> dict[str, Any] | None:
+    """What earlier commands have written down about a study; None if there is nothing.
+
+    Raises:
+        DamagedError: If it is something else.
+    """
+    path = output / "study.json"
+    record = read_object(path, {"methods": dict, "logged": list, "monitor": list | None}, {"alone": bool})
+    if record is None:
+        return None
+    if not all(isinstance(name, str) for name in record["logged"]):
+        raise DamagedError(path, "its logged are no names")
+    if record["monitor"] is not None and not (
+        len(record["monitor"]) == 2 and all(isinstance(word, str) for word in record["monitor"])
+    ):
+        raise DamagedError(path, "its monitor is no metric and mode")
+    for name, method in record["methods"].items():
+        if not (isinstance(method, dict) and _are_settings(method.get("settings"))):
+            raise DamagedError(path, f"it holds no settings of {name}")
+    return record
+
+
+def _record(study: Study) -> tuple[dict[str, Any], str]:
+    """What earlier commands wrote down about the study; and if that was lost, a sentence on what was made of it."""
+    output = study.output
+    path = output / "study.json"
+    try:
+        record, lost = read_record(output), f"{path} is missing."
+    except DamagedError as error:
+        record, lost = None, str(error)
+    if record is None:
+        record = _from_runs(output / "runs")
+        if record is not None:
+            found = record, f"{lost} It was made anew from the settings of the runs."
+        elif path.exists():
+            raise StudyError(f"{lost} No run is there to make it anew from: move it away, or choose another --output.")
+        elif any(path.name not in (".lock", ".probe") and not is_leftover(path) for path in output.iterdir()):
+            raise StudyError(f"{output} is not empty, and holds no study: choose another --output.")
+        else:
+            found = {}, ""
+    else:
+        found = record, ""
+    for folder in (output / "runs", *(run.folder for run in study.runs)):
+        if folder.exists() and not folder.is_dir():
+            raise StudyError(f"{folder} is a file, where the study is to have a folder: move it away.")
+    remove_leftovers(output)
+    return found
+
+
+def _from_runs(folder: Path) -> dict[str, Any] | None:
+    """Make a study's record from the settings in the folders of its runs; None if there are none."""
+    monitors, methods = [], {}
+    for path in sorted(folder.glob("*/run.yaml")):
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError):
+            config = None
+        if not _are_settings(config):
+            if not (path.parent / "logs").exists():  # it has not begun, and the file is written anew
+                continue
+            raise StudyError(
+                f"{path} is damaged, and so is the study's own study.json: what {path.parent.name} was trained with is "
+                f"not known. Move {path.parent} away, and the same command repeats that run."
+            )
+        callbacks = {class_name(entry): entry for entry in as_list(config["trainer"].get("callbacks"))}
+        if "Recorder" in callbacks:
+            best = callbacks.get("BestCheckpoint", {}).get("init_args")
+            monitors.append([best["monitor"], best["mode"]] if best else None)
+            methods[path.parent.name.rpartition("-")[0]] = {"hash": digest(config), "settings": config}
+    # Nothing tells whether all of them had the machine to themselves.
+    return {"monitor": monitors[0], "methods": methods, "alone": False} if methods else None
+
+
+def _are_settings(content: Any) -> bool:
+    return isinstance(content, dict) and isinstance(content.get("trainer"), dict)
 
 
 def _resolve(study: Study, name: str, processes: Processes) -> dict[str, Any]:
-    code, out, errors = processes.capture([*study.fit_args(name), "--print_config"])
+    try:
+        code, out, errors = processes.capture([*study.fit_args(name), "--print_config"])
+    except TimedOut as error:
+        raise StudyError(f"`fit`, which was asked for the settings of {name}, {error}.") from error
+    if code < 0:
+        raise StudyError(
+            f"`fit`, which was asked for the settings of {name}, {ended(code, study.output)}. {_reason(errors)}".strip()
+        )
     if code:
         raise StudyError(f"`fit` refuses the settings of {name}. {_reason(errors)}")
-    settings: dict[str, Any] = yaml.safe_load(out)
+    try:
+        settings: dict[str, Any] = yaml.safe_load(out)
+    except yaml.YAMLError:
+        settings = {}
+    if not _are_settings(settings):
+        raise StudyError(
+            f"`fit --print_config` has printed more than the settings of {name}, or something else: see that no module "
+            f"of yours prints when it is imported. It has printed:\n{out[:500]}"
+        )
     if settings["trainer"].get("fast_dev_run"):
         raise StudyError("trainer.fast_dev_run keeps no logs and no checkpoints: leave it out of a study.")
     settings.pop("seed_everything", None)
@@ -131,8 +231,11 @@ def _refuse_changes(study: Study, record: dict[str, Any], settings: dict[str, di
 
 
 def _trained(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without the callbacks that make way for the study's own."""
-    return {**settings, "trainer": {**settings["trainer"], "callbacks": kept_callbacks(settings)}}
+    """Settings without what makes way for the study's own, and without that, if they are a run's."""
+    callbacks = [entry for entry in kept_callbacks(settings) if not is_ours(entry)]
+    trainer = {key: value for key, value in settings["trainer"].items() if key not in OVERRIDDEN}
+    others = {key: value for key, value in settings.items() if key not in ("seed_everything", "ckpt_path")}
+    return {**others, "trainer": {**trainer, "callbacks": callbacks}}
 
 
 def _refuse_other_tests(study: Study, monitored_by: tuple[str, str] | None) -> None:
@@ -160,17 +263,24 @@ def _probe(
     shutil.rmtree(folder, ignore_errors=True)
     runs = [Run(name, study.seeds[0], folder / name) for name in settings]
 
-    def try_out(run: Run, command: list[str]) -> None:
-        if processes.run(command, run.log):
+    def try_out(run: Run, command: list[str], finished: Path) -> None:
+        before = run.log.stat().st_size if run.log.is_file() else 0
+        try:
+            code = processes.run(command, run.log)
+            how = "" if code == 0 and finished.is_file() else ended(code, finished)
+        except TimedOut as error:
+            how = str(error)
+        if how:
             raise StudyError(
-                f"{study.files[run.method]}: a first try at one batch failed in {command[0]}. {_reason(tail(run.log))}"
+                f"{study.files[run.method]}: in a first try at one batch, {command[0]} {how}. "
+                f"{_reason(printed(run.log, before))}".strip()
             )
 
     def probe(run: Run) -> set[str]:
         config = probe_config(run_config(settings[run.method], run, monitor))
         write_text(run.config, yaml.safe_dump(config, sort_keys=False))
-        try_out(run, command_to_fit(run))
-        fit = read_json(run.fit_file)
+        try_out(run, command_to_fit(run), run.fit_file)
+        fit = read_fit(run) or {}
         if not fit["epochs"]:
             raise StudyError(
                 f"{study.files[run.method]}: a first try at one batch has trained none, for there is none: give the "
@@ -178,7 +288,7 @@ def _probe(
             )
         check_tried(study, run.method, settings[run.method], fit["methods"])
         if run is runs[0]:
-            try_out(run, command_to_test(run, monitor is not None))
+            try_out(run, command_to_test(run, monitor is not None), run.test_file)
         return logged_names(run)
 
     try:

@@ -8,9 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
+
+from lightning_znorm.compare.files import named
+from lightning_znorm.compare.numbers import clock
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -18,16 +22,28 @@ Result = TypeVar("Result")
 _SIGKILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 _SECONDS_TO_END = 5
 """After which a process that was told to end is killed."""
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+"""Signals that end a program, beside Ctrl-C: of batch systems, of a terminal that is closed, of Ctrl-\\."""
+_TAIL_BYTES = 20_000
 
 
 class Stopped(RuntimeError):
     """The study was told to stop."""
 
 
-class Processes:
-    """The processes of a study."""
+class TimedOut(RuntimeError):
+    """A command took longer than it may, and was ended; the message says so, and goes on behind the command's name."""
 
-    def __init__(self) -> None:
+
+class Processes:
+    """The processes of a study.
+
+    Args:
+        timeout: Seconds after which each is ended; none if they may take any time.
+    """
+
+    def __init__(self, timeout: float | None = None) -> None:
+        self.timeout = timeout
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -48,25 +64,32 @@ class Processes:
 
         Raises:
             Stopped: If `stop` was called.
+            TimedOut: If it took longer than it may.
+            OSError: With the log's path, if that cannot be written.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as output:
-            output.write(f"$ python -m lightning_znorm {' '.join(args)}\n".encode())
-            output.flush()
+        with log.open("ab", buffering=0) as output:
+            try:
+                output.write(f"$ python -m lightning_znorm {' '.join(args)}\n".encode())
+            except OSError as error:
+                raise named(error, log) from error
             held_open = () if held is None or sys.platform == "win32" else (held,)
             options = {"stdout": output, "stderr": subprocess.STDOUT, "pass_fds": held_open}
             with self._started(args, environment or {}, options) as process:
-                return process.wait()
+                return process.wait(self.timeout)
 
     def capture(self, args: Sequence[str]) -> tuple[int, str, str]:
         """Run a command; return its exit code and what it printed, on stdout and stderr.
 
         Raises:
             Stopped: If `stop` was called.
+            TimedOut: If it took longer than it may.
         """
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        # Polling takes no longer time than this one, of eleven days.
+        timeout = None if self.timeout is None else min(self.timeout, 1e6)
         with self._started(args, {"PYTHONIOENCODING": "utf-8"}, options) as process:
-            out, errors = process.communicate()
+            out, errors = process.communicate(timeout=timeout)
             return process.returncode, out.decode(), errors.decode(errors="replace")
 
     def pause(self, seconds: float = 0.2) -> None:
@@ -98,14 +121,7 @@ class Processes:
         with self._lock:
             self._stopped.set()
             running = list(self._running)
-        for process in running:
-            _signal(process, signal.SIGTERM)
-        end = time.monotonic() + _SECONDS_TO_END
-        for process in running:
-            try:
-                process.wait(timeout=max(0.0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                _signal(process, _SIGKILL)
+        _end(running)
 
     @contextmanager
     def _started(
@@ -124,28 +140,90 @@ class Processes:
             self._running.add(process)
         try:
             yield process
+        except subprocess.TimeoutExpired as error:
+            _end([process])
+            raise TimedOut(f"was ended after {clock(error.timeout)} (--timeout)") from None
         finally:
             # Of a run on several devices, others may wait forever for the one that died; or, where Ray interrupts this
             # thread, the process itself has not ended.
             _signal(process, _SIGKILL)
             process.wait()
+            for pipe in (process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
             with self._lock:
                 self._running.discard(process)
         if self._stopped.is_set():
             raise Stopped
 
 
-def tail(log: Path, lines: int = 20) -> str:
-    """The last lines of a log."""
+def tail(log: Path, lines: int = 20, start: int = 0) -> str:
+    """The last lines of a log, however long that is.
+
+    Args:
+        log: The log; empty if there is none.
+        lines: How many.
+        start: Byte from which on they are wanted.
+    """
     if not log.is_file():
         return ""
-    text = log.read_bytes()[-20_000:].decode("utf-8", errors="replace")
+    with log.open("rb") as file:
+        file.seek(max(start, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        text = file.read(_TAIL_BYTES).decode("utf-8", errors="replace")
     return "\n".join(text.replace("\r", "\n").rstrip().splitlines()[-lines:])
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Interrupt, as Ctrl-C does, what signals would end at once, so that it can end its processes.
+
+    Signals that are ignored (``nohup``) or that the program handles itself stay as they are, and so do all of them in
+    other threads than the main one, where Python handles none.
+
+    Raises:
+        KeyboardInterrupt: Upon the first signal. Those that follow, while processes are ended, do nothing.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    handled = [number for number in _ENDING if main and signal.getsignal(number) is signal.SIG_DFL]
+    received = []
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        for number in handled:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in handled:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    except OSError as error:
+        if received:  # what was to be shown on a terminal that is gone
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _importable() -> dict[str, str]:
     """What this process can import, its processes can: the user's own modules among it."""
     return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path))}
+
+
+def _end(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+    """End processes, and kill what has not ended in time, or at once if this is interrupted in turn."""
+    end = time.monotonic() + _SECONDS_TO_END
+    try:
+        for process in processes:
+            _signal(process, signal.SIGTERM)
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=max(0.0, end - time.monotonic()))
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                _signal(process, _SIGKILL)
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:

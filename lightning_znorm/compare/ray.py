@@ -2,17 +2,36 @@
 
 import os
 import platform
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
 from lightning_znorm.compare.one_run import Outcome, do_run
+from lightning_znorm.compare.process import Processes
 from lightning_znorm.compare.study import Run, StudyError
+
+
+class LostError(RuntimeError):
+    """A run whose Ray worker does not tell what became of it; the message says why, in words."""
+
 
 _SECONDS_TO_END = 10
 """How long an interrupted study waits for its tasks elsewhere."""
+_KILL_AT_END_OF_INPUT = "import os, sys; sys.stdin.read(); getattr(os, 'killpg', os.kill)(int(sys.argv[1]), 9)"
+_REASONS = {
+    "OutOfMemoryError": "Ray ended this run, for its machine was about to run out of memory (more --cpus for each run "
+    "make fewer go on there at a time)",
+    "WorkerCrashedError": "The Ray worker of this run died, so that it was ended too: something killed the worker, or "
+    "it crashed",
+    "NodeDiedError": "The machine of this run has left the Ray cluster, or is out of reach",
+    "LocalRayletDiedError": "Ray has ended on the machine of this run",
+    "TaskCancelledError": "This run was cancelled in Ray",
+    "CancelledError": "This run was cancelled",
+}
+"""What Ray's errors mean, by their names, which are not the same in all of its versions."""
 
 
 class RayCluster:
@@ -37,7 +56,8 @@ class RayCluster:
         """Do a run as soon as the cluster has place for it."""
         reference = self._task.remote(run, self._monitored, os.getcwd(), [path for path in sys.path if path])
         self._references.append(reference)
-        future: Future[Outcome] = reference.future()
+        future: Future[Outcome] = Future()
+        reference.future().add_done_callback(lambda done: _hand_on(done, future))
         return future
 
     def stop(self) -> None:
@@ -99,4 +119,53 @@ def _do_run_there(run: Run, monitored: bool, folder: str, paths: list[str]) -> O
         log.write(f"# on {place}\n")
     os.chdir(folder)
     sys.path += [path for path in paths if path not in sys.path]
-    return do_run(run, monitored)
+    return do_run(run, monitored, processes=_LeashedProcesses(run.timeout))
+
+
+class _LeashedProcesses(Processes):
+    """Processes that are killed when this one dies: Ray gives the place of a worker that died to the next run."""
+
+    @contextmanager
+    def _started(
+        self, args: Sequence[str], environment: Mapping[str, str], options: Mapping[str, Any]
+    ) -> Iterator["subprocess.Popen[bytes]"]:
+        with super()._started(args, environment, options) as process, _killed_with_this_process(process.pid):
+            yield process
+
+
+@contextmanager
+def _killed_with_this_process(group: int) -> Iterator[None]:
+    """Let a small process watch this one, and kill a group of processes if this one dies before the end.
+
+    It reads from a pipe that nobody else writes to, which ends with this process whatever ends it, SIGKILL among it.
+    """
+    watch = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _KILL_AT_END_OF_INPUT, str(group)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # else what is sent to this process's group would end it too
+    )
+    try:
+        yield
+    finally:
+        watch.kill()  # before its pipe is closed
+        watch.communicate()
+
+
+def _hand_on(done: "Future[Outcome]", future: "Future[Outcome]") -> None:
+    """End a future as Ray's has ended, with an error in plain words; whatever happens, nobody waits for it forever."""
+    try:
+        future.set_result(done.result())
+    except BaseException as error:
+        future.set_exception(_explained(error))
+
+
+def _explained(error: BaseException) -> LostError:
+    for kind in type(error).__mro__:
+        if kind.__name__ in _REASONS:
+            return LostError(f"{_REASONS[kind.__name__]}.")
+    cause = getattr(error, "cause", None)  # of what was raised in the worker
+    what = "failed" if cause else "was lost"
+    first_line = str(cause or error).strip().partition("\n")[0]
+    return LostError(f"The Ray worker of this run {what}: {type(cause or error).__name__}: {first_line}")

@@ -28,7 +28,8 @@ from lightning_znorm.callbacks import GradientTransform
 from lightning_znorm.callbacks.step_watch import unwrapped
 from lightning_znorm.compare.checkpoints import STOPPED, BestCheckpoint, monitored_value
 from lightning_znorm.compare.files import read_json, write_json
-from lightning_znorm.compare.results import GRADIENT_NORM, STEP_SECONDS, TRAIN_SECONDS
+from lightning_znorm.compare.results import GRADIENT_NORM, LOGGED_EPOCHS, STEP_SECONDS, TRAIN_SECONDS, count_numbers
+from lightning_znorm.compare.study import Run
 from lightning_znorm.functional import attached_optimizers
 from lightning_znorm.gradients.amp import is_unscaled
 from lightning_znorm.metrics.dtypes import widest_float
@@ -74,6 +75,7 @@ class Recorder(Callback):
         self._optimizers: list[str] = []
         self._methods: dict[str, list[str]] = {}
         self._logged: set[str] = set()
+        self._logged_epochs: list[int] = []
         self._tested: dict[str, Any] | None = None
 
     @override
@@ -85,6 +87,7 @@ class Recorder(Callback):
             "optimizers": self._optimizers,
             "methods": self._methods,
             "logged": sorted(self._logged),
+            LOGGED_EPOCHS: self._logged_epochs,
         }
 
     @override
@@ -93,6 +96,7 @@ class Recorder(Callback):
         self._optimizers = state_dict.get("optimizers", [])
         self._methods = state_dict.get("methods", {})
         self._logged = set(state_dict.get("logged", []))
+        self._logged_epochs = list(state_dict.get(LOGGED_EPOCHS, []))
 
     @override
     def on_save_checkpoint(
@@ -181,9 +185,11 @@ class Recorder(Callback):
         self._epoch = trainer.current_epoch + 1
         self._methods = _methods(trainer, pl_module)
         self._logged |= {*trainer.callback_metrics, *trainer.logged_metrics}
+        times = {TRAIN_SECONDS: self._seconds}
         if self._epoch_batches:
-            times = {STEP_SECONDS: self._epoch_seconds / self._epoch_batches, TRAIN_SECONDS: self._seconds}
-            _log(trainer, times, _batches(trainer) - 1)
+            times[STEP_SECONDS] = self._epoch_seconds / self._epoch_batches
+        _log(trainer, times, _batches(trainer) - 1)
+        self._logged_epochs = [*self._logged_epochs, trainer.current_epoch]
         self._write_progress(trainer)
 
     @override
@@ -209,6 +215,9 @@ class Recorder(Callback):
             "optimizers": self._optimizers,
             "methods": self._methods,
             "logged": sorted({*self._logged, *trainer.callback_metrics, *trainer.logged_metrics}),
+            # So that a log that is damaged later is not taken for a whole one.
+            LOGGED_EPOCHS: self._logged_epochs,
+            "logged_numbers": count_numbers(Run("", self.seed, self.folder)),
         }
         write_json(self.folder / "fit.json", {**content, **_surroundings(trainer)})
 
@@ -273,7 +282,7 @@ def _batches(trainer: pl.Trainer) -> int:
 
 def _log(trainer: pl.Trainer, metrics: dict[str, Any], step: int) -> None:
     for logger in trainer.loggers:
-        logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=step)
+        logger.log_metrics(metrics={**metrics, "epoch": trainer.current_epoch}, step=step)
         logger.save()
 
 

@@ -1,10 +1,13 @@
 """The report of a study: what was measured, and what it tells."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
-from lightning_znorm.compare.document import Block, Code, Figure, Heading, Points, Text
-from lightning_znorm.compare.files import write_text
+from lightning_znorm.compare.document import Block, Code, Figure, Heading, Points, Text, code
+from lightning_znorm.compare.files import named, write_text
 from lightning_znorm.compare.findings import Findings
 from lightning_znorm.compare.html import to_html
 from lightning_znorm.compare.markdown import to_markdown
@@ -14,6 +17,9 @@ from lightning_znorm.compare.report_metrics import metric_tables, with_interval
 from lightning_znorm.compare.report_setup import setups
 from lightning_znorm.compare.report_speed import speed
 
+_LONGEST_NAME = 100
+"""Bytes of a figure's file name, without its ending; a metric's name may be of any length."""
+
 
 def write_report(findings: Findings, folder: Path) -> None:
     """Write ``report.md`` with its figures, and ``report.html``.
@@ -21,15 +27,51 @@ def write_report(findings: Findings, folder: Path) -> None:
     Args:
         findings: What the study found.
         folder: Where to.
+
+    Raises:
+        OSError: With its path, if a file cannot be written; all the others are written.
     """
-    blocks = list(_blocks(findings))
+    blocks = list(_with_files(_blocks(findings)))
+    files: dict[Path, str | bytes] = {
+        folder / "report.md": to_markdown(blocks),
+        folder / "report.html": to_html(blocks, _title(findings)),
+    }
     for block in blocks:
         if isinstance(block, Figure):
-            (folder / "figures").mkdir(parents=True, exist_ok=True)
-            for kind, image in block.images.items():
-                (folder / "figures" / f"{block.name}.{kind}").write_bytes(image)
-    write_text(folder / "report.md", to_markdown(blocks))
-    write_text(folder / "report.html", to_html(blocks, _title(findings)))
+            files |= {folder / "figures" / f"{block.name}.{kind}": image for kind, image in block.images.items()}
+    errors = []
+    for path, content in files.items():
+        try:
+            _write(path, content)
+        except OSError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    if isinstance(content, str):
+        write_text(path, content)
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        with suppress(OSError):  # half an image, or that of an older report
+            path.unlink(missing_ok=True)
+        raise named(error, path) from error
+
+
+def _with_files(blocks: Iterable[Block]) -> Iterator[Block]:
+    """Give every figure a file name of its own, also where letters' case does not count, that no disk refuses."""
+    taken: set[str] = set()
+    for block in blocks:
+        if isinstance(block, Figure):
+            short = block.name.encode()[:_LONGEST_NAME].decode(errors="ignore")
+            names = (short if i == 1 else f"{short}-{i}" for i in count(1))
+            block = replace(block, name=next(name for name in names if name.casefold() not in taken))
+            taken.add(block.name.casefold())
+        yield block
 
 
 def _title(findings: Findings) -> str:
@@ -57,7 +99,7 @@ def _summary(findings: Findings) -> Iterator[Block]:
     done = f"{len(findings.fits)} of {len(plan.study.runs)} runs are done"
     yield Text(
         f"{done}: {len(findings.methods)} methods, seeds {seeds}. "
-        f"`{plan.metric}` decides; {better} of it is better. {pairing(findings)}"
+        f"{code(plan.metric)} decides; {better} of it is better. {pairing(findings)}"
     )
     verdicts = [row for row in findings.rows if row.metric == plan.metric and row.verdict]
     if verdicts:

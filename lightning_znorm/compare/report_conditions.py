@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from lightning_znorm.compare.document import Block, Code, Grid, Heading, Points, Text
+from lightning_znorm.compare.document import Block, Code, Grid, Heading, Points, Text, code
 from lightning_znorm.compare.findings import Findings
 from lightning_znorm.compare.numbers import clock
 from lightning_znorm.compare.one_run import command_to_fit, command_to_test
@@ -31,7 +31,7 @@ def conditions(findings: Findings) -> Iterator[Block]:
     """Where and with what the runs were made, how methods' settings differ, and what to type."""
     yield Heading("How it was measured")
     monitor = findings.plan.monitor
-    best = f" (that of the epoch with the best `{monitor[0]}`, {monitor[1]})" if monitor else ""
+    best = f" (that of the epoch with the best {code(monitor[0])}, {monitor[1]})" if monitor else ""
     yield Points(
         [
             f"Tests are of each run's {findings.which} checkpoint{best}; all other metrics are of the last epoch.",
@@ -55,12 +55,12 @@ def _tested(findings: Findings) -> Iterator[Block]:
     monitor = findings.plan.monitor
     if not findings.tests:
         return
-    value = f" and its `{monitor[0]}`" if monitor else ""
+    value = f" and its {code(monitor[0])}" if monitor else ""
     yield Text(
         f"The epoch of the checkpoint that each run was tested at{value}, as the checkpoint itself says. The first "
-        "epoch is 1 here and in the figures, and 0 in `results.csv`:"
+        f"epoch is 1 here and in the figures, and 0 in {code('results.csv')}:"
     )
-    header = ("method", "seed", "epoch", "of", *([f"`{monitor[0]}`"] if monitor else []))
+    header = ("method", "seed", "epoch", "of", *([code(monitor[0])] if monitor else []))
     rows = []
     for run, tested in findings.tests.items():
         row = (run.method, str(run.seed), str(tested.epoch + 1), str(findings.fits[run]["epochs"]))
@@ -91,7 +91,7 @@ def _settings(findings: Findings) -> Iterator[Block]:
         yield Grid(("method", "setting", first, "its own"), rows)
     elif others:
         yield Text("The methods' settings do not differ.")
-    hashes = ", ".join(f"{name} `{digest(settings)}`" for name, settings in findings.plan.settings.items())
+    hashes = ", ".join(f"{name} {code(digest(settings))}" for name, settings in findings.plan.settings.items())
     yield Text(f"Hashes of the resulting settings: {hashes}.")
 
 

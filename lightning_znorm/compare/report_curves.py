@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Iterator
-from statistics import fmean
 
-from lightning_znorm.compare.document import Block, Figure, Grid, Heading, Text
+from lightning_znorm.compare.document import Block, Figure, Grid, Heading, Text, code
 from lightning_znorm.compare.findings import Findings
+from lightning_znorm.compare.numbers import mean
 from lightning_znorm.compare.plots import Curves, plot
 from lightning_znorm.compare.results import GRADIENT_NORM, curves
 
@@ -15,7 +15,7 @@ def curve_figures(findings: Findings) -> Iterator[Block]:
     if findings.followed:
         yield Heading("Curves")
     for metric, _ in findings.followed:
-        yield _figure(findings, metric, curves(findings.measurements, metric), f"`{metric}` by epoch")
+        yield _figure(findings, metric, curves(findings.measurements, metric), f"{code(metric)} by epoch")
 
 
 def gradient_norms(findings: Findings) -> Iterator[Block]:
@@ -24,13 +24,13 @@ def gradient_norms(findings: Findings) -> Iterator[Block]:
     yield Heading("Gradient norms")
     if not names:
         yield Text(
-            "None were logged: a run has fewer steps than `trainer.log_every_n_steps`, or its strategy shards "
+            f"None were logged: a run has fewer steps than {code('trainer.log_every_n_steps')}, or its strategy shards "
             "gradients."
         )
         return
     yield Text(
         "Norm of all gradients together, before a method or clipping changes them: mean over what was logged "
-        "(every `log_every_n_steps` steps) in the first and in the last epoch, and over seeds."
+        f"(every {code('log_every_n_steps')} steps) in the first and in the last epoch, and over seeds."
     )
     for name in names:
         found = curves(findings.measurements, name)
@@ -38,7 +38,7 @@ def gradient_norms(findings: Findings) -> Iterator[Block]:
         for method in findings.methods:
             by_seed = found.get(method, {}).values()
             if by_seed:
-                ends = (fmean(curve[pick(curve)] for curve in by_seed) for pick in (min, max))
+                ends = (mean(curve[pick(curve)] for curve in by_seed) for pick in (min, max))
                 rows.append((method, *(f"{value:.4g}" for value in ends)))
         yield Grid(("method", "first epoch", "last epoch"), rows, frozenset((1, 2)))
         label = name.removeprefix("compare/").replace("_", " ")
@@ -48,4 +48,5 @@ def gradient_norms(findings: Findings) -> Iterator[Block]:
 def _figure(findings: Findings, label: str, found: Curves, what: str) -> Figure:
     several = max(map(len, found.values()), default=1) > 1
     band = " Line: mean over seeds; band: from the lowest seed to the highest." if several else ""
-    return Figure(re.sub(r"[^\w.]+", "-", label), f"{what}.{band}", plot(found, findings.methods, label))
+    name = re.sub(r"[^\w.]+", "-", label).strip("-.") or "figure"
+    return Figure(name, f"{what}.{band}", plot(found, findings.methods, label))

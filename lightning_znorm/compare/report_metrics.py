@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from lightning_znorm.compare.differences import Row
-from lightning_znorm.compare.document import Block, Grid, Heading
+from lightning_znorm.compare.document import Block, Grid, Heading, code
 from lightning_znorm.compare.findings import Findings
-from lightning_znorm.compare.numbers import decimals, signed
+from lightning_znorm.compare.numbers import decimals, fixed, signed
 
 
 def metric_tables(findings: Findings) -> Iterator[Block]:
@@ -22,7 +22,7 @@ def metric_tables(findings: Findings) -> Iterator[Block]:
     )
     for metric in dict.fromkeys(row.metric for row in findings.rows):
         where = f"at the {findings.which} checkpoint" if metric in findings.tested else "of the last epoch"
-        yield Heading(f"`{metric}`, {where}", 3)
+        yield Heading(f"{code(metric)}, {where}", 3)
         digits = _decimals(findings, metric)
         rows = [_cells(row, digits) for row in findings.rows if row.metric == metric]
         yield Grid(header, rows, frozenset(range(1, 6)))
@@ -38,10 +38,10 @@ def with_interval(findings: Findings, row: Row) -> str:
 
 
 def _cells(row: Row, digits: int) -> tuple[str, ...]:
-    spread = "-" if row.spread is None else f"{row.spread:.{digits}f}"
+    spread = "-" if row.spread is None else fixed(row.spread, digits)
     difference = "-" if row.difference is None else signed(row.difference, digits)
     interval = "-" if row.interval is None else _interval(row.interval, digits)
-    return (row.method, str(len(row.seeds)), f"{row.mean:.{digits}f}", spread, difference, interval, row.verdict)
+    return (row.method, str(len(row.seeds)), fixed(row.mean, digits), spread, difference, interval, row.verdict)
 
 
 def _interval(interval: tuple[float, float], digits: int) -> str:

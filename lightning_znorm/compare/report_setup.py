@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from lightning_znorm.compare.document import Block, Grid, Heading, Text
+from lightning_znorm.compare.document import Block, Grid, Heading, Text, code
 from lightning_znorm.compare.findings import Findings
 from lightning_znorm.compare.gradient_setup import described, gradient_callbacks, same_settings
 from lightning_znorm.compare.run_config import kept_callbacks
@@ -16,7 +16,7 @@ def setups(findings: Findings) -> Iterator[Block]:
     rows = []
     for method in findings.methods:
         settings = findings.plan.settings[method]
-        callbacks = [f"`{described(entry)}`" for entry in gradient_callbacks(settings)]
+        callbacks = [code(described(entry)) for entry in gradient_callbacks(settings)]
         work = "; then ".join([*callbacks, *_by_code(findings, method)])
         rows.append((method, work or "none", *_trainer(settings), _optimizers(findings, method)))
     yield Grid(("method", "gradient callbacks", "gradient clipping", "batches per step", "optimizer"), rows)
@@ -39,12 +39,12 @@ def _by_code(findings: Findings, method: str) -> list[str]:
     found = [fit.get("methods", {}) for run, fit in findings.fits.items() if run.method == method]
     added = dict.fromkeys(name for methods in found for name in methods.get("added", []))
     attached = dict.fromkeys(name for methods in found for name in methods.get("attached", []))
-    return [*(f"`{name}`, added by code" for name in added), *(f"a method attached to {name}" for name in attached)]
+    return [*(f"{code(name)}, added by code" for name in added), *(f"a method attached to {name}" for name in attached)]
 
 
 def _optimizers(findings: Findings, method: str) -> str:
     found = [fit.get("optimizers") for run, fit in findings.fits.items() if run.method == method]
-    names = dict.fromkeys(" and ".join(f"`{name}`" for name in optimizers) for optimizers in found if optimizers)
+    names = dict.fromkeys(" and ".join(map(code, optimizers)) for optimizers in found if optimizers)
     return "; ".join(names) or "not recorded"
 
 

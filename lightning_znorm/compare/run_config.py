@@ -13,6 +13,8 @@ from lightning_znorm.compare.settings import as_list, class_name
 from lightning_znorm.compare.study import Run
 
 _HERE = __package__
+OVERRIDDEN = ("logger", "enable_checkpointing", "enable_progress_bar", "barebones")
+"""Settings of the trainer, beside its callbacks, that a run has its own of."""
 
 
 def run_config(settings: dict[str, Any], run: Run, monitor: tuple[str, str] | None) -> dict[str, Any]:
@@ -44,6 +46,11 @@ def run_config(settings: dict[str, Any], run: Run, monitor: tuple[str, str] | No
 def kept_callbacks(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the callbacks of an experiment and method that its runs have too."""
     return [callback for callback in as_list(settings["trainer"].get("callbacks")) if not _makes_way(callback)]
+
+
+def is_ours(callback: dict[str, Any]) -> bool:
+    """Whether a callback is one that the study has added."""
+    return str(callback["class_path"]).startswith(f"{_HERE}.")
 
 
 def validates(settings: dict[str, Any]) -> bool:

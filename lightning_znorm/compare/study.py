@@ -1,5 +1,8 @@
 """What a study is: methods and seeds, and a folder for each run."""
 
+import math
+import re
+import unicodedata
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -17,11 +20,13 @@ class Run:
         method: Name of the method.
         seed: Seeds weights, data order and everything else.
         folder: Where all that belongs to the run is kept.
+        timeout: Seconds that its ``fit`` may take, and its ``test``; none if they may take any time.
     """
 
     method: str
     seed: int
     folder: Path
+    timeout: float | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -90,9 +95,11 @@ class Study:
         metric: Metric that decides; by default the test metric that belongs to the one which chooses checkpoints.
         mode: Whether more of it (``"max"``) or less of it (``"min"``) is better.
         args: Further options of ``fit``.
+        timeout: Seconds that one ``fit`` or ``test`` may take; none if it may take any time.
 
     Raises:
-        StudyError: If two methods have the same name, a seed is named twice, or an option belongs to the study.
+        StudyError: If two methods have the same name, a seed is named twice, an option belongs to the study, or a name
+            is no text.
     """
 
     configs: tuple[str, ...]
@@ -102,10 +109,15 @@ class Study:
     metric: str | None = None
     mode: str | None = None
     args: tuple[str, ...] = field(default=())
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         if not self.methods or not self.seeds:
             raise StudyError("A study needs at least one method file and one seed.")
+        for name in (*self.configs, *self.methods, str(self.output)):
+            _check_text(name, "Cc", "Cs")
+        for arg in self.args:
+            _check_text(arg, "Cs")
         names: dict[str, str] = {}
         for file in self.methods:
             name = PurePath(file).stem
@@ -136,7 +148,9 @@ class Study:
     def runs(self) -> list[Run]:
         """All runs, seed by seed: what is finished first can be compared first."""
         return [
-            Run(method, seed, self.output / "runs" / f"{method}-{seed}") for seed in self.seeds for method in self.files
+            Run(method, seed, self.output / "runs" / f"{method}-{seed}", self.timeout)
+            for seed in self.seeds
+            for method in self.files
         ]
 
     def fit_args(self, method: str) -> list[str]:
@@ -144,6 +158,42 @@ class Study:
         files = [*self.configs, self.files[method]]
         return ["fit", *(arg for file in files for arg in ("--config", file)), *self.args]
 
+
+def parse_timeout(value: float | str | None) -> float | None:
+    """A time in seconds, from a number of them or a number with a unit; none where there is none.
+
+    Raises:
+        StudyError: If it is no such time.
+
+    Example:
+        >>> [parse_timeout(value) for value in (90, "90", "1.5m", "2h", "1d")]
+        [90.0, 90.0, 90.0, 7200.0, 86400.0]
+    """
+    if value is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([smhd]?)\s*", value, re.ASCII) if isinstance(value, str) else None
+    if found:
+        value = float(found[1]) * _UNITS[found[2]]
+    if isinstance(value, str | bool) or not 0 < value < math.inf:
+        raise StudyError(f"--timeout is a time such as 90 (seconds), 90s, 30m, 2h or 1d, and more than 0: {value}.")
+    return float(value)
+
+
+def _check_text(name: str, *refused: str) -> None:
+    """Refuse a name that settings files and reports, which are text, cannot hold.
+
+    Args:
+        name: The name.
+        refused: Unicode's categories of characters that it must not have.
+    """
+    if any(unicodedata.category(character) in refused for character in name):
+        raise StudyError(
+            f"{name!a} holds bytes that are not UTF-8, or control characters, and the settings and the report of "
+            "a study are text: rename the file or folder."
+        )
+
+
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 _TAKEN = {
     "--seed_everything": "name --seeds instead",

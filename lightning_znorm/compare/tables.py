@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning_znorm.compare.differences import Row, compare_methods
 from lightning_znorm.compare.metrics import direction, stage
+from lightning_znorm.compare.numbers import fixed, signed
 from lightning_znorm.compare.one_run import Outcome
 from lightning_znorm.compare.prepare import Plan
 from lightning_znorm.compare.results import OWN, Measurement, curves
@@ -75,7 +76,7 @@ def _mode(plan: Plan, metric: str) -> str | None:
 
 
 def _numbers(row: Row) -> str:
-    spread = "" if row.spread is None else f" +- {row.spread:.4f}"
-    difference = "" if row.difference is None else f"  {row.difference:+.4f}"
-    interval = "" if row.interval is None else f" ({row.interval[0]:+.4f} to {row.interval[1]:+.4f})"
-    return f"{row.mean:.4f}{spread}{difference}{interval}"
+    spread = "" if row.spread is None else f" +- {fixed(row.spread, 4)}"
+    difference = "" if row.difference is None else f"  {signed(row.difference, 4)}"
+    interval = "" if row.interval is None else f" ({' to '.join(signed(end, 4) for end in row.interval)})"
+    return f"{fixed(row.mean, 4)}{spread}{difference}{interval}"

@@ -3,7 +3,7 @@
 import hashlib
 import mmap
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
@@ -39,7 +39,8 @@ class ArrayFile:
             with self.path.open("rb") as file:
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else None
         except OSError as error:
-            raise OSError(f"{self.path} cannot be read any more ({error.strerror}): put it back.") from error
+            way_out = "let its owner make it readable again" if isinstance(error, PermissionError) else "put it back"
+            raise OSError(f"{self.path} cannot be read any more ({error.strerror}): {way_out}.") from error
         if mapping is None or size < self.offset + prod(self.shape):
             raise OSError(f"{self.path} has become shorter since it was opened: put it back as it was.")
         return np.frombuffer(mapping, np.uint8, prod(self.shape), self.offset).reshape(self.shape), mapping
@@ -59,9 +60,10 @@ def cached_array(
     fill: Callable[[NDArray[np.uint8]], None],
     folder: Path,
 ) -> ArrayFile:
-    """Make an array in a file, unless an earlier run made it from the same files.
+    """Make an array in a file, unless an earlier run made it from the same files, of whichever user.
 
-    Other processes may do the same at the same time: a file appears when it is complete.
+    Other processes may do the same at the same time: a file appears when it is complete. Who may read it the umask
+    says, as of any file.
 
     Args:
         name: What the file's name begins with.
@@ -75,38 +77,62 @@ def cached_array(
         Where the array is.
 
     Raises:
-        OSError: If there is no room for it.
+        OSError: If there is no room for it, or if it is there and may not be read.
     """
     key = hashlib.sha256(repr(shape).encode())
     for source in sources:
         state = source.stat()
         key.update(f"{source}\0{state.st_size}\0{state.st_mtime_ns}\0".encode(errors="surrogateescape"))
     array_file = ArrayFile(folder / f"{name}-{key.hexdigest()[:16]}.u8", 0, shape)
-    # A machine that went down may have left it incomplete.
-    if not array_file.path.is_file() or array_file.path.stat().st_size != prod(shape):
+    if _size(array_file.path) != prod(shape):  # a machine that went down may have left it incomplete
         rank_zero_info(f"Decoding into {array_file.path} ({prod(shape) / 2**30:.1f} GiB), once for all runs.")
         _make(array_file, fill)
     return array_file
 
 
+def _size(path: Path) -> int | None:
+    """Size of a file that can be read; None if there is none."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size
+    except PermissionError as error:
+        raise PermissionError(
+            f"{path} may not be read by this user ({error.strerror}): have its owner run chmod a+r on it and chmod a+x "
+            "on the folders around it, or let cache_dir name a folder of your own."
+        ) from error
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def _make(array_file: ArrayFile, fill: Callable[[NDArray[np.uint8]], None]) -> None:
-    folder = array_file.path.parent
+    path, folder = array_file.path, array_file.path.parent
+    part = folder / f"{path.name}{secrets.token_hex(8)}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor, part = tempfile.mkstemp(".part", array_file.path.name, folder)
+        file = part.open("x+b")  # not by tempfile, whose files nobody else may read
     except OSError as error:
         raise OSError(f"{folder} takes no files ({error.strerror}): let cache_dir name a folder that does.") from error
     try:
-        with os.fdopen(descriptor, "r+b") as file:
+        with file:
             _reserve(file.fileno(), prod(array_file.shape), folder)
         array = np.memmap(part, np.uint8, "r+", shape=array_file.shape)
         fill(array)
         array.flush()
         del array  # Windows renames no file that is mapped
-        os.replace(part, array_file.path)
+        _replace(part, path)
     except BaseException:
         os.unlink(part)
         raise
+
+
+def _replace(part: Path, path: Path) -> None:
+    try:
+        part.replace(path)
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be put in place ({error.strerror}): delete what is there, or let cache_dir name another "
+            "folder."
+        ) from error
 
 
 def _reserve(descriptor: int, size: int, folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing_extensions import override
 from lightning_znorm.data.augmentation import random_crop_and_flip
 from lightning_znorm.data.images import Labels
 from lightning_znorm.data.in_memory import Images, InMemoryDataModule
+from lightning_znorm.hyperparameters import plain_values
 
 _DOWNLOAD = "download=True (on the command line: --data.init_args.download=true)"
 
@@ -62,7 +63,7 @@ class CIFAR10DataModule(InMemoryDataModule):
         download: bool = False,
     ) -> None:
         super().__init__(batch_size, val_fraction, seed)
-        root = str(root)  # a checkpoint holds plain values only
+        root, augment, download = plain_values(root=root, augment=augment, download=download)
         self.save_hyperparameters()
         self.root = Path(root).expanduser().absolute()
         self.augment = augment

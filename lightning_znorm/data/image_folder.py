@@ -24,6 +24,7 @@ from lightning_znorm.data.files import (
 )
 from lightning_znorm.data.images import ImageDataModule, Labels, stratified_indices
 from lightning_znorm.data.shuffle import SeededShuffle
+from lightning_znorm.hyperparameters import plain_values
 
 Paths: TypeAlias = NDArray[np.bytes_]
 """Shape ``(N,)``, as the file system spells them."""
@@ -146,7 +147,9 @@ class ImageFolderDataModule(ImageDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, val_fraction, seed)
-        root = str(root)  # a checkpoint holds plain values only
+        root, num_workers, image_size, resize_size = plain_values(
+            root=root, num_workers=num_workers, image_size=image_size, resize_size=resize_size
+        )
         self.save_hyperparameters()
         if not 0 < image_size <= resize_size:
             raise ValueError(

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_znorm.data.loader import ResumableLoader
 from lightning_znorm.data.shuffle import EpochShuffle
+from lightning_znorm.hyperparameters import PlainHyperparameters, plain_values
 
 Labels: TypeAlias = NDArray[np.int64]
 """Shape ``(N,)``."""
@@ -21,7 +22,7 @@ Batch: TypeAlias = tuple[Tensor, Tensor]
 """Images of shape ``(N, C, H, W)`` and labels of shape ``(N,)``."""
 
 
-class ImageDataModule(LightningDataModule, ABC):
+class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
     """Base of the data modules of images.
 
     A subclass sets ``train_set`` and ``val_set``, or ``test_set``, in `setup`, and says what its images are (the class
@@ -52,18 +53,20 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def __init__(self, batch_size: int, val_fraction: float, seed: int) -> None:
         super().__init__()
+        batch_size, val_fraction, seed = plain_values(batch_size=batch_size, val_fraction=val_fraction, seed=seed)
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction is the share of training images to validate on, in (0, 1): {val_fraction}.")
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.seed = seed
         self._order_seed: int | None = None
+        self._sampler: EpochShuffle | None = None
 
     @override
     def setup(self, stage: str) -> None:
         """Begin a training with orders of its own."""
         if stage == "fit":
-            self._order_seed = None
+            self._order_seed = self._sampler = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -74,6 +77,9 @@ class ImageDataModule(LightningDataModule, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on in the orders of the training that is resumed."""
         self._order_seed = state_dict.get("order_seed")
+        if self._sampler is not None and self._order_seed is not None:
+            # Made already: a schedule asked for the number of batches, under a strategy that restores late.
+            self._sampler.seed = self._order_seed
 
     def loader(self, dataset: Dataset[Any], shuffle: bool) -> DataLoader[Batch]:
         """Make the loader of one of the sets."""
@@ -83,6 +89,7 @@ class ImageDataModule(LightningDataModule, ABC):
         if shuffle:
             seed = self._seed_of_orders()
             loader, sampler = ResumableLoader[Any], self.sampler(dataset, **self._processes(), seed=seed)
+            self._sampler = sampler
             generator.manual_seed(seed)
         # By keyword, else Lightning cannot replace the sampler (for several processes, and to predict).
         return loader(

@@ -17,6 +17,7 @@ from lightning_znorm.data.augmentation import random_flip_and_rotate
 from lightning_znorm.data.images import Batch, ImageDataModule
 from lightning_znorm.data.lgg_files import Found, find_images, find_patients
 from lightning_znorm.data.patients import split_patients
+from lightning_znorm.hyperparameters import plain_values
 
 
 class MaskedSlices(Dataset[Batch]):
@@ -157,14 +158,18 @@ class LGGDataModule(ImageDataModule):
         cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__(batch_size, val_fraction, seed)
-        if not 0 < test_fraction < 1 - val_fraction:
+        root, test_fraction, augment, predict_root, max_memory_gb, cache_dir = plain_values(
+            root=root,
+            test_fraction=test_fraction,
+            augment=augment,
+            predict_root=predict_root,
+            max_memory_gb=max_memory_gb,
+            cache_dir=cache_dir,
+        )
+        if not 0 < test_fraction < 1 - self.val_fraction:
             raise ValueError(
                 f"test_fraction is the share of patients to test on, in (0, 1 - val_fraction): {test_fraction}."
             )
-        # A checkpoint holds plain values only.
-        root = str(root)
-        predict_root = None if predict_root is None else str(predict_root)
-        cache_dir = None if cache_dir is None else str(cache_dir)
         self.save_hyperparameters()
         self.root = Path(root).expanduser().absolute()
         self.predict_root = None if predict_root is None else Path(predict_root).expanduser().absolute()

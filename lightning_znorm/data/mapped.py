@@ -99,7 +99,7 @@ class BlockShuffle(EpochShuffle):
 
     @override
     def order(self) -> list[int]:
-        """Return the indices of this process in this epoch."""
+        """Return the indices of this process in this pass."""
         rng = self.rng()
         count = len(self.dataset)  # type: ignore[arg-type]
         firsts = rng.permutation(np.arange(0, count, self.block))

@@ -12,6 +12,7 @@ from lightning_znorm.data.images import ImageDataModule, stratified_indices
 from lightning_znorm.data.mapped import BlockShuffle, MappedImages
 from lightning_znorm.data.pcam_h5 import ADVICE, h5_path, read_h5, refuse_same_files
 from lightning_znorm.data.pcam_kaggle import LABELS, read_kaggle
+from lightning_znorm.hyperparameters import plain_values
 
 _SPLITS = ("train", "valid", "test")
 
@@ -94,10 +95,11 @@ class PCamDataModule(ImageDataModule):
         cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__(batch_size, val_fraction, seed)
+        root, num_workers, test_fraction, cache_dir = plain_values(
+            root=root, num_workers=num_workers, test_fraction=test_fraction, cache_dir=cache_dir
+        )
         if not 0 < test_fraction < 1:
             raise ValueError(f"test_fraction is the share of the images to test on, in (0, 1): {test_fraction}.")
-        root = str(root)  # a checkpoint holds plain values only
-        cache_dir = None if cache_dir is None else str(cache_dir)
         self.save_hyperparameters()
         self.root = Path(root).expanduser().absolute()
         self.num_workers = num_workers

@@ -12,9 +12,10 @@ from typing_extensions import override
 class EpochShuffle(DistributedSampler[Any]):
     """Shuffles all images.
 
-    The order of an epoch follows from ``seed`` and the epoch's number, which Lightning sets, and from nothing else. So
-    a training that is resumed goes on in the order that it would have had. Every process gets as many images as any
-    other: a few images are given twice if the number of processes does not divide theirs.
+    The order follows from ``seed``, the epoch's number, which Lightning sets, and the number of the pass within the
+    epoch, and from nothing else. So a training that is resumed goes on in the order that it would have had. Every
+    process gets as many images as any other: a few images are given twice if the number of processes does not divide
+    theirs.
 
     Lightning leaves samplers of this kind as they are.
 
@@ -29,6 +30,16 @@ class EpochShuffle(DistributedSampler[Any]):
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed)
         self.skip = 0
         """Images that the next iteration leaves out at its beginning."""
+        self.pass_number = 0
+        """How often all images were given before in this epoch, as where a loader is cycled beside a longer one."""
+        self.counted = False
+        """Whether somebody counts the epochs."""
+
+    @override
+    def set_epoch(self, epoch: int) -> None:
+        """Set the number of the epoch."""
+        super().set_epoch(epoch)
+        self.counted = True
 
     @override
     def __iter__(self) -> Iterator[Any]:
@@ -37,14 +48,18 @@ class EpochShuffle(DistributedSampler[Any]):
         return iter(self.order()[skip:])
 
     def order(self) -> list[Any]:
-        """Return the indices of this process in this epoch."""
+        """Return the indices of this process in this pass."""
         drawn = np.resize(self.rng().permutation(len(self.dataset)), self.total_size)  # type: ignore[arg-type]
         indices: list[int] = self.own(drawn).tolist()
         return indices
 
-    def rng(self) -> np.random.Generator:
-        """Return what all processes draw the order of this epoch from."""
-        return np.random.default_rng((self.seed, self.epoch))
+    def rng(self, stream: int = 0) -> np.random.Generator:
+        """Return what all processes draw the order of this pass from; another stream, for what else they draw in it."""
+        numbers = [self.seed, self.epoch, stream, self.pass_number]
+        # Without zeros at the end, as in former versions: from a seed of more than 32 bits they draw other numbers.
+        while numbers[-1] == 0 and len(numbers) > 2:
+            numbers.pop()
+        return np.random.default_rng(numbers)
 
     def own(self, drawn: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the part of this process."""
@@ -59,8 +74,7 @@ class SeededShuffle(EpochShuffle):
 
     @override
     def order(self) -> list[Any]:
-        """Return the indices of this process in this epoch, each with a seed."""
-        rng = np.random.default_rng((self.seed, self.epoch, 1))
-        seeds = rng.integers(2**63, size=len(self.dataset))  # type: ignore[arg-type]
+        """Return the indices of this process in this pass, each with a seed."""
+        seeds = self.rng(stream=1).integers(2**63, size=len(self.dataset))  # type: ignore[arg-type]
         indices = super().order()
         return list(zip(indices, seeds[indices].tolist(), strict=True))

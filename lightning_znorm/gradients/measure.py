@@ -29,7 +29,7 @@ def measure_places(places: Iterable[Place], loss_scale: Tensor | None = None) ->
         that overflow in the gradient's type, leave a mean or a deviation that is not finite.
 
     Raises:
-        UnsupportedGradientError: If a gradient is sparse, or cannot be put together from the processes.
+        UnsupportedGradientError: If a gradient is sparse, of 8 bits, or cannot be put together from the processes.
     """
     places = list(places)
     found: dict[Shard, Place] = {}

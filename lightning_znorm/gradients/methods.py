@@ -1,16 +1,21 @@
 """Gradient methods as affine maps of each tensor, or of each of its rows, from their statistics."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, Literal, TypeAlias
 
 from torch import Tensor
 
+from lightning_znorm.gradients.arguments import checked_number, shown
 from lightning_znorm.gradients.statistics import Statistics
 
 Over: TypeAlias = Literal["tensor", "row"]
 """What statistics are taken of: each whole tensor, or each of its rows (all elements of one index of dimension 0)."""
+
+
+def _check_over(over: str, method: str) -> None:
+    if over not in ("tensor", "row"):
+        raise TypeError(f"{method}.over must be 'tensor' or 'row', got {shown(over)}")
 
 
 class AffineMethod(ABC):
@@ -53,8 +58,7 @@ class AffineMethod(ABC):
         super().__init_subclass__()
         if cls.pooled and not (cls.over == "row" and cls.needs_std):
             raise TypeError(f"{cls.__name__}.pooled is about deviations of rows: it needs over = 'row' and needs_std")
-        if cls.over not in ("tensor", "row"):
-            raise TypeError(f"{cls.__name__}.over must be 'tensor' or 'row', got {cls.over!r}")
+        _check_over(cls.over, cls.__name__)
 
     @abstractmethod
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
@@ -63,15 +67,6 @@ class AffineMethod(ABC):
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({arguments})"
-
-
-def _checked_eps(eps: float) -> float:
-    """An ``eps`` that is a number from 0 on."""
-    if not isinstance(eps, (int, float)):  # PyYAML reads 1e-10 as text, and 1.0e-10 as a number
-        raise TypeError(f"eps must be a number, got {eps!r}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be a finite number that is not negative, got {eps}")
-    return eps
 
 
 class ZScore(AffineMethod):
@@ -90,7 +85,7 @@ class ZScore(AffineMethod):
     """
 
     def __init__(self, eps: float = 1e-10) -> None:
-        self.eps = _checked_eps(eps)
+        self.eps = checked_number("eps", eps)
 
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:  # noqa: D102
         std = stats.std
@@ -157,7 +152,7 @@ class SING(AffineMethod):
     pooled = True
 
     def __init__(self, eps: float = 1e-8) -> None:
-        self.eps = _checked_eps(eps)
+        self.eps = checked_number("eps", eps)
 
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:  # noqa: D102
         norm = stats.std * stats.count.sqrt()
@@ -172,13 +167,15 @@ def describe(method: GradientMethod) -> str:
     """A method's name, for messages and checkpoints.
 
     Raises:
-        TypeError: If it is no method: an affine method's class in place of an object, or nothing to call.
+        TypeError: If it is no method: an affine method's class in place of an object, or nothing to call; or if it is
+            about statistics of something else than tensors and rows.
     """
     if isinstance(method, AffineMethod):
+        _check_over(method.over, type(method).__name__)
         return repr(method)
     if isinstance(method, type) or not callable(method):
         raise TypeError(
             "a gradient method is an AffineMethod object or a function from a gradient to its replacement, got "
-            f"{method!r}"
+            f"{shown(method)}"
         )
     return getattr(method, "__qualname__", type(method).__qualname__)

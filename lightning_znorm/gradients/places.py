@@ -73,6 +73,11 @@ class ParameterPlace(Place):
             )
         grad = parameter.grad
         tensor = parameter if grad is None else grad
+        if grad is not None and grad.dtype not in _TYPES:
+            raise UnsupportedGradientError(
+                f"the gradient of {self.names[0]} is of type {grad.dtype}, in which PyTorch takes neither means nor "
+                "deviations: keep it in float16, bfloat16, float32 or float64, or leave this parameter out"
+            )
         if _is_distributed(tensor):
             dtensor = dtensor_support()
             if dtensor.is_dtensor(tensor):
@@ -169,12 +174,20 @@ def _ordinary_grads(parameters: Sequence[Tensor]) -> list[Tensor | Shard | None]
     grads = [parameter.grad for parameter in parameters]
     if not set(map(type, grads)) <= {Tensor, NoneType}:
         return None
-    strided = torch.strided
+    strided, types = torch.strided, _TYPES
     for grad in grads:
-        if grad is not None and (grad.layout is not strided or has_internal_overlap(grad)):
+        if grad is not None and (grad.layout is not strided or grad.dtype not in types or has_internal_overlap(grad)):
             return None
     return [*grads]
 
+
+# Types of gradients whose statistics PyTorch can take: not those of eight bits and fewer.
+_TYPES = frozenset(
+    {
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        *(torch.complex32, torch.complex64, torch.complex128),
+    }
+)
 
 # Types of parameters that are neither DTensors nor lazy.
 _ORDINARY = {Parameter, Tensor}

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
+from lightning_znorm.gradients.arguments import checked_count, checked_patterns
 from lightning_znorm.gradients.places import Place
 
 
@@ -18,17 +19,16 @@ class ParameterFilter:
         min_ndim: Least number of dimensions: 2 leaves out biases and normalization scales.
 
     Raises:
+        TypeError: If a pattern is no string, or ``min_ndim`` no whole number.
         ValueError: If ``min_ndim`` is negative.
     """
 
     def __init__(
         self, include: str | Sequence[str] = "*", exclude: str | Sequence[str] = (), min_ndim: int = 0
     ) -> None:
-        if min_ndim < 0:
-            raise ValueError(f"min_ndim must not be negative, got {min_ndim}")
-        self.include = [include] if isinstance(include, str) else list(include)
-        self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
-        self.min_ndim = min_ndim
+        self.include = checked_patterns("include", include)
+        self.exclude = checked_patterns("exclude", exclude)
+        self.min_ndim = checked_count("min_ndim", min_ndim)
 
     def matches(self, place: Place) -> bool:
         """Whether a parameter is chosen; a shared one is, if one of its names is included and none excluded."""

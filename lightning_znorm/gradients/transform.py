@@ -32,9 +32,9 @@ def transform_places_(
 
     Raises:
         TypeError: If the method is none.
-        UnsupportedGradientError: If a gradient is sparse, or cannot be put together from the processes, or is sharded
-            and the method a function, or if gradients overlap in memory, and then before any is changed; or if a
-            function returns anything but a tensor of its argument's shape.
+        UnsupportedGradientError: If a gradient is sparse, of 8 bits, or cannot be put together from the processes, or
+            is sharded and the method a function, or if gradients overlap in memory, and then before any is changed; or
+            if a function returns anything but a tensor of its argument's shape.
     """
     name = describe(method)
     if not isinstance(places, NumberedPlaces):

@@ -1,29 +1,36 @@
 """What all tasks share: a network by name or as a module, its optimizer, and losses in the log."""
 
 import inspect
-import json
+import math
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from lightning_znorm.hyperparameters import PlainHyperparameters, plain_values, python_scalars
 from lightning_znorm.metrics.dtypes import at_least_float32
 from lightning_znorm.tasks.random_state import random_state, set_random_state
 from lightning_znorm.tasks.targets import TargetCheck
 
+BUILD_IT = "build the network yourself and pass it as the model"
+"""What to do with arguments of a network that are no plain values."""
 _RANDOM_STATES = "random_states"
 
 
-class Task(LightningModule):
+class Task(PlainHyperparameters, LightningModule):
     """Base of the tasks.
 
     Its checkpoints hold the state of all random numbers (Python's, NumPy's, torch's and the device's, of each process),
@@ -42,6 +49,11 @@ class Task(LightningModule):
             `lightning.pytorch.cli.ReduceLROnPlateau` follows the metric that it names as its ``monitor``, torch's own
             follows ``val/loss``.
         lr_scheduler_interval: Whether the scheduler steps after every epoch, or after every optimizer step.
+        lr_scheduler_frequency: After every how many of them; see the tasks.
+        lr_scheduler_strict: Whether a plateau scheduler whose metric is not there is an error, or waits with a warning.
+
+    Raises:
+        ValueError: If ``lr_scheduler_frequency`` is less than 1.
     """
 
     criterion: nn.Module
@@ -52,24 +64,25 @@ class Task(LightningModule):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
         lr_scheduler_interval: Literal["epoch", "step"],
+        lr_scheduler_frequency: int | None = None,
+        lr_scheduler_strict: bool = True,
     ) -> None:
         super().__init__()
+        interval, frequency, strict = plain_values(
+            lr_scheduler_interval=lr_scheduler_interval,
+            lr_scheduler_frequency=lr_scheduler_frequency,
+            lr_scheduler_strict=lr_scheduler_strict,
+        )
+        if frequency is not None and frequency < 1:
+            raise ValueError(f"lr_scheduler_frequency must be at least 1, got {frequency}.")
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.lr_scheduler_interval = lr_scheduler_interval
+        self.lr_scheduler_interval = interval
+        self.lr_scheduler_frequency = frequency
+        self.lr_scheduler_strict = strict
+        self._total_steps: int | None = None
+        self._metrics_of_loaders: dict[tuple[str, int], MetricCollection] = {}
         self._random_states: list[dict[str, Any] | None] = []
-
-    def save_arguments(self, **objects: object) -> None:
-        """Save the arguments of the calling constructor as hyperparameters, but for objects.
-
-        Args:
-            **objects: Arguments that may be objects; a checkpoint holds plain values only.
-        """
-        caller = inspect.currentframe()
-        frame = None if caller is None else caller.f_back
-        self.save_hyperparameters(ignore=[name for name, value in objects.items() if callable(value)], frame=frame)
-        if "_instantiator" in self.hparams:  # LightningCLI built the task, and has these as plain values as well
-            self.save_hyperparameters(frame=frame)
 
     def configure_network(
         self, model: str | nn.Module, create: Callable[..., nn.Module], kwargs: dict[str, Any], compile: bool
@@ -83,10 +96,9 @@ class Task(LightningModule):
             compile: Compile it in place.
 
         Raises:
-            ValueError: If ``kwargs`` come with a module, or hold anything but plain values.
+            ValueError: If ``kwargs`` come with a module.
         """
         if isinstance(model, str):
-            _require_plain(kwargs)
             model = create(model, **kwargs)
         elif kwargs:
             raise ValueError(f"model_kwargs are for a model by name, and {type(model).__name__} is a module already.")
@@ -100,15 +112,56 @@ class Task(LightningModule):
         optimizer = self.optimizer(self.parameters())
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
+        make: Callable[..., Any] = self.lr_scheduler
+        interval = self.lr_scheduler_interval
+        self._total_steps = None
+        if name := _leaves_total_steps_open(make):
+            self._total_steps = self._steps_of_training(name)
+            make, interval = partial(make, total_steps=self._total_steps), "step"
+        scheduler = make(optimizer)
+        monitor = getattr(scheduler, "monitor", "val/loss")
+        frequency = self.lr_scheduler_frequency
+        if frequency is None and isinstance(scheduler, ReduceLROnPlateau) and interval == "epoch":
+            # There is something new to follow when there was a validation.
+            follows_validation = self._trainer is not None and monitor.startswith("val/")
+            frequency = self.trainer.check_val_every_n_epoch if follows_validation else None
         return {
             "optimizer": optimizer,
             "lr_scheduler": {
                 "scheduler": scheduler,
-                "interval": self.lr_scheduler_interval,
-                "monitor": getattr(scheduler, "monitor", "val/loss"),
+                "interval": interval,
+                "frequency": frequency or 1,
+                "strict": self.lr_scheduler_strict,
+                "monitor": monitor,
             },
         }
+
+    def _steps_of_training(self, scheduler: str) -> int:
+        """Return how many steps of the optimizer the training has, for a scheduler of this name."""
+        advice = "give it total_steps (in YAML, model.init_args.lr_scheduler.init_args.total_steps)"
+        if self._trainer is None:
+            raise ValueError(f"{scheduler} leaves total_steps open, and no Trainer says what they are: {advice}.")
+        if self.lr_scheduler_frequency not in (None, 1):
+            raise ValueError(
+                f"{scheduler} leaves total_steps open, and with lr_scheduler_frequency={self.lr_scheduler_frequency} "
+                f"it would not step after each of them: leave that out, or {advice}."
+            )
+        callbacks: Any = self.trainer  # of which Lightning declares none
+        if any(
+            isinstance(callback, GradientAccumulationScheduler) and callback.going_to_accumulate_grad_batches()
+            for callback in callbacks.callbacks
+        ):
+            raise ValueError(
+                f"{scheduler} leaves total_steps open, and GradientAccumulationScheduler changes how many batches make "
+                f"a step: {advice}."
+            )
+        steps = self.trainer.estimated_stepping_batches
+        if not 0 <= steps < math.inf:  # Lightning says -1 where a loader has no length
+            raise ValueError(
+                f"{scheduler} leaves total_steps open, and this training has no end: set max_steps of the Trainer, or "
+                f"{advice}."
+            )
+        return max(int(steps), 1)  # a training of no steps makes a scheduler too
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Task":
@@ -154,10 +207,16 @@ class Task(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the state of all random numbers, of each process; where one failed, of that alone."""
+        """Add the state of all random numbers, of each process; where one failed, of that alone.
+
+        NumPy's scalars, such as a learning rate, become Python's: a checkpoint that holds one cannot be loaded.
+        """
         trainer = self._trainer
         if trainer is None:  # under Fabric
             return
+        for name, content in list(checkpoint.items()):
+            if name != "state_dict":
+                checkpoint[name] = python_scalars(content)
         states: list[dict[str, Any] | None] = [random_state(self.device)]
         if trainer.world_size > 1:
             own, states = states[0], [None] * trainer.world_size
@@ -174,7 +233,12 @@ class Task(LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        """Go on with the random numbers of the training that is resumed: here, for to get here may have drawn some."""
+        """Go on with the random numbers of the training that is resumed: here, for to get here may have drawn some.
+
+        Raises:
+            ValueError: If the schedule of the training that is resumed ends before this training does.
+        """
+        self._require_long_schedule()
         states, self._random_states = self._random_states, []
         state = states[self.global_rank] if len(states) == self.trainer.world_size else None
         if state is not None:
@@ -187,13 +251,24 @@ class Task(LightningModule):
                 "dropout and augmentations draw others than they would have."
             )
 
+    def _require_long_schedule(self) -> None:
+        if self._total_steps is None:
+            return
+        for config in self.trainer.lr_scheduler_configs:
+            ends = getattr(config.scheduler, "total_steps", None)
+            if ends is not None and ends < self._total_steps:
+                raise ValueError(
+                    f"The {type(config.scheduler).__name__} of the checkpoint ends after {ends} steps, and this "
+                    f"training has {self._total_steps}: resume it for as long as it was begun for, or begin a new one."
+                )
+
     @property
     def target_checks(self) -> tuple[TargetCheck, ...]:
         """All checks that :meth:`check_targets` is called with."""
         return (self.target_check,)
 
     def check_targets(
-        self, targets: Tensor, stage: str, batch_idx: int, *checks: TargetCheck
+        self, targets: Tensor, stage: str, batch_idx: int, *checks: TargetCheck, dataloader_idx: int = 0
     ) -> tuple[Tensor, Tensor | None]:
         """Raise if a target is out of range: now, or at the end of the epoch where that would make processes wait.
 
@@ -204,6 +279,7 @@ class Task(LightningModule):
             stage: One of `lightning_znorm.tasks.targets.STAGES`.
             batch_idx: Number of the batch in its epoch.
             *checks: Some of ``target_checks``. Default: ``target_check``.
+            dataloader_idx: Number of the loader, where there are several.
 
         Returns:
             Targets that a loss can be computed of. Where the check is put off, also whether the given ones are out of
@@ -215,9 +291,9 @@ class Task(LightningModule):
         checks = checks or (self.target_check,)
         if not self._puts_off_checks(targets.device):
             for check in checks:
-                check.require(targets, stage, batch_idx)
+                check.require(targets, stage, batch_idx, dataloader_idx)
             return targets, None
-        noted = [check.note(targets, stage, batch_idx) for check in checks]
+        noted = [check.note(targets, stage, batch_idx, dataloader_idx) for check in checks]
         targets, misfit = noted[0]
         for _, other in noted[1:]:
             targets, misfit = targets.masked_fill(other, 0), misfit | other
@@ -254,6 +330,33 @@ class Task(LightningModule):
             loss: Tensor = self.criterion(logits, targets)
         return loss if misfit is None else loss.masked_fill(misfit, 0.0)
 
+    def metrics_of_loader(self, stage: str, metrics: MetricCollection, dataloader_idx: int) -> MetricCollection:
+        """Return the metrics of one of several loaders.
+
+        Args:
+            stage: One of `lightning_znorm.tasks.targets.STAGES`.
+            metrics: Those of the first loader.
+            dataloader_idx: Number of the loader.
+
+        Returns:
+            The given ones for the first loader, and a copy of its own for any other.
+        """
+        if dataloader_idx == 0:
+            return metrics
+        key = stage, dataloader_idx
+        if key not in self._metrics_of_loaders:
+            self._metrics_of_loaders[key] = metrics.clone()
+            self._metrics_of_loaders[key].reset()
+        return self._metrics_of_loaders[key].to(self.device)
+
+    def log_metrics(self, metrics: MetricCollection, batch_size: int) -> None:
+        """Log metrics over an epoch and all processes."""
+        for name, metric in metrics.items(keep_base=False, copy_state=False):
+            # Named, because Lightning looks for metrics among the attributes, where those of further loaders are not.
+            self.log(
+                name, metric, metric_attribute=name, on_step=False, on_epoch=True, prog_bar=True, batch_size=batch_size
+            )
+
     def log_loss(self, name: str, loss: Tensor, batch_size: int) -> None:
         """Log the mean of a loss over an epoch and all processes."""
         self.log(name, loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=batch_size, sync_dist=True)
@@ -284,11 +387,22 @@ def _is_requeued() -> bool:
     return any(frame.f_code.co_name == "_slurm_sigusr_handler_fn" for frame, _ in traceback.walk_stack(None))
 
 
-def _require_plain(kwargs: dict[str, Any]) -> None:
+def _leaves_total_steps_open(make: Callable[..., object]) -> str:
+    """The name of the scheduler that is made, if it counts the steps of a training and was not told how many."""
+    made: Any = make
+    given: dict[str, object] = {}
+    if isinstance(make, partial):
+        given, made = make.keywords, make.func
+        if (made.__module__ or "").startswith("jsonargparse."):  # a function of its own, which is passed the class
+            made = next((part for part in make.args if isinstance(part, type)), made)
     try:
-        json.dumps(kwargs)
-    except TypeError as error:
-        raise ValueError(
-            f"model_kwargs must hold plain values, which a checkpoint can hold ({error}): build the network yourself "
-            "and pass it as the model."
-        ) from error
+        parameters = inspect.signature(made).parameters
+    except ValueError:  # a builtin
+        return ""
+    if "total_steps" not in parameters:
+        return ""
+    values = {name: parameter.default for name, parameter in parameters.items()} | given
+    told = [values.get(name) for name in ("total_steps", "epochs", "steps_per_epoch")]
+    is_open = all(value is None or value is inspect.Parameter.empty for value in told)
+    name: str = getattr(made, "__name__", type(made).__name__)
+    return name if is_open else ""

@@ -1,5 +1,6 @@
 """Image classification."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -10,8 +11,10 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 from typing_extensions import override
 
+from lightning_znorm.hyperparameters import plain_value, plain_values
 from lightning_znorm.metrics.dtypes import at_least_float32
-from lightning_znorm.tasks.base import Task
+from lightning_znorm.tasks.base import BUILD_IT, Task
+from lightning_znorm.tasks.batches import described, images_and_targets, images_of, logits_of
 from lightning_znorm.tasks.networks import create_classifier
 from lightning_znorm.tasks.targets import TargetCheck
 
@@ -45,12 +48,14 @@ class _SumCheck(TargetCheck):
 class ClassificationTask(Task):
     """Train a network to classify images, by cross entropy.
 
-    Batches are pairs of images, ``(N, C, H, W)``, and integer labels, ``(N,)``, from 0 to ``num_classes`` - 1. In
-    training, labels may also be probabilities of the classes, ``(N, num_classes)``, as Mixup and CutMix make them,
-    which add up to 1 for each image; with one logit, that of class 1, ``(N,)``.
+    Batches are tuples or lists that begin with images, ``(N, C, H, W)``, and integer labels, ``(N,)``, from 0 to
+    ``num_classes`` - 1; what follows, such as an index, is left aside. In training, labels may also be probabilities of
+    the classes, ``(N, num_classes)``, as Mixup and CutMix make them, which add up to 1 for each image; with one logit,
+    that of class 1, ``(N,)``.
 
     Logged, once per epoch: ``train/loss``, ``val/loss``, ``val/accuracy``, ``test/loss``, ``test/accuracy`` (the share
-    of images whose most probable class is the true one).
+    of images whose most probable class is the true one). Several loaders for validation or test are scored each by
+    itself, under ``val/accuracy/dataloader_idx_0`` and so on.
 
     With ``num_classes=1`` the network has one logit that tells two classes, 0 and 1, apart (binary cross entropy).
 
@@ -68,24 +73,33 @@ class ClassificationTask(Task):
 
     Args:
         model: Name of a network, in `lightning_znorm.models` or else in timm, or a module that maps images to logits
-            of shape ``(N, num_classes)``.
+            of shape ``(N, num_classes)``, or to an output that has them as ``logits``, like those of transformers and
+            of torchvision's GoogLeNet and Inception. Auxiliary logits beside them are not trained: make such a network
+            with ``aux_logits=False``, or DDP waits for gradients that never come.
         num_classes: Number of classes, or 1 for two classes told apart by one logit.
         in_chans: Channels of the images, for a network by name.
         model_kwargs: Further arguments of a network by name, plain values as YAML has them.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning rate scheduler from the optimizer; none by default. A
             `lightning.pytorch.cli.ReduceLROnPlateau` follows the metric that it names as its ``monitor``, torch's own
-            follows ``val/loss``.
-        lr_scheduler_interval: Whether the scheduler steps after every epoch, or after every optimizer step (such as
-            `torch.optim.lr_scheduler.OneCycleLR`).
+            follows ``val/loss``. One that counts the steps of the training and was not told how many there are, such as
+            `torch.optim.lr_scheduler.OneCycleLR` without ``total_steps``, is given the Trainer's number (an infinite
+            one is refused) and steps after every optimizer step.
+        lr_scheduler_interval: Whether the scheduler steps after every epoch, or after every optimizer step.
         compile: Compile the network with `torch.compile`, in place: names in checkpoints stay as they are.
+        lr_scheduler_frequency: The scheduler steps after every so many epochs, or batches; by default after each one,
+            and a plateau scheduler that follows a ``val/`` metric after each epoch with a validation
+            (``check_val_every_n_epoch`` of the Trainer).
+        lr_scheduler_strict: Whether it is an error if a plateau scheduler's metric is not there when it steps;
+            otherwise there is a warning, and the learning rate stays.
 
     Raises:
         ValueError: If no network has the name, if ``model_kwargs`` come with a module or hold anything but plain
             values, if ``num_classes`` is less than 1 or not the data module's, if the network's output has another
             width, or if labels have another shape, are out of range or not whole, or are probabilities whose sum
             differs from 1 by more than 0.02.
-        TypeError: If labels are not integers, but for probabilities in training and, with one logit, 0.0 and 1.0.
+        TypeError: If labels are not integers, but for probabilities in training and, with one logit, 0.0 and 1.0, or if
+            a batch does not begin with images and labels.
 
     Example:
         >>> task = ClassificationTask("resnet20", num_classes=10, in_chans=1)
@@ -103,9 +117,13 @@ class ClassificationTask(Task):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
         compile: bool = False,
+        lr_scheduler_frequency: int | None = None,
+        lr_scheduler_strict: bool = True,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval)
-        self.save_arguments(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler)
+        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval, lr_scheduler_frequency, lr_scheduler_strict)
+        num_classes, in_chans, compile = plain_values(num_classes=num_classes, in_chans=in_chans, compile=compile)
+        model_kwargs = plain_value("model_kwargs", model_kwargs, remedy=BUILD_IT)
+        self.save_hyperparameters()
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}.")
         self.num_classes = num_classes
@@ -165,17 +183,22 @@ class ClassificationTask(Task):
     @override
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits, shape ``(N, num_classes)``, of images of shape ``(N, C, H, W)``."""
-        logits: Tensor = self.model(images)
-        if logits.shape != (len(images), self.num_classes):
+        logits = logits_of(self.model(images))
+        expected = (len(images), self.num_classes)
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"{type(self.model).__name__} turned {len(images)} images into {described(logits)}, and the task takes "
+                f"logits, a tensor of shape {expected}, or an output that has them as `logits`: let it return that."
+            )
+        if logits.shape != expected:
             raise ValueError(
                 f"{type(self.model).__name__} turned {len(images)} images into an output of shape "
-                f"{tuple(logits.shape)}, and num_classes={self.num_classes} asks for "
-                f"{(len(images), self.num_classes)}: change one of the two."
+                f"{tuple(logits.shape)}, and num_classes={self.num_classes} asks for {expected}: change one of the two."
             )
         return logits
 
     @override
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """Return the loss of a batch.
 
         Raises:
@@ -195,44 +218,53 @@ class ClassificationTask(Task):
         return loss
 
     @override
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Sequence[Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log loss and accuracy of the validation images."""
-        self._evaluation_step("validation", "val/loss", self.val_metrics, batch, batch_idx)
+        metrics = self.metrics_of_loader("validation", self.val_metrics, dataloader_idx)
+        self._evaluation_step("validation", "val/loss", metrics, batch, batch_idx, dataloader_idx)
 
     @override
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Sequence[Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log loss and accuracy of the test images."""
-        self._evaluation_step("test", "test/loss", self.test_metrics, batch, batch_idx)
+        metrics = self.metrics_of_loader("test", self.test_metrics, dataloader_idx)
+        self._evaluation_step("test", "test/loss", metrics, batch, batch_idx, dataloader_idx)
 
     @override
-    def predict_step(self, batch: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    def predict_step(self, batch: Tensor | Sequence[Any], batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
         """Return probabilities.
 
         Args:
-            batch: Images of shape ``(N, C, H, W)``, or a sequence that begins with them.
+            batch: Images of shape ``(N, C, H, W)``, or a tuple or list that begins with them.
+            batch_idx: Not used.
+            dataloader_idx: Not used.
 
         Returns:
             The probability of each class, shape ``(N, num_classes)``; for one logit that of class 1, shape ``(N,)``.
         """
-        images = batch if isinstance(batch, Tensor) else batch[0]
-        return self._probabilities(self(images))
+        return self._probabilities(self(images_of(batch)))
 
     def _evaluation_step(
-        self, stage: str, loss_name: str, metrics: MetricCollection, batch: tuple[Tensor, Tensor], batch_idx: int
+        self,
+        stage: str,
+        loss_name: str,
+        metrics: MetricCollection,
+        batch: Sequence[Any],
+        batch_idx: int,
+        dataloader_idx: int,
     ) -> None:
-        loss, logits, labels = self._loss_logits_labels(batch, stage, batch_idx)
+        loss, logits, labels = self._loss_logits_labels(batch, stage, batch_idx, dataloader_idx)
         metrics.update(self._scored_probabilities(logits, labels), labels)
         self.log_loss(loss_name, loss, len(labels))
-        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        self.log_metrics(metrics, len(labels))
 
     def _loss_logits_labels(
-        self, batch: tuple[Tensor, Tensor], stage: str, batch_idx: int
+        self, batch: Sequence[Any], stage: str, batch_idx: int, dataloader_idx: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        images, labels = batch
+        images, labels = images_and_targets(batch, "labels")
         if stage == "training" and labels.is_floating_point() and (self.num_classes == 1 or labels.ndim == 2):
             return self._loss_of_probabilities(images, labels, batch_idx)
         self._require_labels(images, labels)
-        labels, misfit = self.check_targets(labels, stage, batch_idx)
+        labels, misfit = self.check_targets(labels, stage, batch_idx, dataloader_idx=dataloader_idx)
         labels = labels.long()
         logits = self(images)
         targets = labels.to(at_least_float32(logits).dtype).unsqueeze(1) if self.num_classes == 1 else labels

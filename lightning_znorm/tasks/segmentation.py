@@ -5,25 +5,31 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from lightning_znorm.hyperparameters import plain_value, plain_values
 from lightning_znorm.metrics import DiceScore, HausdorffDistance, TverskyIndex
 from lightning_znorm.metrics.dtypes import at_least_float32, orderable
-from lightning_znorm.tasks.base import Task
+from lightning_znorm.metrics.mask_metric import MaskMetric
+from lightning_znorm.tasks.base import BUILD_IT, Task
+from lightning_znorm.tasks.batches import described, images_and_targets, images_of, logits_of
 from lightning_znorm.tasks.networks import create_segmenter
 from lightning_znorm.tasks.targets import TargetCheck
 
-Batch = tuple[Tensor, Tensor]
-"""Images of shape ``(N, C, H, W)`` or ``(N, C, D, H, W)``, and masks of the same size."""
+Batch = Sequence[Any]
+"""Begins with images of shape ``(N, C, H, W)`` or ``(N, C, D, H, W)``, and masks of the same size."""
 
 
 class SegmentationTask(Task):
     """Train a network to mark regions in images or volumes.
 
-    Batches are pairs of images, ``(N, C, H, W)`` or ``(N, C, D, H, W)``, and masks of the same size:
+    Batches are tuples or lists that begin with images, ``(N, C, H, W)`` or ``(N, C, D, H, W)``, and masks of the same
+    size; what follows, such as an index, is left aside. Masks are:
 
     - with ``activation="sigmoid"``, one mask of zeros and ones for each class, ``(N, num_classes, ...)``; classes may
       overlap. A value between trains as it is, and is scored as one from 0.5 on;
@@ -32,7 +38,12 @@ class SegmentationTask(Task):
 
     Logged, once per epoch: ``train/loss``, ``val/loss``, ``val/dice``, ``val/tversky``, ``val/hausdorff`` and the same
     for ``test``; see `lightning_znorm.metrics` for what they do with empty masks. With softmax, the background is not
-    scored. A mask predicted with NaN gets the worst score there is.
+    scored. A mask predicted with NaN gets the worst score there is. Several loaders for validation or test are scored
+    each by itself, under ``val/dice/dataloader_idx_0`` and so on.
+
+    Where all masks of a validation are empty, in prediction and truth, a score is NaN. That is no improvement and no
+    divergence: an `lightning.pytorch.callbacks.EarlyStopping` that follows one goes on, as with ``check_finite=False``,
+    which is set while this task trains.
 
     The masks of every batch are checked. A single process on the CPU raises at once. On other devices, and in several
     processes, all raise together after the first batch of training and at the end of each epoch and evaluation, so that
@@ -55,7 +66,9 @@ class SegmentationTask(Task):
 
     Args:
         model: Name of a network (``"resnet50_unet"``, ``"unetpp"``, ``"attention_unet"``, from MONAI), or a module that
-            maps images to logits of shape ``(N, num_classes, ...)``, or to a list of such.
+            maps images to logits of shape ``(N, num_classes, ...)``, to a list of such, or to an output that has them
+            as ``logits`` or ``out``, like those of transformers and torchvision. What else is in it, such as ``aux``,
+            is not trained: make such a network with ``aux_loss=False``, or DDP waits for gradients that never come.
         num_classes: Width of the output.
         in_chans: Channels of the images, for a network by name.
         spatial_dims: 2 for images, 3 for volumes, for a network by name.
@@ -68,14 +81,22 @@ class SegmentationTask(Task):
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning rate scheduler from the optimizer; none by default. A
             `lightning.pytorch.cli.ReduceLROnPlateau` follows the metric that it names as its ``monitor``, torch's own
-            follows ``val/loss``.
+            follows ``val/loss``. One that counts the steps of the training and was not told how many there are, such as
+            `torch.optim.lr_scheduler.OneCycleLR` without ``total_steps``, is given the Trainer's number (an infinite
+            one is refused) and steps after every optimizer step.
         lr_scheduler_interval: Whether the scheduler steps after every epoch, or after every optimizer step.
         compile: Compile the network with `torch.compile`, in place: names in checkpoints stay as they are.
+        lr_scheduler_frequency: The scheduler steps after every so many epochs, or batches; by default after each one,
+            and a plateau scheduler that follows a ``val/`` metric after each epoch with a validation
+            (``check_val_every_n_epoch`` of the Trainer).
+        lr_scheduler_strict: Whether it is an error if a plateau scheduler's metric is not there when it steps;
+            otherwise there is a warning, and the learning rate stays.
 
     Raises:
         ValueError: If no network has the name, if ``model_kwargs`` come with a module or hold anything but plain
             values, if ``num_classes``, ``activation`` or ``threshold`` cannot be, or if the network's output or a mask
             has another shape or other values than these say.
+        TypeError: If a batch does not begin with images and masks.
 
     Example:
         >>> task = SegmentationTask(torch.nn.Conv2d(3, 1, kernel_size=1))
@@ -97,9 +118,20 @@ class SegmentationTask(Task):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
         compile: bool = False,
+        lr_scheduler_frequency: int | None = None,
+        lr_scheduler_strict: bool = True,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval)
-        self.save_arguments(model=model, loss=loss, optimizer=optimizer, lr_scheduler=lr_scheduler)
+        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval, lr_scheduler_frequency, lr_scheduler_strict)
+        num_classes, in_chans, spatial_dims, activation, threshold, compile = plain_values(
+            num_classes=num_classes,
+            in_chans=in_chans,
+            spatial_dims=spatial_dims,
+            activation=activation,
+            threshold=threshold,
+            compile=compile,
+        )
+        model_kwargs = plain_value("model_kwargs", model_kwargs, remedy=BUILD_IT)
+        self.save_hyperparameters()
         if activation not in ("sigmoid", "softmax"):
             raise ValueError(f"activation must be 'sigmoid' or 'softmax', got {activation!r}.")
         least = 1 if activation == "sigmoid" else 2
@@ -107,6 +139,7 @@ class SegmentationTask(Task):
             raise ValueError(f"num_classes must be at least {least} with {activation}, got {num_classes}.")
         if not 0 < threshold < 1:
             raise ValueError(f"threshold is a probability, in (0, 1), got {threshold}.")
+        self._stopping_checked_finite: list[EarlyStopping] = []
         self.num_classes = num_classes
         self.activation = activation
         self.threshold = threshold
@@ -142,6 +175,34 @@ class SegmentationTask(Task):
         self.test_metrics = self.val_metrics.clone(prefix="test/")
 
     @override
+    def setup(self, stage: str) -> None:
+        """Let early stopping go on where a score is NaN: no mask was there to score, and nothing diverged."""
+        super().setup(stage)
+        if stage != "fit":
+            return
+        metrics = self.val_metrics.items(keep_base=False, copy_state=False)
+        names = {name for name, metric in metrics if isinstance(metric, MaskMetric)}
+        callbacks: Any = self.trainer  # of which Lightning declares none
+        for callback in callbacks.callbacks:
+            if not isinstance(callback, EarlyStopping) or not callback.check_finite:
+                continue
+            if callback.monitor.partition("/dataloader_idx_")[0] in names:
+                callback.check_finite = False
+                self._stopping_checked_finite.append(callback)
+                rank_zero_info(
+                    f"EarlyStopping(monitor={callback.monitor!r}) takes NaN for no improvement (check_finite=False), "
+                    "because it says that no mask was there to score."
+                )
+
+    @override
+    def teardown(self, stage: str) -> None:
+        """Give early stopping its setting back."""
+        super().teardown(stage)
+        for callback in self._stopping_checked_finite:
+            callback.check_finite = True
+        self._stopping_checked_finite.clear()
+
+    @override
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits, shape ``(N, num_classes, ...)``, of images of shape ``(N, C, ...)``."""
         return self._outputs(images)[-1]
@@ -149,7 +210,7 @@ class SegmentationTask(Task):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch: the mean over the network's outputs."""
-        images, masks = batch
+        images, masks = images_and_targets(batch, "masks")
         masks, misfit = self._checked_masks(images, masks, "training", batch_idx)
         outputs = self._outputs(images)
         loss = torch.stack([self._loss(logits, masks, misfit) for logits in outputs]).mean()
@@ -157,24 +218,27 @@ class SegmentationTask(Task):
         return loss
 
     @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Log loss and scores of validation images; return their masks (``preds``) and the true ones (``target``)."""
-        return self._evaluation_step("validation", "val/loss", self.val_metrics, batch, batch_idx)
+        metrics = self.metrics_of_loader("validation", self.val_metrics, dataloader_idx)
+        return self._evaluation_step("validation", "val/loss", metrics, batch, batch_idx, dataloader_idx)
 
     @override
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Log loss and scores of test images; return their masks (``preds``) and the true ones (``target``)."""
-        return self._evaluation_step("test", "test/loss", self.test_metrics, batch, batch_idx)
+        metrics = self.metrics_of_loader("test", self.test_metrics, dataloader_idx)
+        return self._evaluation_step("test", "test/loss", metrics, batch, batch_idx, dataloader_idx)
 
     @override
-    def predict_step(self, batch: Tensor | Sequence[Any]) -> Tensor:
+    def predict_step(self, batch: Tensor | Sequence[Any], batch_idx: int = 0, dataloader_idx: int = 0) -> Tensor:
         """Return probabilities, shape ``(N, num_classes, ...)``.
 
         Args:
-            batch: Images of shape ``(N, C, ...)``, or a sequence that begins with them.
+            batch: Images of shape ``(N, C, ...)``, or a tuple or list that begins with them.
+            batch_idx: Not used.
+            dataloader_idx: Not used.
         """
-        images = batch if isinstance(batch, Tensor) else batch[0]
-        return self.probabilities(self(images))
+        return self.probabilities(self(images_of(batch)))
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the probability of each class at each pixel, same shape as the logits, at least in float32."""
@@ -205,23 +269,23 @@ class SegmentationTask(Task):
 
     def _outputs(self, images: Tensor) -> list[Tensor]:
         """The logits of all of the network's outputs, of which the last is the prediction."""
-        outputs = self.model(images)
-        outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+        made = logits_of(self.model(images))
+        outputs = list(made) if isinstance(made, (list, tuple)) and made else [made]
         expected = (len(images), self.num_classes, *images.shape[2:])
         for output in outputs:
             if not isinstance(output, Tensor) or output.shape != expected:
-                made = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+                found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else described(output)
                 raise ValueError(
-                    f"{type(self.model).__name__} turned images of shape {tuple(images.shape)} into {made}, and "
+                    f"{type(self.model).__name__} turned images of shape {tuple(images.shape)} into {found}, and "
                     f"num_classes={self.num_classes} asks for logits of shape {expected}."
                 )
         return outputs
 
     def _evaluation_step(
-        self, stage: str, loss_name: str, metrics: MetricCollection, batch: Batch, batch_idx: int
+        self, stage: str, loss_name: str, metrics: MetricCollection, batch: Batch, batch_idx: int, dataloader_idx: int
     ) -> dict[str, Tensor]:
-        images, masks = batch
-        masks, misfit = self._checked_masks(images, masks, stage, batch_idx)
+        images, masks = images_and_targets(batch, "masks")
+        masks, misfit = self._checked_masks(images, masks, stage, batch_idx, dataloader_idx)
         logits = self(images)
         self.log_loss(loss_name, self._loss(logits, masks, misfit), len(images))
         probabilities, target = self.probabilities(logits), self.truth(masks)
@@ -229,10 +293,12 @@ class SegmentationTask(Task):
         if self.activation == "softmax":  # without the background
             preds, target = preds[:, 1:], target[:, 1:]
         metrics.update(preds, target)
-        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
+        self.log_metrics(metrics, len(images))
         return {"preds": preds, "target": target}
 
-    def _checked_masks(self, images: Tensor, masks: Tensor, stage: str, batch_idx: int) -> tuple[Tensor, Tensor | None]:
+    def _checked_masks(
+        self, images: Tensor, masks: Tensor, stage: str, batch_idx: int, dataloader_idx: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
         channels = self.num_classes if self.activation == "sigmoid" else 1
         expected = (len(images), channels, *images.shape[2:])
         if masks.shape != expected:
@@ -246,7 +312,7 @@ class SegmentationTask(Task):
                 f"Masks are {masks.dtype}, which cannot tell all classes from 0 to {last} apart: pass masks.long(), "
                 "which no precision of the Trainer rounds."
             )
-        return self.check_targets(masks, stage, batch_idx)
+        return self.check_targets(masks, stage, batch_idx, dataloader_idx=dataloader_idx)
 
 
 def _worst_where_nan(preds: Tensor, probabilities: Tensor, target: Tensor) -> Tensor:

@@ -32,13 +32,14 @@ class TargetCheck:
         self.remedy = remedy
         self._notes: dict[str, Tensor] = {}
 
-    def require(self, targets: Tensor, stage: str, batch_idx: int) -> None:
+    def require(self, targets: Tensor, stage: str, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Raise if a target of a batch is wrong; waits for the device.
 
         Args:
             targets: Those of a batch.
             stage: One of ``STAGES``.
             batch_idx: Number of the batch in its epoch.
+            dataloader_idx: Number of the loader, where there are several.
 
         Raises:
             ValueError: If a target is wrong.
@@ -46,15 +47,16 @@ class TargetCheck:
         if _has_values(targets):
             low, high, misfit = self._bounds(targets)
             if misfit:
-                raise ValueError(self._message(float(low), float(high), f"batch {batch_idx} of {stage}"))
+                raise ValueError(self._message(float(low), float(high), _place(stage, batch_idx, dataloader_idx)))
 
-    def note(self, targets: Tensor, stage: str, batch_idx: int) -> tuple[Tensor, Tensor]:
+    def note(self, targets: Tensor, stage: str, batch_idx: int, dataloader_idx: int = 0) -> tuple[Tensor, Tensor]:
         """Count a batch on its device if a target is wrong; waits for nothing.
 
         Args:
             targets: Those of the batch.
             stage: One of ``STAGES``.
             batch_idx: Number of the batch in its epoch.
+            dataloader_idx: Number of the loader, where there are several.
 
         Returns:
             Targets that a loss can be computed of: zeros if one is wrong, for as the number of a class it would kill a
@@ -64,14 +66,14 @@ class TargetCheck:
             return targets, torch.zeros((), dtype=torch.bool, device=targets.device)
         notes = self._notes.get(stage, _no_notes(targets.device))
         low, high, misfit = self._bounds(targets)
-        batch = torch.full_like(notes[0], batch_idx)
-        first = torch.stack([batch, low.to(batch.dtype), high.to(batch.dtype)])
+        batch, loader = (torch.full_like(notes[0], number) for number in (batch_idx, dataloader_idx))
+        first = torch.stack([batch, loader, low.to(batch.dtype), high.to(batch.dtype)])
         is_first = misfit & (notes[0] == 0)
         self._notes[stage] = torch.cat([(notes[0] + misfit).view(1), torch.where(is_first, first, notes[1:])])
         return orderable(targets).masked_fill(misfit, 0), misfit
 
     def notes(self, device: torch.device) -> Tensor:
-        """Return, for each stage, the count of wrong batches, and of the first its number, minimum and maximum."""
+        """Return, for each stage, the count of wrong batches; of the first its number, loader, minimum and maximum."""
         return torch.stack([self._notes.get(stage, _no_notes(device)) for stage in STAGES])
 
     def clear(self) -> None:
@@ -82,7 +84,7 @@ class TargetCheck:
         """Raise if a batch has been counted, and forget it; waits for the device.
 
         Args:
-            notes: Those of each process, shape ``(processes, stages, 4)``.
+            notes: Those of each process, shape ``(processes, stages, 5)``.
 
         Raises:
             ValueError: If a target of any process was wrong.
@@ -90,10 +92,10 @@ class TargetCheck:
         ranks, by_stage = len(notes), notes.transpose(0, 1).tolist()
         for stage, of_ranks in zip(STAGES, by_stage, strict=True):
             total = sum(int(batches) for batches, *_ in of_ranks)
-            for rank, (batches, batch_idx, low, high) in enumerate(of_ranks):
+            for rank, (batches, batch_idx, dataloader_idx, low, high) in enumerate(of_ranks):
                 if batches:
                     self.clear()
-                    place = f"batch {int(batch_idx)} of {stage}"
+                    place = _place(stage, int(batch_idx), int(dataloader_idx))
                     place += f" on rank {rank}" if ranks > 1 else ""
                     place += f" (one of {total} such batches)" if total > 1 else ""
                     raise ValueError(self._message(low, high, place))
@@ -120,5 +122,9 @@ def _has_values(targets: Tensor) -> bool:
     return targets.dtype != torch.bool and targets.numel() > 0
 
 
+def _place(stage: str, batch_idx: int, dataloader_idx: int) -> str:
+    return f"batch {batch_idx} of {stage}" + (f" loader {dataloader_idx}" if dataloader_idx else "")
+
+
 def _no_notes(device: torch.device) -> Tensor:
-    return torch.zeros(4, dtype=widest_float(device), device=device)
+    return torch.zeros(5, dtype=widest_float(device), device=device)

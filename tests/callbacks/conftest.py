@@ -1,4 +1,5 @@
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
     # Lightning's logger hands nothing up to the root unless that had a handler when lightning was imported.
     logger = logging.getLogger("lightning.pytorch")
     propagate, logger.propagate = logger.propagate, True
-    yield lambda: [line for line in caplog.messages if "Callback" in line]
+    yield lambda: [line for line in caplog.messages if re.match("\\w*(Callback|Gradient)", line)]
     logger.propagate = propagate
 
 

@@ -221,9 +221,8 @@ def two_optimizers(net: nn.Sequential, kind: str = "plain") -> Callable:
 def test_steps_past_lightning(fit, warned, script, several: bool, name: str, batch: int) -> None:
     net, counting = network(), Counting(warned)
     kind = {"optimizer": two_optimizers(net)} if several else {}
-    fit(
-        ManualTraining(script, net=net, **kind), batches(20), GradientMonitor(), ZNormCallback(), counting, max_epochs=2
-    )
+    callbacks = GradientMonitor(), ZNormCallback(), counting
+    fit(ManualTraining(script, net=net, **kind), batches(20), *callbacks, max_epochs=2, log_every_n_steps=1)
     monitors, znorms = warned()
     assert f"GradientMonitor: {name} (SGD) stepped past Lightning 10 times, with gradients that were not s" in monitors
     assert f"ZNormCallback: {name} (SGD) stepped past Lightning 10 times, with gradients that were not tr" in znorms
@@ -523,7 +522,8 @@ def across_epochs(module: ManualTraining, batch: Tensor) -> None:
 def test_epochs_without_a_step(fit, warned, make, others) -> None:
     """They miss nothing, also where another callback swaps the weights for a validation."""
     module = make()
-    fit(module, batches(3), *(other() for other in others), ZNormCallback(), GradientMonitor(), max_epochs=3)
+    callbacks = [*(other() for other in others), ZNormCallback(), GradientMonitor()]
+    fit(module, batches(3), *callbacks, max_epochs=3, log_every_n_steps=1)
     assert any(module.moved)
     assert warned() == []
 
@@ -668,9 +668,9 @@ def test_optimizers_are_left_as_they_were(fit, fails: bool) -> None:
     module = Failing(optimizer=configure)
     if fails:
         with pytest.raises(RuntimeError, match="user's own"):
-            fit(module, batches(1), ZNormCallback(), GradientMonitor())
+            fit(module, batches(1), ZNormCallback(), GradientMonitor(), log_every_n_steps=1)
     else:
-        fit(module, batches(1), ZNormCallback(), GradientMonitor())
+        fit(module, batches(1), ZNormCallback(), GradientMonitor(), log_every_n_steps=1)
     assert len(own._optimizer_step_post_hooks) == 1
     assert len(own._optimizer_step_pre_hooks) == 0
 

@@ -6,13 +6,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torch import Tensor
 from torch.func import functional_call
-from torch.optim import SGD
+from torch.optim import LBFGS, SGD
 from torch.utils.data import DataLoader
 
 from lightning_znorm import GradientMonitor, GradientTransform, ZNormCallback
@@ -157,7 +157,7 @@ def test_share_below_the_threshold(fit) -> None:
         fit(Training(), batches(1), GradientMonitor(sigma_threshold=threshold), collected, **QUIET)
         shares.append(collected.metrics[0]["grad/share_below"])
     assert shares == [0.0, 1.0]
-    with pytest.raises(ValueError, match="sigma_threshold must be a number from 0 on, got -1"):
+    with pytest.raises(ValueError, match="sigma_threshold must be a finite number that is not negative, got -1"):
         GradientMonitor(sigma_threshold=-1)
     with pytest.raises(ValueError, match="eps must be a finite number"):
         GradientMonitor(eps=-1)
@@ -167,27 +167,60 @@ def test_nothing_is_measured_at_other_steps(fit) -> None:
     with patch.object(gradient_monitor, "measure_places", wraps=gradient_monitor.measure_places) as calls:
         fit(Training(), batches(7), GradientMonitor(), log_every_n_steps=3)
         assert calls.call_count == 2
-        fit(Training(), batches(2), GradientMonitor(), log_every_n_steps=0)
+        with pytest.warns(UserWarning, match="log_every_n_steps=0 logs no step"):
+            fit(Training(), batches(2), GradientMonitor(), log_every_n_steps=0)
         assert calls.call_count == 2
 
 
-@pytest.mark.parametrize("after", [True, False])
-def test_goes_in_front_of_what_transforms(trainer, after: bool) -> None:
-    monitor, other, transform = GradientMonitor(), Collected(), ZNormCallback()
-    own = [other, transform, monitor] if after else [monitor, other, transform]
-    made = trainer(*own)
-    monitor.setup(made, Training(), "fit")
-    order = [type(callback) for callback in made.callbacks if callback in own]
-    assert order == ([Collected, GradientMonitor, ZNormCallback] if after else [type(callback) for callback in own])
+class EverySecond(GradientTransform):
+    """Leaves out the first of two steps."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:  # type: ignore[no-untyped-def]
+        if trainer.global_step % 2 == 1:
+            super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
 
-def test_behind_a_transform_it_shows_gradients_all_the_same(fit) -> None:
-    data, collected, module = batches(2), Collected(), Training()
-    zero = GradientTransform(torch.zeros_like)
-    fit(module, data, zero, GradientMonitor(), collected, **QUIET)
-    assert module.moved == [False, False]
-    grads = true_grads(module, module.weights[0], data[:1])
-    assert collected.metrics[0]["grad/norm"] == pytest.approx(expected(grads)["norm"], rel=1e-5)
+ORDERS = {
+    "behind": lambda: [GradientTransform(torch.zeros_like), GradientMonitor()],
+    "before": lambda: [GradientMonitor(), GradientTransform(torch.zeros_like)],
+    "behind two": lambda: [
+        GradientTransform(torch.zeros_like, "*.weight"),
+        GradientTransform(torch.zeros_like, "*.bias"),
+        GradientMonitor(),
+    ],
+    "between": lambda: [
+        GradientTransform(torch.zeros_like, "*.weight"),
+        GradientMonitor(),
+        GradientTransform(torch.zeros_like, "*.bias"),
+    ],
+    "behind one that does not always transform": lambda: [EverySecond(torch.zeros_like), GradientMonitor()],
+}
+
+
+@pytest.mark.filterwarnings("ignore:EverySecond. optimizer 0 .SGD. stepped past Lightning:UserWarning")
+@pytest.mark.parametrize("order", ORDERS)
+def test_shows_gradients_as_they_were_wherever_it_stands(fit, order: str) -> None:
+    data, collected, module, own = batches(4), Collected(), Training(), ORDERS[order]()
+    with patch.object(gradient_monitor, "measure_places", wraps=gradient_monitor.measure_places) as calls:
+        made = fit(module, data, *own, collected, **QUIET)
+    assert calls.call_count == len(data)
+    assert [callback for callback in made.callbacks if callback in own] == own
+    for number, logged in enumerate(collected.metrics):
+        grads = true_grads(module, module.weights[number], data[number : number + 1])
+        assert logged["grad/norm"] == pytest.approx(expected(grads)["norm"], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:EverySecond. optimizer 0 .SGD. stepped past Lightning:UserWarning")
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_list_of_callbacks_stays_the_same_object(fit, order: str) -> None:
+    class Watching(Callback):
+        def setup(self, trainer, *_, **__) -> None:  # type: ignore[no-untyped-def]
+            self.before = trainer.callbacks, list(trainer.callbacks)
+
+    watching = Watching()
+    made = fit(Training(), batches(2), watching, *ORDERS[order](), **QUIET)
+    assert made.callbacks is watching.before[0]
+    assert made.callbacks == watching.before[1]
 
 
 def test_optimizers_are_told_apart(fit) -> None:
@@ -210,6 +243,185 @@ def test_optimizers_are_told_apart(fit) -> None:
     assert monitor._history.names == ["net.first.weight", "net.first.bias", "net.last.weight"]
     assert monitor._history.sigma.shape == (3, 1)
     assert monitor._history.sigma.isfinite().all()
+
+
+def stepping_both(module: ManualTraining, batch: Tensor) -> None:
+    for optimizer in module.optimizers():
+        optimizer.zero_grad()
+        module.manual_backward(loss_of(module.net, batch))
+        optimizer.step()
+
+
+def test_parameter_that_two_optimizers_step(fit) -> None:
+    net, data, collected, monitor = network(), batches(2), Collected(), GradientMonitor(per_parameter=True)
+    # The first one's step is large, so that the second one meets another gradient of what they share.
+    module = ManualTraining(
+        stepping_both, net=net, optimizer=lambda _: [SGD(net[0].parameters(), 5.0), SGD(net.parameters(), LR)]
+    )
+    fit(module, data, monitor, collected, **QUIET)
+    logged = collected.metrics[0]
+    grads = true_grads(module, module.weights[0], data[:1])
+    for name in ("first.weight", "first.bias"):
+        sigmas = [logged[f"grad_sigma/{number}/net.{name}"] for number in (0, 1)]
+        assert sigmas[0] == pytest.approx(float(grads[name].std(correction=0)), rel=1e-5)
+        assert sigmas[1] != pytest.approx(sigmas[0], rel=1e-2)
+        assert f"grad_sigma/net.{name}" not in logged
+    assert "grad_sigma/net.last.weight" in logged  # which one optimizer steps alone
+    assert logged["grad/1/sigma_over_running_median"] == 1.0  # nothing of the other optimizer is in the mean
+    assert monitor._history.names == [
+        "net.first.weight (optimizer 0)",
+        "net.first.weight (optimizer 1)",
+        "net.first.bias (optimizer 0)",
+        "net.first.bias (optimizer 1)",
+        "net.last.weight",
+    ]
+    assert monitor._history.sigma.shape == (5, 2)
+    assert monitor._history.sigma[:, 0].tolist() == pytest.approx(
+        [
+            *(logged[f"grad_sigma/{number}/net.first.{kind}"] for kind in ("weight", "bias") for number in (0, 1)),
+            logged["grad_sigma/net.last.weight"],
+        ]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:GradientMonitor. in the first 1 step, none of the 3 parameters:UserWarning")
+def test_parameters_without_names_of_two_optimizers(fit) -> None:
+    class Hidden(ManualTraining):
+        def __init__(self) -> None:
+            super().__init__(script)
+            self.hidden = [torch.nn.Parameter(torch.tensor([1.0, 2.0]) * scale) for scale in (1, 10)]
+
+        def configure_optimizers(self) -> list[SGD]:
+            return [SGD([hidden], LR) for hidden in self.hidden]
+
+    def script(module: Hidden, batch: Tensor) -> None:
+        for optimizer, hidden in zip(module.optimizers(), module.hidden, strict=True):
+            module.manual_backward(hidden.square().sum())
+            optimizer.step()
+
+    collected, monitor = Collected(), GradientMonitor(per_parameter=True)
+    fit(Hidden(), batches(1), monitor, collected, **QUIET)
+    (logged,) = collected.metrics
+    sigmas = [logged[f"grad_sigma/{number}/parameter 0 of group 0"] for number in (0, 1)]
+    assert sigmas == pytest.approx([1.0, 10.0])
+    assert {f"parameter 0 of group 0 (optimizer {number})" for number in (0, 1)} <= set(monitor._history.names)
+
+
+class Rows(Logger):
+    """Takes what it is given as Lightning's own loggers are given it: by these names, and in no other way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    name = version = None
+
+    def log_hyperparams(self, *_, **__) -> None:  # type: ignore[no-untyped-def]
+        pass
+
+    def log_metrics(self, *, step: int, metrics: dict[str, float]) -> None:
+        self.rows.append((step, metrics))
+
+
+def test_loggers_are_called_by_names(fit) -> None:
+    both = [Rows(), Rows()]
+    fit(Training(), batches(2), GradientMonitor(), logger=both, **QUIET)
+    for one in both:
+        assert [step for step, metrics in one.rows if "grad/norm" in metrics] == [0, 1]
+
+
+def test_one_row_a_step_where_the_closure_is_called_several_times(fit) -> None:
+    rows, data, collected, monitor = Rows(), batches(3), Collected(), GradientMonitor(per_parameter=True)
+    module = Training(optimizer=lambda own: LBFGS(own, lr=0.1, max_iter=4))
+    fit(module, data, monitor, collected, logger=rows, **QUIET)
+    assert [step for step, metrics in rows.rows if "grad/norm" in metrics] == [0, 1, 2]
+    assert monitor._history.steps == [0, 1, 2]
+    for number, batch in enumerate(data):  # of each the gradient of the first evaluation, before its step
+        norm = expected(true_grads(module, module.weights[number], [batch]))["norm"]
+        assert rows.rows[number][1]["grad/norm"] == pytest.approx(norm, rel=1e-5)
+        assert collected.metrics[number]["grad/norm"] == pytest.approx(norm, rel=1e-5)
+
+
+def test_one_row_a_step_where_an_optimizer_steps_several_times_in_a_batch(fit) -> None:
+    def script(module: ManualTraining, batch: Tensor) -> None:
+        for _ in range(3):
+            stepping_both(module, batch)
+
+    net, rows, data = network(), Rows(), batches(2)
+    module = ManualTraining(
+        script, net=net, optimizer=lambda _: [SGD(net[2].parameters(), LR), SGD(net[0].parameters(), LR)]
+    )
+    fit(module, data, GradientMonitor(), logger=rows, **QUIET)
+    for number in (0, 1):
+        own = [(step, metrics) for step, metrics in rows.rows if f"grad/{number}/norm" in metrics]
+        assert [step for step, _ in own] == [0, 1]
+    grads = true_grads(module, module.weights[1], data[1:])
+    logged = [metrics for step, metrics in rows.rows if step == 1 and "grad/0/norm" in metrics]
+    assert logged[0]["grad/0/norm"] == pytest.approx(float(grads["last.weight"].norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said_before", "message"),
+    [
+        (
+            {},
+            True,
+            "will measure nothing, as log_every_n_steps=50 is more than the number of this training's steps, 6: set",
+        ),
+        ({"accumulate_grad_batches": 3}, True, "training's steps, 2: set that to 2 or less"),
+        ({"max_steps": 4}, True, "training's steps, 4: set that to 4 or less"),
+        ({"log_every_n_steps": 0}, True, "will measure nothing, as log_every_n_steps=0 logs no step: set that to 1 or"),
+        (
+            {"max_epochs": -1},
+            False,
+            "has measured nothing, as log_every_n_steps=50 logs none of the steps 1 to 5: set ",
+        ),
+    ],
+    ids=["few steps", "accumulation", "max_steps", "never", "stopped"],
+)
+def test_nothing_measured_is_said_once(fit, warned, arguments, said_before: bool, message: str) -> None:
+    counts = []
+
+    class Stopping(Callback):
+        def on_train_batch_end(self, trainer, *_) -> None:  # type: ignore[no-untyped-def]
+            counts.append(len(warned()))
+            trainer.should_stop = trainer.max_epochs == -1 and trainer.global_step == 5
+
+    fit(Training(), batches(3), GradientMonitor(), Stopping(), **{"max_epochs": 2} | arguments)
+    (warning,) = warned()
+    assert message in warning
+    assert set(counts) == {int(said_before)}
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"max_epochs": 0}, {"limit_train_batches": 0}, {"fast_dev_run": True}, {"log_every_n_steps": 6}]
+)
+def test_nothing_is_said_where_nothing_is_missed(fit, warned, arguments) -> None:
+    fit(Training(), batches(3), GradientMonitor(), **{"max_epochs": 2} | arguments)
+    assert warned() == []
+
+
+@pytest.mark.filterwarnings("ignore:GradientMonitor. optimizer 0 .SGD. stepped past Lightning:UserWarning")
+def test_trial_that_measures_nothing(fit) -> None:
+    def script(module: ManualTraining, batch: Tensor) -> None:
+        module.manual_backward(loss_of(module.net, batch))
+        module.optimizers(use_pl_optimizer=False).step()
+
+    module = ManualTraining(script)
+    fit(module, batches(2), GradientMonitor(), fast_dev_run=2, log_every_n_steps=0)
+    assert module.moved == [True, True]
+
+
+def test_resumed_steps_of_which_none_is_logged(fit, trainer, warned, tmp_path: Path) -> None:
+    data = batches(3)
+    made = fit(Training(), data, max_epochs=2)
+    made.save_checkpoint(tmp_path / "two.ckpt")
+    second = trainer(GradientMonitor(), max_epochs=3, log_every_n_steps=5)
+    second.fit(Training(), DataLoader(data, batch_size=None), ckpt_path=tmp_path / "two.ckpt")
+    (warning,) = warned()
+    assert (
+        "has measured nothing, as log_every_n_steps=5 logs none of the steps 7 to 9: set that to 3 or less" in warning
+    )
 
 
 def test_bypassed_optimizer_warns(fit) -> None:
@@ -281,9 +493,35 @@ class TestWhereItGoes:
         assert len(list((tmp_path / "gradients").glob("*.png"))) == 2
 
     @pytest.mark.parametrize("arguments", [{"fast_dev_run": True}, {"log_every_n_steps": 50}])
-    def test_nothing_where_there_is_nothing_to_show(self, fit, tmp_path: Path, arguments) -> None:
+    def test_nothing_where_there_is_nothing_to_show(self, fit, warned, tmp_path: Path, arguments) -> None:
         fit(Training(), batches(2), GradientMonitor(), **arguments)
         assert not (tmp_path / "gradients").exists()
+
+    def test_no_logger_and_no_folder_leave_none(self, said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        arguments = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        made = Trainer(
+            accelerator="cpu", max_epochs=1, logger=False, callbacks=[GradientMonitor()], **arguments, **QUIET
+        )
+        made.fit(Training(), DataLoader(batches(2), batch_size=None))
+        assert "grad/norm" in made.callback_metrics
+        assert not list(tmp_path.iterdir())
+        told = [line for line in said() if "GradientMonitor" in line]
+        assert told == [
+            "GradientMonitor draws no pictures, as the Trainer has neither a logger nor a default_root_dir to put them "
+            "in. Its numbers are in trainer.callback_metrics."
+        ]
+
+    @pytest.mark.parametrize("folder", [".", "runs"])
+    def test_no_logger_but_a_folder_takes_them(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder) -> None:
+        monkeypatch.chdir(tmp_path)
+        arguments = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        made = Trainer(
+            accelerator="cpu", max_epochs=1, logger=False, callbacks=[GradientMonitor()], default_root_dir=folder,
+            **arguments, **QUIET,
+        )  # fmt: skip
+        made.fit(Training(), DataLoader(batches(1), batch_size=None))
+        assert len(list((tmp_path / folder / "gradients").glob("*.png"))) == 2
 
 
 class TestHistory:

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,16 @@ class TestOwnModule:
             module, DataLoader(TensorDataset(torch.randn(2, 3, 32, 32)), batch_size=2), verbose=False
         )
         assert [caption[:8] for caption in captions[0]] == ["case 0  ", "case 1  "]
+
+    @pytest.mark.parametrize("wrap", [lambda images: {"image": images}, lambda images: images], ids=["dict", "Tensor"])
+    def test_whose_batches_begin_with_something_else(self, tmp_path: Path, wrap: Callable[[Tensor], Any]):
+        masks = torch.stack([square(32, 4, 4, 8)] * 2)
+        module = self.Module({"preds": masks, "target": masks})
+        batch = wrap(torch.randn(2, 3, 32, 32))
+        with pytest.raises(TypeError, match=f"images that a batch begins with, .* a {type(batch).__name__}: let the"):
+            trainer(callbacks=[MaskOverlay()], default_root_dir=tmp_path).test(
+                module, DataLoader([batch], batch_size=None), verbose=False
+            )
 
     @pytest.mark.parametrize("outputs", [None, {"preds": torch.zeros(1)}], ids=["nothing", "no target"])
     def test_that_returns_none(self, tmp_path: Path, outputs: Any):

@@ -140,6 +140,26 @@ def test_labels_are_no_names(tmp_path: Path):
     assert rows(tmp_path / "out")[4]["mask"] == "000004_mask.png"
 
 
+@pytest.mark.parametrize(
+    "second",
+    [{"spacing": torch.ones(2)}, [{"spacing": 1}, {}], (torch.ones(2), torch.ones(2)), ["a.png", 3], "ab", np.ones(2)],
+    ids=str,
+)
+def test_what_else_follows_is_no_names(tmp_path: Path, second: Any):
+    run = trainer(callbacks=[MaskWriter(tmp_path / "out")])
+    batches = DataLoader(TensorDataset(LOGITS[:2]), batch_size=2, collate_fn=lambda _: (LOGITS[:2], second, ["x", "y"]))
+    run.predict(SegmentationTask(Logits()), batches, return_predictions=False)
+    assert [row["mask"] for row in rows(tmp_path / "out")] == ["000000_mask.png", "000001_mask.png"]
+
+
+@pytest.mark.parametrize("names", [["a.png", None], (Path("a.png"), None), np.array(["a.png", None])], ids=str)
+def test_names_of_some(tmp_path: Path, names: Any):
+    run = trainer(callbacks=[MaskWriter(tmp_path / "out")])
+    batches = DataLoader(TensorDataset(LOGITS[:2]), batch_size=2, collate_fn=lambda _: (LOGITS[:2], names))
+    run.predict(SegmentationTask(Logits()), batches, return_predictions=False)
+    assert [row["mask"] for row in rows(tmp_path / "out")] == ["a_mask.png", "000000_mask.png"]
+
+
 def test_no_two_masks_share_a_name(tmp_path: Path):
     names = ["x.tif", "x.png", "/elsewhere/x.tif", "../x.tif", "y.tif"]
     predict(tmp_path / "out", Named(LOGITS, names))

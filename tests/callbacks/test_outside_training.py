@@ -133,7 +133,7 @@ def test_steps_that_lightning_skips_leave_the_scaler_alone(trainer, kind: str) -
 @pytest.mark.parametrize("function", ["validate", "test", "predict"])
 def test_in_other_functions(trainer, function: str) -> None:
     module, data = Adapting(f"{function.replace('validate', 'validation')}_step"), batches(2)
-    made = trainer(GradientMonitor(), ZNormCallback(min_ndim=2), inference_mode=False)
+    made = trainer(GradientMonitor(), ZNormCallback(min_ndim=2), inference_mode=False, log_every_n_steps=1)
     made.fit(module, loader(data))
     getattr(made, function)(module, loader(data))
     module.assert_adapted(2, chosen=lambda name: name.endswith("weight"))
@@ -142,7 +142,7 @@ def test_in_other_functions(trainer, function: str) -> None:
 def test_after_fit(fit) -> None:
     module = Adapting("later")
     callback = ZNormCallback()
-    fit(module, batches(1), callback, GradientMonitor())
+    fit(module, batches(1), callback, GradientMonitor(), log_every_n_steps=1)
     module.adapt("later")
     module.assert_adapted(1)
     alive = weakref.ref(module)
@@ -218,10 +218,10 @@ def test_one_callback_in_two_trainers_at_once(fit, trainer, callback_class, func
     with pytest.raises(
         MisconfigurationException, match=f"{callback_class.__name__} is in use by a Trainer that is still running"
     ):
-        fit(Nesting(), batches(1), callback)
+        fit(Nesting(), batches(1), callback, log_every_n_steps=1)
     # Later it is free again.
     module, data = Training(), batches(2)
-    fit(module, data, callback)
+    fit(module, data, callback, log_every_n_steps=1)
     assert all(module.moved)
 
 
@@ -264,7 +264,7 @@ def test_callback_does_not_keep_the_model_alive(tmp_path, callback_class, where:
             setattr(module, where, lambda *_: 1 / 0)
         made = Trainer(
             callbacks=[callback], accelerator="cpu", max_epochs=1, enable_checkpointing=False,
-            default_root_dir=tmp_path, **QUIET,
+            default_root_dir=tmp_path, log_every_n_steps=1, **QUIET,
         )  # fmt: skip
         try:
             made.fit(module, loader(batches(1)))

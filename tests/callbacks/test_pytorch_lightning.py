@@ -1,5 +1,8 @@
 """The callback in Lightning's other package, whose classes are not lightning.pytorch's."""
 
+import sys
+import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from lightning_znorm import GradientCentralizationCallback, GradientTransform, ZNormCallback
+from lightning_znorm import GradientCentralizationCallback, GradientMonitor, GradientTransform, ZNormCallback
 from tests.callbacks.training import OPTIMIZERS, Method, Recording, assert_every_step, batches, loss_of
 from tests.gradients.reference import centralized, zscore
 
@@ -51,6 +54,23 @@ def test_every_step(fit, module_class, kind: str, arguments, atol: float, callba
     module, data = module_class(optimizer=OPTIMIZERS[kind]), batches(3)
     fit(module, data, callback, cls=pytorch_lightning.Trainer, **arguments())
     assert_every_step(module, data, atol, method=method)
+
+
+@pytest.mark.parametrize("make", [ZNormCallback, GradientMonitor])
+def test_release_whose_trainer_takes_no_callback_of_ours_is_named(monkeypatch: pytest.MonkeyPatch, make) -> None:
+    """pytorch_lightning 2.5 can be installed beside lightning 2.6, and says no more than "Expected a parent"."""
+    for version in ("2.5.6", "2.5rc1", "1.9.5"):
+        monkeypatch.setitem(sys.modules, "pytorch_lightning", SimpleNamespace(__version__=version))
+        message = rf"{make.__name__}: pytorch_lightning {version} is loaded, .* from 2\.6 on.*'pytorch-lightning>=2\.6'"
+        with pytest.warns(UserWarning, match=message):
+            make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for version in ("2.6.0", "2.6rc1", "2.10.0", "3.0", "unknown"):
+            monkeypatch.setitem(sys.modules, "pytorch_lightning", SimpleNamespace(__version__=version))
+            make()
+        monkeypatch.delitem(sys.modules, "pytorch_lightning")
+        make()
 
 
 def test_third_party_strategy_is_refused(fit) -> None:

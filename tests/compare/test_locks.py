@@ -1,5 +1,6 @@
 """Locks end with the processes that hold them."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from lightning_znorm.compare.locks import InUseError, locked
+from lightning_znorm.compare.locks import InUseError, holder, locked
 
 HOLD = """
 import pathlib, subprocess, sys, time
@@ -65,3 +66,21 @@ def test_again_and_again(tmp_path):
     for _ in range(2):
         with locked(path), pytest.raises(InUseError), locked(path):
             pass
+
+
+def test_file_system_without_locks(tmp_path, monkeypatch):
+    """The system does not say of which file it speaks."""
+
+    def refuse(descriptor: int) -> bool:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("lightning_znorm.compare.locks._acquire", refuse)
+    with pytest.raises(OSError, match="No locks available") as info, locked(tmp_path / "lock"):
+        pass
+    assert info.value.filename == str(tmp_path / "lock")
+
+
+def test_who_holds_it(tmp_path):
+    assert holder(tmp_path / "lock") == "another process"
+    with locked(tmp_path / "lock"):
+        assert holder(tmp_path / "lock").startswith(f"process {os.getpid()} on ")

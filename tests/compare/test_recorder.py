@@ -16,9 +16,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from study_module import NoisyGradients, ScriptedModule, StudyData, StudyModule
 
 from lightning_znorm import LastCheckpoint, ZNormCallback
-from lightning_znorm.compare.checkpoints import MONITORED, BestCheckpoint
+from lightning_znorm.compare.checkpoints import MONITORED, BestCheckpoint, read_checkpoint
+from lightning_znorm.compare.files import DamagedError
 from lightning_znorm.compare.recorder import Recorder, _fingerprint, _gradient_norm
-from lightning_znorm.compare.results import read_run
+from lightning_znorm.compare.results import read_fit, read_run
 from lightning_znorm.compare.study import Run
 
 MONITOR = ("val/accuracy", "max")
@@ -196,6 +197,46 @@ def test_death_and_resumption_change_nothing(tmp_path):
     for epoch in (0, 1, 2, 3):
         assert batches(died, epoch) == batches(whole, epoch)
     assert len({json.loads(run.fit_file.read_text())["weights"] for run in (whole, died)}) == 1
+
+
+def test_what_was_logged_is_counted(tmp_path):
+    """So that a log that is damaged later is not taken for a whole one, also of several attempts."""
+    whole = train(tmp_path / "whole")
+    with pytest.raises(Died):
+        train(tmp_path / "died", Spy(dies_at=15))  # in the middle of the third epoch
+    for run in (whole, train(tmp_path / "died", resume=True)):
+        fit = read_fit(run)
+        assert fit["logged_epochs"] == [0, 1, 2, 3]
+        # Each epoch: a loss in training, a loss and an accuracy in validation, two times, and a norm every other batch.
+        assert fit["logged_numbers"] == 4 * (5 + 3)
+        assert read_checkpoint(run.last)["callbacks"]["Recorder"]["logged_epochs"] == [0, 1, 2, 3]
+        read_run(run)
+        (first, *_) = sorted(run.logs.rglob("metrics.csv"))
+        first.write_bytes(b"".join(first.read_bytes().splitlines(keepends=True)[:-1]))
+        if run == whole:
+            with pytest.raises(DamagedError):
+                read_run(run)
+        else:
+            read_run(run)  # what died with the first attempt was done again
+
+
+def test_epoch_without_a_batch(tmp_path):
+    """It has a time all the same, which tells that its log is there."""
+
+    class Sometimes:
+        epoch = -1
+
+        def __iter__(self):
+            self.epoch += 1
+            yield from [] if self.epoch == 1 else batches
+
+    data = StudyData()
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    data.train_dataloader = Sometimes
+    run = train(tmp_path, data=data, max_epochs=3)
+    assert read_fit(run)["epochs"] == 3
+    assert len(logged(run, "compare/train_seconds")) == len(read_fit(run)["logged_epochs"])
 
 
 def test_no_metric_is_missing_after_a_resumption(tmp_path):

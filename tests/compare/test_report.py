@@ -1,16 +1,17 @@
 """Speed, tables, plots and the report, of measurements made up for it."""
 
 import dataclasses
+import errno
 import io
 import json
 import math
 import re
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
 
-from lightning_znorm.compare.document import Code, Grid, Heading, Points, Text
+from lightning_znorm.compare.document import Code, Grid, Heading, Points, Text, code
 from lightning_znorm.compare.findings import Findings
 from lightning_znorm.compare.html import to_html
 from lightning_znorm.compare.markdown import to_markdown
@@ -193,6 +194,34 @@ class TestReport:
         assert text.count("ValueError: x") == 6
         assert "None were logged" in text
 
+    @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+    def test_whichever_runs_are_done(self, tmp_path, seeds):
+        """Each subset of a study's runs, with every other value that is no number: none ends in a traceback."""
+        the_plan = plan(tmp_path, seeds=seeds)
+        found, runs = done(the_plan), the_plan.study.runs
+        tests = {run: run.test_file.read_text() for run in runs}
+        for size in range(len(runs) + 1):
+            for finished in combinations(runs, size):
+                for run in runs:
+                    run.test_file.unlink(missing_ok=True)
+                    if run in finished:
+                        run.test_file.write_text(tests[run])
+                own = [m for m in found if m.run in {run.name for run in finished}]
+                failures = tuple(Outcome(run, "fit ended with exit code 1") for run in runs if run not in finished)
+                known = {name: {run.seed for run in finished if run.method == name} for name in the_plan.study.files}
+                for odd in (None, math.nan, math.inf, -math.inf, 0.0, 1e308, -1.7e308):
+                    values = own if odd is None else [dataclasses.replace(m, value=odd) for m in own[::2]] + own[1::2]
+                    text = report(the_plan, values, failures)
+                    assert f"{size} of {len(runs)} runs are done" in text
+                    assert text.count("fit ended with exit code 1") == len(failures)
+                    alone = bool(known["znorm"]) and not known["znorm"] & known["baseline"]
+                    assert ("No seed is done under both methods." in text) == alone
+                    rows = tuple(make_rows(the_plan, values))
+                    lines = str(Table("test/accuracy", rows, failures, tmp_path)).splitlines()
+                    shown = [name for name in known if known[name]]
+                    assert [line.split()[0] for line in lines] == ["test/accuracy", *shown]
+                    assert max(map(len, [*lines, *text.splitlines()])) < 500  # no number of 300 digits
+
     def test_diverged(self, tmp_path):
         found = [m for m in done(plan(tmp_path)) if m.metric != "test/accuracy"]
         for method, values in (("baseline", (0.5, 0.6)), ("znorm", (math.nan, 0.7))):
@@ -239,6 +268,50 @@ class TestReport:
         assert "| baseline | 3 | 0.0000000110 | 0.0000000010 | - | - |  |" in report(plan(tmp_path), found)
 
 
+class TestFullDisk:
+    @pytest.mark.parametrize("what", ["val-accuracy.png", "report.html", "report.md"])
+    def test_the_rest_of_a_report_is_written(self, tmp_path, monkeypatch, what):
+        """Half a file is written of one; the others are there, and the error names it."""
+        the_plan = plan(tmp_path)
+        found = done(the_plan)
+        images = {"png": b"new", "svg": b"new"}
+        monkeypatch.setattr("lightning_znorm.compare.report_curves.plot", lambda *args: images)
+        names = [
+            f"figures/{name}.{kind}" for name in ("train-loss", "val-accuracy", "gradient-norm") for kind in images
+        ]
+        files = {tmp_path / name for name in ("report.html", "report.md", *names)}
+        for path in files:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("old")
+        original = Path.open
+
+        def full(path, mode="r", *args, **options):
+            opened = original(path, mode, *args, **options)
+            if "w" in mode and what in path.name:
+                opened.write(b"half" if "b" in mode else "half")
+                opened.write = raises
+            return opened
+
+        def raises(content):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "open", full)
+        with pytest.raises(OSError, match="No space left on device") as error:
+            report(the_plan, found)
+        monkeypatch.undo()
+        assert Path(error.value.filename).name == what
+        contents = {path: path.read_text() for path in files if path.is_file()}
+        assert {path.name for path in files if contents.get(path, "old") == "old"} == {what}  # none is there in half
+        assert not list(tmp_path.rglob(".*"))
+
+    def test_a_run_that_could_not_be_read_is_left_out(self, tmp_path):
+        the_plan = plan(tmp_path)
+        found, lost = done(the_plan), the_plan.study.runs[0]
+        text = report(the_plan, [m for m in found if m.run != lost.name], (Outcome(lost, "logs: Input/output error"),))
+        assert "5 of 6 runs are done" in text
+        assert "| baseline | 0 | 3 | 4 | 0.75 |" not in text
+
+
 def test_html_needs_nothing_else(tmp_path):
     report(plan(tmp_path), done(plan(tmp_path)))
     html = (tmp_path / "report.html").read_text()
@@ -276,9 +349,22 @@ class TestPlots:
         assert "#d55e00" in both
         assert "#d55e00" in alone
 
-    @pytest.mark.parametrize("curves", [{}, {"a": {0: {0: math.nan, 1: math.inf}}}, {"a": {0: {3: 0.0}}}])
+    @pytest.mark.parametrize(
+        "curves",
+        [
+            {},
+            {"a": {0: {0: math.nan, 1: math.inf}}},
+            {"a": {0: {3: 0.0}}},
+            {"a": {0: {0: 1e308, 1: 1.0}, 1: {0: -1.7e308, 1: 5e-324}}},
+            {"a": {0: {0: 3.4e38, 1: 1.0}, 1: {0: -3.4e38}}},
+        ],
+    )
     def test_hardly_anything_to_draw(self, curves):
         assert plot(curves, ["a"], "x")["png"]
+
+    def test_long_names_leave_room_for_curves(self):
+        """Else matplotlib warns that it has none left."""
+        assert plot({"m" * 250: {0: {0: 1.0, 1: 2.0}}}, ["m" * 250], "y" * 300)["png"]
 
     def test_labels_keep_apart(self):
         for wanted in ([0, 0, 0, 0], [1, 2, 3, 30], [0, 10, 20], []):
@@ -300,7 +386,7 @@ def test_markdown():
 
 
 def test_html_escapes():
-    html = to_html([Text("a < b & `c<d>`"), Code("<script>"), Grid(("<",), [(">",)])], "<title>")
+    html = to_html([Text(f"a < b & {code('c<d>')}"), Code("<script>"), Grid(("<",), [(">",)])], "<title>")
     for raw in ("<script>", "a < b", "<d>", "<title><"):
         assert raw not in html
     assert "a &lt; b &amp; <code>c&lt;d&gt;</code>" in html

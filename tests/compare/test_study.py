@@ -6,7 +6,9 @@ from unittest.mock import patch
 
 import pytest
 import yaml
+from samples import FIT
 
+from lightning_znorm import compare
 from lightning_znorm.cli import main
 from lightning_znorm.compare import prepare
 from lightning_znorm.compare.conduct import Means, _devices, _typed
@@ -16,7 +18,7 @@ from lightning_znorm.compare.pool import environments
 from lightning_znorm.compare.process import Processes
 from lightning_znorm.compare.run_config import probe_config, run_config
 from lightning_znorm.compare.settings import differences, monitored
-from lightning_znorm.compare.study import Run, Study, StudyError
+from lightning_znorm.compare.study import Run, Study, StudyError, parse_timeout
 
 
 def study(**changes) -> Study:
@@ -76,7 +78,25 @@ class TestCommandLine:
         assert "Two methods are named one" in refusal(*command, "--methods", "a/one.yaml", "b/one.yaml")
         assert "at least 1: 0" in refusal(*command, "--jobs", "0")
         assert "--gpus is what each run takes of a Ray cluster, 0 or more: -1" in refusal(*command, "--gpus", "-1")
+        for time in ("0", "-5", "nan", "inf", "1e3", "soon", "2 hours", "5x", "", "1h30m"):
+            assert f"and more than 0: {time}." in refusal(*command, f"--timeout={time}")
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("typed", "seconds"),
+        [("90", 90), ("90s", 90), ("0.5m", 30), (" 2h ", 7200), ("1d", 86400), (".5", 0.5), (7, 7), (2.5, 2.5)],
+    )
+    def test_timeout(self, typed, seconds):
+        assert parse_timeout(typed) == seconds
+
+    @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), True, "many"])
+    def test_no_timeout(self, value):
+        with pytest.raises(StudyError, match="--timeout is a time such as 90"):
+            compare.run("exp.yaml", ["a.yaml"], output="out", timeout=value)
+
+    def test_timeout_is_of_each_run(self):
+        assert [run.timeout for run in study(timeout=5.0).runs] == [5.0] * 4
+        assert study(timeout=5.0).runs == study().runs  # whose runs are the same, with more time
 
     def test_what_was_typed(self, tmp_path, monkeypatch):
         """The report's command starts the same study in the same way."""
@@ -88,6 +108,8 @@ class TestCommandLine:
         )
         assert _typed(asked, Means()) == f"{common} --trainer.max_epochs 2"
         assert _typed(asked, Means(jobs=2)) == f"{common} --jobs 2 --trainer.max_epochs 2"
+        patient = study(output=tmp_path / "out", timeout=5400.0)
+        assert _typed(patient, Means()).endswith("--output out --timeout 5400")
         ray = Means(ray="auto", cpus=2, gpus=0.5)
         assert _typed(asked, ray) == f"{common} --ray auto --cpus 2 --gpus 0.5 --trainer.max_epochs 2"
 
@@ -116,8 +138,8 @@ class TestCommandLine:
             main(["compare", "--help"])
         assert exit_info.value.code == 0
         out = capsys.readouterr().out
-        for option in ("--methods", "--seeds", "--output", "--metric", "--mode", "--jobs", "--dry-run", "--ray"):
-            assert option in out
+        for option in ("methods", "seeds", "output", "metric", "mode", "jobs", "timeout", "dry-run", "ray"):
+            assert f"--{option}" in out
 
 
 class TestMetrics:
@@ -321,7 +343,7 @@ class TestPreparation:
         plan = prepared(self.PLAIN, metric="test/loss")
         run = plan.study.runs[0]
         run.config.write_text("{}")
-        run.fit_file.write_text("{}")
+        run.fit_file.write_text(json.dumps(FIT | {"logged_epochs": [], "logged_numbers": 0}))
         tested = {"path": str(run.last), "epoch": 0, "monitor": None, "value": None}
         run.test_file.write_text(json.dumps({"checkpoint": tested, "metrics": {}}))
         prepared(self.PLAIN, metric="test/loss")
@@ -366,6 +388,41 @@ class TestPreparation:
         with pytest.raises(StudyError, match="is not empty, and holds no study"):
             prepared(self.PLAIN, metric="test/loss")
         assert (tmp_path / "out" / "runs" / "letter.txt").exists()
+
+    @pytest.mark.parametrize(
+        ("code", "out", "message"),
+        [
+            (-9, "", "`fit`, which was asked for the settings of one, was ended by SIGKILL, as the system does when"),
+            (1, "", "`fit` refuses the settings of one. the reason"),
+            (0, "hello\n{trainer: {}}", "`fit --print_config` has printed more than the settings of one, or something"),
+            (0, "", "`fit --print_config` has printed more"),
+            (0, "[trainer: {", "`fit --print_config` has printed more"),
+            (0, "trainer: 3", "`fit --print_config` has printed more"),
+        ],
+    )
+    def test_settings_that_do_not_come(self, code, out, message, tmp_path, monkeypatch):
+        monkeypatch.setattr(Processes, "capture", lambda self, args: (code, out, "error: the reason" if code else ""))
+        with pytest.raises(StudyError, match=f"^{message}"):
+            prepare.prepare(study(output=tmp_path), Processes(), 1)
+
+    @pytest.mark.parametrize(
+        ("code", "message"),
+        [
+            (-9, "a/one.yaml: in a first try at one batch, fit was ended by SIGKILL, as the system does when memory"),
+            (0, "a/one.yaml: in a first try at one batch, fit ended before it was done, with exit code 0 and without "),
+            (1, r"a/one.yaml: in a first try at one batch, fit ended with exit code 1\. it broke$"),
+        ],
+    )
+    def test_try_that_does_not_end_well(self, code, message, tmp_path, monkeypatch):
+        def run(self, args, log):
+            log.write_text("$ python -m lightning_znorm fit\nerror: it broke\n" if code == 1 else "")
+            return code
+
+        monkeypatch.setattr(Processes, "capture", lambda self, args: (0, TestPreparation.PLAIN, ""))
+        monkeypatch.setattr(Processes, "run", run)
+        with pytest.raises(StudyError, match=f"^{message}"):
+            prepare.prepare(study(output=tmp_path), Processes(), 1)
+        assert [path.name for path in tmp_path.iterdir()] == []
 
     def test_fast_dev_run(self, prepared):
         with pytest.raises(StudyError, match="fast_dev_run keeps no logs"):

@@ -250,3 +250,33 @@ def test_killed_when_training_was_over(interval, tmp_path, monkeypatch):
     study()
     assert read_json(run / "fit.json") == before
     assert Path("out/results.csv").read_text() == results
+
+
+def logged(folder: Path) -> dict[tuple[str, str], str]:
+    """What a study's experiment logged, of each metric and epoch; times are other ones each time."""
+    with (folder / "out/results.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if "seconds" not in row["metric"]]
+    return {(row["metric"], row["epoch"]): row["value"] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("name", "resumed"),
+    [("checkpoints/last.ckpt", "best.ckpt"), ("fit.json", "last.ckpt"), ("logs/version_0/metrics.csv", "")],
+)
+def test_damaged_and_done_again(name, resumed, folder, tmp_path, monkeypatch):
+    """Of a run that was killed, or is done: it ends with the numbers of a run in one go."""
+    monkeypatch.chdir(tmp_path)
+    write_experiment(killed_in=3)
+    if name != "checkpoints/last.ckpt":
+        Path("killed").touch()  # so that it is not
+    study()
+    run = Path("out/runs/baseline-5")
+    content = (run / name).read_bytes()
+    (run / name).write_bytes(content[: len(content) // 2])
+    assert study().failures == ()
+    check_the_best_was_tested()
+    assert logged(tmp_path) == logged(folder)
+    attempts = [read_json(path)["step"] for path in sorted(run.glob("logs/version_*/attempt.json"))]
+    assert attempts == ([0, 12] if resumed == "best.ckpt" else [0])  # none of one that has nothing left to train
+    assert (run / "damaged-1/logs").exists() is (not resumed)
+    assert (run / "damaged-1" / name).read_bytes() == content[: len(content) // 2]

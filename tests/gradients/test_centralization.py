@@ -59,18 +59,34 @@ def test_inf_and_nan_stay_visible_in_their_row(bad: float) -> None:
     assert result[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_equals_the_authors_sgd_without_an_l2_penalty(momentum: float) -> None:
-    # The authors centralize the update, p -= lr * c(buffer) with buffer = momentum * buffer + g: the map is linear.
+@pytest.mark.parametrize("after_momentum", [False, True])
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+@pytest.mark.parametrize("penalty", [0.0, 0.3])
+def test_the_authors_sgd(penalty: float, momentum: float, nesterov: bool, after_momentum: bool) -> None:
+    """They centre the gradient with its L2 penalty: before momentum, or in one version after it, in place.
+
+    github.com/Yonghongwei/Gradient-Centralization, SGD_GC in GC_code/CIFAR100/algorithm/SGD.py, and SGD in
+    algorithm-GC/algorithm/SGD.py. Without the penalty it is ours.
+    """
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(4, 6, generator=generator, dtype=torch.float64)
     param, authors, buffer = nn.Parameter(start.clone()), start.clone(), torch.zeros_like(start)
-    optimizer = torch.optim.SGD([param], lr=0.1, momentum=momentum)
+    optimizer = torch.optim.SGD([param], lr=0.1, momentum=momentum, nesterov=nesterov, weight_decay=penalty)
     for _ in range(3):
         grad = torch.randn(4, 6, generator=generator, dtype=torch.float64)
         param.grad = grad.clone()
         centralize_grads_(param)
         optimizer.step()
-        buffer = momentum * buffer + grad
-        authors -= 0.1 * centralized(buffer)
-    torch.testing.assert_close(param.data, authors)
+        update = grad + penalty * authors
+        if not after_momentum:
+            update = centralized(update)
+        buffer = momentum * buffer + update
+        update = update + momentum * buffer if nesterov else buffer
+        if after_momentum:
+            update = centralized(update)
+            buffer = buffer if nesterov else update
+        authors -= 0.1 * update
+    # They never move the mean of a row, and we do so by the penalty.
+    torch.testing.assert_close(authors.mean(1), start.mean(1))
+    assert torch.allclose(param.data, authors) == (penalty == 0)
+    torch.testing.assert_close(centralized(param.data), centralized(authors))

@@ -189,7 +189,7 @@ def test_scale_of_another_shape_is_refused(scale: object) -> None:
         def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
             return None, scale  # type: ignore[return-value]
 
-    with pytest.raises(TypeError, match=r"Doubled\(\)\.affine must return .* of shape \(1,\)"):
+    with pytest.raises(TypeError, match=r"Doubled\.affine must return .* of shape \(1,\)"):
         applied(Doubled(), torch.randn(5))
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_znorm.functional import zscore_grads_
-from lightning_znorm.gradients import UnsupportedGradientError
+from lightning_znorm.functional import transform_grads_, zscore_grads_
+from lightning_znorm.gradients import SING, AffineMethod, UnsupportedGradientError, ZScore
 from tests.gradients.reference import wide, zscore
 
 # z is of unit size, so these are absolute: a few units of rounding of the gradient's own type.
@@ -175,6 +175,45 @@ def test_overflow_of_the_deviation_stays_visible() -> None:
     param = parameter(torch.tensor([1e30, -1e30, 5e29]))
     zscore_grads_(param)
     assert param.grad.isnan().all()
+
+
+BOUNDS = {  # of the deviation, times the square root of the number of elements: where the sum of squares is largest
+    torch.float32: math.sqrt(torch.finfo(torch.float32).max),
+    torch.bfloat16: math.sqrt(torch.finfo(torch.float32).max),
+    torch.float64: math.sqrt(torch.finfo(torch.float64).max),
+}
+
+
+@pytest.mark.parametrize("method", [ZScore(), SING()], ids=["zscore", "sing"])
+@pytest.mark.parametrize("mean", [0.0, 100.0], ids=["centred", "large mean"])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_deviation_that_overflows_depends_on_the_number_of_elements(
+    dtype: torch.dtype, mean: float, method: AffineMethod
+) -> None:
+    assert [float(f"{BOUNDS[torch.float32] / math.sqrt(numel):.1e}") for numel in (1, 512, 10**6)] == [
+        *(1.8e19, 8.2e17, 1.8e16)  # as the docstring of zscore_grads_ says
+    ]
+    spread = 0.05 if dtype == torch.bfloat16 else 0.01  # of which the rounding of elements near the bound is a part
+    mean *= dtype != torch.bfloat16  # whose digits would not hold both
+    for numel in (4, 512, 1000, 10**6):
+        signs = torch.ones(numel, dtype=torch.float64)
+        signs[::2] = -1
+        for factor in (1 - spread, 1 + spread):
+            deviation = factor * BOUNDS[dtype] / math.sqrt(numel)
+            grad = ((signs + mean) * deviation).to(dtype).view(2, -1)
+            for laid in (grad, grad.t().contiguous().t()):
+                param = parameter(laid.clone(memory_format=torch.preserve_format))
+                transform_grads_(param, method)
+                assert bool(param.grad.isfinite().all()) == (factor < 1)
+                assert bool(param.grad.isnan().all()) == (factor > 1)
+
+
+def test_no_deviation_overflows_in_half_precision() -> None:
+    grad = torch.full((10**6,), 65504.0, dtype=torch.float16)
+    grad[::2] = -65504.0
+    param = parameter(grad)
+    zscore_grads_(param)
+    assert (param.grad.abs() == 1).all()
 
 
 def layouts() -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.metrics import compute_hausdorff_distance
+from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.spatial.distance import directed_hausdorff
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,6 +115,25 @@ def test_a_hole_counts() -> None:
     ring = full & ~box((60, 60), (11, 49), (11, 49))
     assert HausdorffDistance()(batch(full), batch(ring)).item() == 19
     assert HausdorffDistance(percentile=100)(batch(full), batch(ring)).item() == monais(full, ring, 100, (1, 1)) == 0
+
+
+def medpys(preds: Tensor, target: Tensor, percentile: float = 95) -> float:
+    """The definition of medpy.metric.binary.hd95 (0.5.2), which gives the same number on the case below."""
+    a, b = (mask.numpy() & ~binary_erosion(mask.numpy()) for mask in (preds, target))
+    together = np.hstack([distance_transform_edt(~b)[a], distance_transform_edt(~a)[b]])
+    return float(np.percentile(together, percentile))
+
+
+def test_medpys_percentile_is_of_both_directions_together() -> None:
+    """As the docstring says, with its figures."""
+    target = box((64, 64), (10, 30), (10, 30))
+    preds = target | box((64, 64), (50, 53), (50, 53))
+    ours = HausdorffDistance(95)(batch(preds), batch(target)).item()
+    assert ours == pytest.approx(monais(preds, target, 95, (1, 1)))
+    figures = {"31.04": ours, "1.48": medpys(preds, target)}
+    assert all(f"{number:.2f}" == figure for figure, number in figures.items())
+    assert all(figure in str(HausdorffDistance.__doc__) for figure in figures)
+    assert medpys(preds, target, 100) == pytest.approx(HausdorffDistance(100)(batch(preds), batch(target)).item())
 
 
 @BOTH_PATHS

@@ -74,6 +74,26 @@ class TestMeanOverMasks:
         metric(self.preds.float(), self.target.float())
         assert DiceScore()(self.preds, self.target).item() == pytest.approx(metric.aggregate().item(), rel=1e-6)
 
+    def test_monai_leaves_out_every_empty_truth(self) -> None:
+        """As the docstring says, with its figures; the masks are MONAI's, TEST_CASE_7 of test_compute_meandice.py."""
+        first = [[[1, 1], [1, 0]], [[0, 1], [0, 0]], [[0, 1], [1, 1]]]
+        second = [[[1, 0], [1, 1]], [[0, 1], [1, 1]], [[0, 1], [1, 0]]]
+        preds, target = torch.tensor([first, second]).bool(), torch.zeros(2, 3, 2, 2, dtype=torch.bool)
+        target[:, 0] = True
+
+        def monais(**kwargs: bool) -> float:
+            metric = DiceMetric(**kwargs)
+            metric(preds.float(), target.float())
+            return metric.aggregate().item()
+
+        ours = DiceScore()(preds, target).item()
+        figures = {"0.857": monais(), "0.286": ours}
+        assert all(f"{number:.3f}" == figure for figure, number in figures.items())
+        assert all(figure in str(DiceScore.__doc__) for figure in figures)
+        assert monais(ignore_empty=False) == pytest.approx(ours)
+        preds[0, 1] = False
+        assert monais(ignore_empty=False) == pytest.approx((5 * DiceScore()(preds, target).item() + 1) / 6)
+
     @HAS_DICE
     def test_dice_is_torchmetrics_of_one_channel(self) -> None:
         preds, target = self.preds[:, :1], self.target[:, :1]

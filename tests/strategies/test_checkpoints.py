@@ -6,17 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_znorm.cli.checkpoint import check_checkpoint
 from tests.strategies.conftest import WITHOUT_CALLBACK
 from tests.strategies.reference import check, records
 from tests.strategies.training import SCENARIOS, Weights
 
 RESUMED = [name for name, scenario in SCENARIOS.items() if scenario.resumes is not None]
+SAVED = [name for name, scenario in SCENARIOS.items() if scenario.saves]
 
 
 @cache
 def momentum_of(directory: Path, name: str) -> Weights:
     """What a run that is right leaves to the one that goes on."""
     return check(name, SCENARIOS[name], records(directory, name, 1)[0])
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_holds_no_code(directory: Path, name: str) -> None:
+    """Or the command line would refuse it."""
+    check_checkpoint(str(directory / f"{name}.ckpt"))
 
 
 @pytest.mark.parametrize("name", RESUMED)

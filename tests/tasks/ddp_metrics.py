@@ -1,8 +1,10 @@
-"""Two processes validate one task; the first writes what was logged. Run by test_classification.py."""
+"""Two processes validate on two loaders, and train; the first writes what was logged. Run by test_classification.py."""
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -12,20 +14,21 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_znorm.tasks import ClassificationTask
 
 
-def task() -> ClassificationTask:
+def task(**kwargs: Any) -> ClassificationTask:
     torch.manual_seed(0)
-    return ClassificationTask(nn.Linear(4, 3), num_classes=3)
+    return ClassificationTask(nn.Linear(4, 3), num_classes=3, **kwargs)
 
 
-def loader() -> DataLoader:
+def loader(seed: int = 1) -> DataLoader:
     """Ten images for each of two processes, in batches of eight and two."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     images, labels = torch.randn(20, 4, generator=generator), torch.randint(3, (20,), generator=generator)
     return DataLoader(TensorDataset(images, labels), batch_size=8)
 
 
 if __name__ == "__main__":
     trainer = Trainer(
+        max_epochs=3,
         accelerator="cpu",
         devices=2,
         strategy="ddp",
@@ -34,6 +37,9 @@ if __name__ == "__main__":
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    (metrics,) = trainer.validate(task(), loader(), verbose=False)
+    metrics = trainer.validate(task(), [loader(), loader(seed=2)], verbose=False)
+    trainer.fit(task(lr_scheduler=partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1)), loader())
+    (config,) = trainer.lr_scheduler_configs
     if trainer.is_global_zero:
-        Path(sys.argv[1]).write_text(json.dumps(metrics))
+        steps = [config.scheduler.total_steps, config.scheduler.last_epoch, trainer.global_step]
+        Path(sys.argv[1]).write_text(json.dumps([metrics, steps]))

@@ -392,11 +392,11 @@ def test_several_processes_raise_together(tmp_path: Path) -> None:
 def test_refused_on_each_process_by_its_own_rank() -> None:
     check = TargetCheck("Masks", 1, False, "settings", "remedy")
     with patch.object(check, "clear", wraps=check.clear) as cleared:
-        check.refuse(torch.zeros(3, 3, 4))
+        check.refuse(torch.zeros(3, 3, 5))
         assert not cleared.called
-        notes = torch.zeros(3, 3, 4)
-        notes[2, 1] = torch.tensor([1, 7, -1, 0])
-        with pytest.raises(ValueError, match="Masks run from -1 to 0 in batch 7 of validation on rank 2, and settings"):
+        notes = torch.zeros(3, 3, 5)
+        notes[2, 1] = torch.tensor([1, 7, 4, -1, 0])
+        with pytest.raises(ValueError, match="Masks run from -1 to 0 in batch 7 of validation loader 4 on rank 2,"):
             check.refuse(notes)
         assert cleared.called
 

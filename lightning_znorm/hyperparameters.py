@@ -1,0 +1,135 @@
+"""Hyperparameters as plain values: a checkpoint that holds anything else cannot be loaded again."""
+
+import copy
+import io
+import os
+import pickle
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.core.mixins import HyperparametersMixin
+from typing_extensions import override
+
+_REMEDY = "pass a number, a text, or a list or dict of such"
+# Python's type for each kind of NumPy scalar; dates, durations and records have none.
+_KINDS: dict[str, type] = {"b": bool, "i": int, "u": int, "f": float, "c": complex, "S": bytes, "U": str}
+_SCALARS: tuple[Any, ...] = (bool, int, float, complex, bytes)
+
+
+class PlainHyperparameters(HyperparametersMixin):
+    """Save hyperparameters as plain values, in modules and data modules.
+
+    Callables, such as networks and functions that make optimizers, are objects and no hyperparameters: they are left
+    out, and have to be passed to ``load_from_checkpoint`` again. LightningCLI names what it builds by plain values.
+    """
+
+    @override
+    def _set_hparams(self, hp: Any) -> None:
+        # All that `save_hyperparameters` saves comes by here, what subclasses add too.
+        values = vars(hp) if isinstance(hp, Namespace) else hp
+        if isinstance(values, Mapping):
+            hp = {name: plain_value(name, value) for name, value in values.items() if not callable(value)}
+        super()._set_hparams(hp)
+
+
+def plain_values(**arguments: object) -> list[Any]:
+    """Return arguments as plain values, in order.
+
+    Args:
+        **arguments: By the names that a message gives them.
+
+    Raises:
+        ValueError: If one has no plain value.
+
+    Example:
+        >>> plain_values(num_classes=np.int64(10), root=np.str_("data"), weights=np.array([0.5, 2.0]))
+        [10, 'data', [0.5, 2.0]]
+    """
+    return [plain_value(name, value) for name, value in arguments.items()]
+
+
+def plain_value(name: str, value: Any, remedy: str = _REMEDY) -> Any:
+    """Return a value as a plain one: Python's number for NumPy's and torch's, text for a path, a list for an array.
+
+    Args:
+        name: What a message calls it.
+        value: The value; plain ones stay as they are.
+        remedy: What a message says to do about it.
+
+    Raises:
+        ValueError: If there is none that ``torch.load(..., weights_only=True)`` takes.
+    """
+    if isinstance(value, np.ndarray) and value.ndim:
+        return [plain_value(f"{name}[{index}]", each, remedy) for index, each in enumerate(value)]
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.item() if value.dtype.kind == "O" else _python_scalar(value)
+    elif isinstance(value, torch.Tensor) and value.ndim == 0:
+        value = value.item()
+    elif isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    if isinstance(value, str):
+        return str.__str__(value)  # of a member of an enum, `str` is its name
+    for kind in _SCALARS:
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping):
+        return {
+            plain_value(f"a key of {name}", key, remedy): plain_value(f"{name}[{key!r}]", each, remedy)
+            for key, each in value.items()
+        }
+    if isinstance(value, (Sequence, Set)) and not isinstance(value, bytearray):
+        kept = [plain_value(f"{name}[{index}]", each, remedy) for index, each in enumerate(value)]
+        return tuple(kept) if isinstance(value, tuple) else set(kept) if isinstance(value, Set) else kept
+    if not _can_be_loaded(value):
+        found = f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
+        raise ValueError(
+            f"{name} is {found}, and hyperparameters are plain values, or no checkpoint could be loaded: {remedy}."
+        )
+    return value
+
+
+def python_scalars(value: Any) -> Any:
+    """Return the content of a checkpoint with Python's numbers in place of NumPy's; all else, and its types, are kept.
+
+    Optimizers and schedulers keep the learning rate that they were given, and callbacks their settings.
+    """
+    if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
+        return _python_scalar(value)
+    if isinstance(value, dict):
+        keys, values = ([python_scalars(each) for each in part] for part in (value, value.values()))
+        if _same(keys, value) and _same(values, value.values()):
+            return value
+        converted = copy.copy(value)  # it may be a Counter
+        converted.clear()
+        for key, each in zip(keys, values, strict=True):
+            converted[key] = each
+        return converted
+    if type(value) in (list, tuple):
+        parts = [python_scalars(each) for each in value]
+        return value if _same(parts, value) else type(value)(parts)
+    return value
+
+
+def _python_scalar(value: Any) -> Any:
+    """Python's scalar for NumPy's, where there is one."""
+    scalar = value[()] if isinstance(value, np.ndarray) else value
+    kind = _KINDS.get(value.dtype.kind)
+    return scalar if kind is None else kind(scalar)
+
+
+def _can_be_loaded(value: object) -> bool:
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError, RuntimeError):
+        return False
+    return True
+
+
+def _same(new: Iterable[object], old: Iterable[object]) -> bool:
+    return all(one is other for one, other in zip(new, old, strict=True))

@@ -1,0 +1,70 @@
+"""What loaders hand out and networks return, in the one form that the tasks work on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def images_of(batch: Any) -> Tensor:
+    """Return the images that a batch is, or that it begins with.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"A batch is {described(batch)}, and images, a tensor, or a tuple or list that begins with them, are "
+            "expected: let the dataset or its collate_fn return that."
+        )
+    return images
+
+
+def images_and_targets(batch: Any, targets: str) -> tuple[Tensor, Tensor]:
+    """Return the images and targets that a batch begins with; what follows, such as an index, is left aside.
+
+    Args:
+        batch: As the loader made it.
+        targets: What a message calls them.
+
+    Raises:
+        TypeError: If it does not begin with both.
+    """
+    if not isinstance(batch, (tuple, list)) or not all(isinstance(part, Tensor) for part in (*batch, None)[:2]):
+        raise TypeError(
+            f"A batch is {described(batch)}, and a tuple or list that begins with images and {targets}, both tensors, "
+            "is expected: let the dataset or its collate_fn return that."
+        )
+    return batch[0], batch[1]
+
+
+def logits_of(output: Any) -> Any:
+    """Return the logits of a network whose output holds more: torchvision's and transformers' have them under a name.
+
+    Args:
+        output: What the network returned.
+
+    Returns:
+        What it calls ``logits``, as an attribute or a key, or ``out``, as a key; any other output as it is.
+    """
+    if isinstance(logits := getattr(output, "logits", None), Tensor):
+        return logits
+    if isinstance(output, Mapping):
+        for key in ("logits", "out"):
+            if key in output:
+                return output[key]
+    return output
+
+
+def described(value: Any) -> str:
+    """Return what to call a batch or an output in a message, such as "a tuple of Tensor and dict"."""
+    kind = type(value).__name__
+    article = "an" if kind[:1] in "AEIOUaeiou" else "a"
+    if isinstance(value, Mapping):
+        parts = [repr(key) for key in value]
+    elif isinstance(value, (tuple, list)):
+        parts = [type(part).__name__ for part in value]
+    else:
+        return f"{article} {kind}"
+    return f"{article} {kind} of {' and '.join(parts)}" if parts else f"an empty {kind}"

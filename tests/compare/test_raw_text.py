@@ -1,0 +1,336 @@
+"""Names and logs in a report are shown as what they are, in Markdown, in HTML and in figures."""
+
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_znorm.compare.document import Block, Code, Figure, Grid, Heading, Points, Text, code
+from lightning_znorm.compare.findings import Findings
+from lightning_znorm.compare.html import to_html
+from lightning_znorm.compare.markdown import to_markdown
+from lightning_znorm.compare.one_run import Outcome
+from lightning_znorm.compare.plots import plot
+from lightning_znorm.compare.prepare import Plan
+from lightning_znorm.compare.report import write_report
+from lightning_znorm.compare.results import Measurement
+from lightning_znorm.compare.study import Study
+
+NASTY = [
+    "<script>alert(1)</script>",
+    "<b>bold</b> <!-- gone --> </pre></code></td>",
+    "a & b &amp; &#35; &copy;",
+    "a|b||c \\| d \\\\| e|",
+    "`code` ``more`` ` alone",
+    "`",
+    "``",
+    "# heading",
+    "trailing #",
+    "- point",
+    "+ point",
+    "* point",
+    "1. first",
+    "2) second",
+    "-",
+    "---",
+    "===",
+    "***",
+    "___",
+    "> quote",
+    "~~~",
+    "~~struck~~ ~once~",
+    "```\nfence\n```",
+    "````\nlonger\n````\n```",
+    "[x](javascript:alert(1))",
+    "[x] (https://example.org) [x][x] [x][] [[x](y)](z) ![[x]](y)",
+    "[^1] [^1]: note",
+    "[^1]: note",
+    "![x](https://example.org/x.png)",
+    "[x]: https://example.org",
+    "[ ] task",
+    "<https://example.org>",
+    "_a_ __init__ snake_case_name _",
+    "*a* **b** a*b*c",
+    "\\ \\* \\` a\\",
+    "$a$ and $b$",
+    "    indented",
+    "\tindented",
+    "two\nlines\n\n# three\n- four",
+    "a\r\nb\rc",
+    "ends with blanks  \nnext",
+    "| a | b |\n| --- | --- |\n| c | d |",
+    "\n\nblank lines first",
+    "Züri ✓ 学",
+    "",
+]
+UNSEEN = {  # what a reader would not see, or what would move the rest of the line
+    "\x1b[31mred\x00": "␛[31mred␀",
+    "\x02pair\x03 \x7f \x85": "␂pair␃ ␡ \\x85",
+    "not \udcff UTF-8": "not \\udcff UTF-8",
+    "a\u202etxt.exe": "a\\u202etxt.exe",
+}
+HARD = [*NASTY, *UNSEEN]
+ANY = st.one_of(
+    st.sampled_from(HARD),
+    st.text(st.sampled_from("ab1 `*_#-+=|\\<>&;[](){}!~$.:\n\t\r\"'/"), max_size=30),
+    st.text(st.sampled_from("a[]()!:\\` "), max_size=20),
+    st.text(max_size=20),
+)
+IMAGES = {"svg": b"", "png": b""}
+
+
+class Skeleton(HTMLParser):
+    """Elements of a page with their text, without what differs between our HTML and that of rendered Markdown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+        self.alt: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "img":
+            self.alt.append(squeezed(dict(attrs)["alt"] or ""))
+        self.found.append((tag, ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.found.append((f"/{tag}", ""))
+
+    def handle_data(self, data: str) -> None:
+        self.found.append(("text", data))
+
+    def handle_comment(self, data: str) -> None:
+        self.found.append(("comment", data))
+
+
+def squeezed(text: str) -> str:
+    """As a browser shows it outside of code blocks."""
+    return re.sub(r"[ \t\n\r\f]+", " ", text).strip(" ")
+
+
+def shown(text: str) -> str:
+    return UNSEEN.get(text, text)
+
+
+def rendered(markdown: str) -> str:
+    """As GitHub renders it, raw HTML among it."""
+    markdown_it = pytest.importorskip("markdown_it", reason="comes with rich 13 and later")
+    html: str = markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(markdown)
+    return html
+
+
+def parsed(html: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """The elements, and the texts of images."""
+    parser = Skeleton()
+    parser.feed(html)
+    parser.close()
+    merged: list[tuple[str, str]] = []
+    fence = False
+    for tag, text in parser.found:
+        if tag in ("pre", "/pre"):
+            fence = tag == "pre"
+        if (fence and tag in ("code", "/code")) or tag in ("img", "figure", "/figure", "thead", "tbody", "/tbody"):
+            continue
+        if tag == "/thead":  # Markdown makes no body without rows
+            continue
+        tag = tag.replace("figcaption", "p")
+        if tag == "text":
+            if merged and merged[-1][0] == "text":
+                merged[-1] = ("text", merged[-1][1] + text)
+                continue
+            if not fence and not text.strip(" \n"):
+                continue
+        merged.append((tag, text))
+    return [(tag, text) for tag, text in merged if tag != "text" or squeezed(text)], parser.alt
+
+
+def elements(html: str) -> list[tuple[str, str]]:
+    """Each element that holds text, with all the text in it; spaces as a browser shows them."""
+    found, open_tag, text = [], "", ""
+    for tag, data in parsed(html)[0]:
+        if tag == "text":
+            text += data
+        elif tag in ("code", "/code"):
+            continue
+        elif tag.startswith("/"):
+            if tag[1:] == open_tag:
+                found.append((open_tag, text.strip("\n") if open_tag == "pre" else squeezed(text)))
+            open_tag, text = "", ""
+        else:
+            if tag not in ("h1", "h2", "h3", "p", "li", "pre", "th", "td", "ul", "table", "tr"):
+                found.append((tag, "which nobody wrote"))
+            open_tag, text = tag, ""
+    return [(tag, text) for tag, text in found if tag not in ("ul", "table", "tr")]
+
+
+def body(html: str) -> str:
+    return html.partition("<body>")[2].partition("</body>")[0]
+
+
+def blocks(text: str) -> tuple[list[Block], list[tuple[str, str]]]:
+    """Every kind of block around a text, plain and as code, and what a reader is to see."""
+    line = squeezed(shown(text))
+    log = re.sub(r"\r\n?", "\n", shown(text)).strip("\n")
+    around = squeezed(f"as {line}.")
+    content: list[Block] = [
+        Heading(text, 1),
+        Heading(code(text), 3),
+        Text(text),
+        Text(f"as {code(text)}."),
+        Text(f"{text}{code(text)}{text}"),
+        Points([text, f"{code(text)}: {text}", "last"]),
+        Code(text),
+        Grid((text, code(text)), [(text, code(text)), ("-", "+1")], frozenset((1,))),
+        Figure("name", f"{code(text)} by epoch, {text}", IMAGES),
+        Text("the end"),
+    ]
+    three = re.sub(r"\r\n?|\n", " ", shown(text))
+    expected = [
+        ("h1", line),
+        ("h3", line),
+        ("p", line),
+        ("p", around),
+        ("p", squeezed(three * 3)),
+        ("li", line),
+        ("li", squeezed(f"{three}: {three}")),
+        ("li", "last"),
+        ("pre", log),
+        *[(kind, line) for kind in ("th", "th", "td", "td")],
+        ("td", "-"),
+        ("td", "+1"),
+        ("p", squeezed(f"{three} by epoch, {three}")),
+        ("p", "the end"),
+    ]
+    return content, expected
+
+
+def without_edges(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Blanks at the edges of a code span are a matter of taste; an empty paragraph is none in Markdown."""
+    return [(tag, re.sub(r"\s+", "", text)) for tag, text in found if text.strip() or tag in ("td", "th", "li")]
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_everything_is_shown_as_what_it_is(text):
+    content, expected = blocks(text)
+    assert without_edges(elements(rendered(to_markdown(content)))) == without_edges(expected)
+    assert without_edges(elements(body(to_html(content, text)))) == without_edges(expected)
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_code_blocks_keep_every_blank(text):
+    lines = f"  first\n\n{text}\n    last"
+    expected = [("pre", re.sub(r"\r\n?", "\n", f"  first\n\n{shown(text)}\n    last"))]
+    assert elements(rendered(to_markdown([Code(lines)]))) == expected
+    assert elements(body(to_html([Code(lines)], "title"))) == expected
+
+
+def test_a_log_that_begins_with_an_empty_line():
+    assert "<pre>\n\n\nlast</pre>" in to_html([Code("\n\nlast")], "")  # HTML drops the first line break of a <pre>
+
+
+@settings(max_examples=300, deadline=None)
+@given(one=ANY, other=ANY)
+def test_any_texts_side_by_side(one, other):
+    """Nothing begins in one text and ends in another, and the two files have the same elements and code spans."""
+    content: list[Block] = [
+        Heading(f"{one} {code(other)}"),
+        Text(f"{code(one)}: {other}"),
+        Points([f"{one}: {code(other)}", other]),
+        Grid((one, code(other)), [(f"{one} {code(other)}", code(f"{one}{other}"))]),
+        Code(f"{one}\n{other}"),
+        Figure("name", f"{code(one)}, {other}", IMAGES),
+    ]
+    markdown, html = rendered(to_markdown(content)), body(to_html(content, one))
+    assert without_edges(elements(markdown)) == without_edges(elements(html))
+    assert [tag for tag, _ in parsed(markdown)[0] if tag == "code"] == [
+        tag for tag, _ in parsed(html)[0] if tag == "code"
+    ]
+    (seen,), (read,) = parsed(markdown)[1], parsed(html)[1]
+    assert re.sub(r"\s+", "", seen) == re.sub(r"\s+", "", read)
+
+
+def test_plain_texts_stay_readable():
+    """Only what means something is escaped: a report is read as a file, too."""
+    for text in ("val_loss of znorm-0 is 1.5 (+0.2, -5 %).", "it's 3 x 4: a/b, c=d; 2 + 3", "a > b", "Is it? Yes!"):
+        assert to_markdown([Text(text)]) == f"{text}\n"
+    for cell in ("trainer.callbacks[1].class_path", "[0.9, 0.999]", "-", "+0.1"):
+        assert to_markdown([Grid((cell,), [])]) == f"| {cell} |\n| --- |\n"
+    assert to_markdown([Text(f"the {code('val/loss')}.")]) == "the `val/loss`.\n"
+
+
+def a_study(folder: Path, name: str, **kept: object) -> Findings:
+    """A report in which everything that is a user's is the name."""
+    study = Study(("exp.yaml",), ("m/baseline.yaml", "m/x.yaml"), (0, 1), folder)
+    for field, value in (("configs", (f"{name}.yaml",)), ("args", ("--model.name", name))):
+        object.__setattr__(study, field, value)  # also such as `compare` refuses
+    trainer = {"callbacks": [], "gradient_clip_val": name, "accumulate_grad_batches": name}
+    plan = Plan(
+        study,
+        {"baseline": {"trainer": trainer}, name: {"trainer": {}, "data": {name: name}}},
+        (f"val/{name}", "max"),
+        f"test/{name}",
+        "max",
+        [],
+    )
+    study.__dict__["files"] = {"baseline": "m/baseline.yaml", name: f"m/{name}.yaml"}
+    fit = {
+        "epochs": 1,
+        "seconds": 1.0,
+        "parameters": 1,
+        "device": name,
+        "threads": 1,
+        "versions": {"python": name},
+        "optimizers": [f"SGD({name})"],
+        "methods": {"added": [name], "attached": [name]},
+    }
+    found = []
+    for i, run in enumerate(study.runs):
+        run = dataclasses.replace(run, folder=folder / str(i))
+        study.__dict__["runs"][i] = run
+        run.folder.mkdir(parents=True)
+        run.fit_file.write_text(json.dumps(fit))
+        tested = {"checkpoint": {"path": name, "epoch": 0, "monitor": name, "value": 1.0}, "metrics": {name: 1.0}}
+        run.test_file.write_text(json.dumps(tested))
+        for metric in (f"val/{name}", f"test/{name}", "train/loss", f"compare/gradient_norm-{name}"):
+            found.append(Measurement(run.name, run.seed, run.method, 0, metric, 1.0 + i))
+    return Findings(plan, found, [Outcome(study.runs[0], f"fit failed\n{name}\nthe end")], f"compare {name}", True)
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_a_whole_report(name, tmp_path, monkeypatch):
+    """Its two files have the same elements with the same texts."""
+    monkeypatch.setattr("lightning_znorm.compare.report_curves.plot", lambda *args: IMAGES)
+    write_report(a_study(tmp_path, name), tmp_path)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    markdown = rendered((tmp_path / "report.md").read_text(encoding="utf-8"))
+    assert without_edges(elements(markdown)) == without_edges(elements(body(html)))
+    assert ("code", "") in parsed(markdown)[0]
+    allowed = "html|head|meta|title|style|body|h[123]|p|ul|li|pre|code|table|thead|tbody|tr|th|td|figure|img|figcaption"
+    assert not [tag for tag in re.findall(r"<(\w+)", html) if not re.fullmatch(allowed, tag)]
+
+
+@pytest.mark.parametrize("name", [*UNSEEN, "$\\frac$", "$$", "-- a & <b> --", "two\nlines", ""])
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font")  # a font is no matter of the report's
+def test_figures(name):
+    """A name is no formula, and nothing makes an image that no program opens."""
+    images = plot({name: {0: {0: 1.0, 1: 2.0}}, "b": {0: {0: 1.0}}}, [name, "b"], name)
+    assert images["png"].startswith(b"\x89PNG")
+    ElementTree.fromstring(images["svg"])
+
+
+def test_figures_of_names_that_are_alike_have_files_of_their_own(tmp_path, monkeypatch):
+    names = ["a", "A", "x" * 300 + "1", "x" * 300]
+    monkeypatch.setattr(
+        "lightning_znorm.compare.report.curve_figures",
+        lambda findings: [Figure(name, name, IMAGES | {"png": name[-5:].encode()}) for name in names],
+    )
+    monkeypatch.setattr("lightning_znorm.compare.report_curves.plot", lambda *args: IMAGES)
+    write_report(a_study(tmp_path, "b"), tmp_path)
+    named = re.findall(r"\(figures/(.*)\)", (tmp_path / "report.md").read_text())[:4]
+    assert [(tmp_path / "figures" / name).read_bytes() for name in named] == [b"a", b"A", b"xxxx1", b"xxxxx"]
+    assert len({name.casefold() for name in named}) == 4
