@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from lightning_znorm.cli import main
 from lightning_znorm.cli.checkpoint import check_checkpoint, check_names
+from tests.data.somebody_else import as_somebody_else
 from tests.fsdp import needs_fsdp2_on_cpu
 from tests.processes import run_forked
 from tests.test_configs import CONFIGS
@@ -278,7 +279,7 @@ class TestDeepSpeed:
             "checkpoint/mp_rank_00_model_states.pt",
             "checkpoint/zero_pp_rank_0_mp_rank_00_optim_states.pt",
             "checkpoint/zero/weight/fp32.pt",
-            "checkpoint/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            ".hidden/bf16_zero_pp_rank_0_mp_rank_00_optim_states.PT",
         ],
     )
     @pytest.mark.parametrize("archive", [True, False])
@@ -296,6 +297,14 @@ class TestDeepSpeed:
         (saved / latest).write_text(".hidden\n")
         torch.save(Payload(), saved.parent / "elsewhere" / "mp_rank_00_model_states.pt")
         refused(saved, f"{saved}/.hidden/mp_rank_00_model_states.pt names {MKDIR}")
+
+    def test_in_a_folder_that_cannot_be_listed(self, saved: Path) -> None:
+        """DeepSpeed opens some of its files by name."""
+        saved.parent.chmod(0o755)
+        (saved / "checkpoint").chmod(0o311)
+        with as_somebody_else(), pytest.raises(PermissionError, match="saved/checkpoint"):
+            check_checkpoint("saved")
+        (saved / "checkpoint").chmod(0o755)
 
     def test_a_link_to_itself(self, saved: Path) -> None:
         (saved / "checkpoint" / "again").symlink_to(saved)

@@ -648,7 +648,10 @@ def test_message_of_another_kind() -> None:
 def test_text_of_several_lines_in_a_message() -> None:
     """A value is printed as it is, whatever it looks like."""
     value = "a\nErrors:\n  - b\nGiven value type: c\nGiven value: d"
-    union = f"Subtypes: [int, None]\nErrors:\n  - Expected a <class 'int'>\n  - Expected a <class 'NoneType'>\nGiven value type: <class 'str'>\nGiven value: {value}"  # noqa: E501
+    union = (
+        "Subtypes: [int, None]\nErrors:\n  - Expected a <class 'int'>\n  - Expected a <class 'NoneType'>\n"
+        f"Given value type: <class 'str'>\nGiven value: {value}"
+    )
     text = "Does not validate against any of the Union subtypes\n" + union
     fault = read_fault('Parser key "n":\n' + "\n".join(f"  {line}" for line in text.splitlines()))
     assert (fault.keys, fault.kinds, fault.value) == (("n",), ("int", "null"), value)

@@ -55,7 +55,7 @@ class GradientMonitor(GradientCallback):
     When training ends, fails or is interrupted, two pictures go to ``gradients`` beside the logs and to each
     TensorBoard or Weights & Biases logger there is: :math:`\sigma` of every parameter over the steps, and its
     distribution by depth. They hold at most 512 steps, evenly spaced. Without a logger they go to the Trainer's
-    ``default_root_dir``, and nowhere if it was given none.
+    ``default_root_dir``, and nowhere if that is the default one.
 
     The gradients are those of :class:`GradientTransform`: complete, of the stepping optimizer alone, without loss
     scale, whole where a strategy shards them, and as they are before this package's callbacks transform them, wherever
@@ -160,8 +160,8 @@ class GradientMonitor(GradientCallback):
         self._folder = Path(run_folder(trainer)) / "gradients" if has_folder else None  # here, where every process is
         if not has_folder and not _is_trial(trainer):
             rank_zero_info(
-                f"{self._name} draws no pictures, as the Trainer has neither a logger nor a default_root_dir to put "
-                "them in. Its numbers are in trainer.callback_metrics."
+                f"{self._name} draws no pictures, as the Trainer has neither a logger nor a default_root_dir of its "
+                "own. Its numbers are in trainer.callback_metrics."
             )
 
     @property

@@ -151,7 +151,7 @@ class MaskWriter(BasePredictionWriter):
 
 def _names(batch: Any) -> Sequence[str | os.PathLike[str] | None] | None:
     """The names that follow the images in a batch, if it is names that follow."""
-    follows = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
+    follows: Any = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
     if hasattr(follows, "tolist") and not isinstance(follows, Tensor):  # NumPy's
         follows = follows.tolist()
     are_names = isinstance(follows, (list, tuple)) and all(isinstance(name, _NAME) for name in follows)

@@ -89,22 +89,23 @@ def _damaged(name: str, error: Exception) -> str:
 
 
 def _pickled_files(folder: Path) -> Iterator[Path]:
-    """What Lightning and DeepSpeed load by `torch.load`: DeepSpeed's files are where ``latest`` says."""
-    folders = [folder]
+    """What Lightning and DeepSpeed load by `torch.load`: DeepSpeed's files are below, where ``latest`` says."""
     for name in ("latest", "latest_universal"):
         if (latest := folder / name).is_file():
             tag = Path(latest.read_text(errors="replace").strip())
             if tag.is_absolute() or ".." in tag.parts:
                 raise ValueError(f"{latest} names {tag}, which is not in this folder: it is no checkpoint's.")
-            folders.append(folder / tag)  # which may be a link
     seen = set()
-    for start in folders:
-        for where, below, names in os.walk(start, followlinks=True):
-            if (real := os.path.realpath(where)) in seen:
-                below.clear()
-                continue
-            seen.add(real)
-            yield from (Path(where, name) for name in sorted(names) if name.endswith(".pt"))
+    for where, below, names in os.walk(folder, onerror=_raise, followlinks=True):
+        if (real := os.path.realpath(where)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        yield from (Path(where, name) for name in sorted(names) if name.lower().endswith(".pt"))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _check_index(path: Path) -> None:

@@ -37,6 +37,20 @@ def check_processes(environment: Mapping[str, str], world_size: int) -> None:
             )
 
 
+def started_processes(environment: Mapping[str, str]) -> int:
+    """Return how many processes a launcher has started, of which this is one; 1 if none has.
+
+    Args:
+        environment: Of this process.
+
+    Example:
+        >>> started_processes({"SLURM_STEP_NUM_TASKS": "4"})
+        4
+    """
+    numbers = [environment.get(total, "") for total, _ in _LAUNCHERS.values()]
+    return max((int(number) for number in numbers if number.isdecimal()), default=1)
+
+
 def check_streams(streams: Sequence[str], processes: int) -> None:
     """Refuse settings from a pipe where several processes would each read a part of it, or nothing.
 

@@ -28,7 +28,7 @@ import lightning_znorm.data
 import lightning_znorm.tasks  # noqa: F401
 from lightning_znorm.callbacks import GradientTransform, LastCheckpoint
 from lightning_znorm.callbacks.folders import run_folder
-from lightning_znorm.cli.checkpoint import check_checkpoint
+from lightning_znorm.cli.checkpoint import check_checkpoint, check_names
 from lightning_znorm.cli.config_files import ConfigFile
 from lightning_znorm.cli.config_order import check_callbacks
 from lightning_znorm.cli.errors import is_bug, own_traceback, raised, sentence
@@ -169,8 +169,6 @@ class RunCLI(LightningCLI):
             [callback.as_dict() for callback in (callbacks if isinstance(callbacks, list) else [callbacks])],
             {method.__name__ for method in _subclasses(GradientTransform)},
         )
-        if checkpoint := self.config[self.config.subcommand].ckpt_path:
-            check_checkpoint(checkpoint)
         _check_encoding(self.config)
 
     @override
@@ -188,6 +186,11 @@ class RunCLI(LightningCLI):
         settings = self.config[command]
         if settings.ckpt_path == "last" and (last := last_checkpoint(settings.trainer.as_dict())):
             settings.ckpt_path = str(last)
+        if path := settings.ckpt_path:
+            check_checkpoint(path)
+            check_names(path, settings.model.as_dict())
+            if settings.weights_only is None and "://" in path:  # Lightning would load it with the code that it names
+                settings.weights_only = True
         model, data = settings.model, settings.data
         super()._parse_ckpt_path()
         settings = self.config[command]

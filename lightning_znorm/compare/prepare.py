@@ -165,7 +165,8 @@ def _record(study: Study) -> tuple[dict[str, Any], str]:
 
 def _from_runs(folder: Path) -> dict[str, Any] | None:
     """Make a study's record from the settings in the folders of its runs; None if there are none."""
-    monitors, methods = [], {}
+    monitors: list[list[str] | None] = []
+    methods: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*/run.yaml")):
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -182,7 +183,15 @@ def _from_runs(folder: Path) -> dict[str, Any] | None:
         if "Recorder" in callbacks:
             best = callbacks.get("BestCheckpoint", {}).get("init_args")
             monitors.append([best["monitor"], best["mode"]] if best else None)
-            methods[path.parent.name.rpartition("-")[0]] = {"hash": digest(config), "settings": config}
+            method = path.parent.name.rpartition("-")[0]
+            before = methods[method]["settings"] if method in methods else config
+            if monitors[-1] != monitors[0] or differences(_trained(before), _trained(config)):
+                raise StudyError(
+                    f"{path} has other settings than runs before it, and the study's own study.json, which would tell "
+                    f"which are right, is damaged or missing. Move {path.parent} away, and the same command repeats "
+                    "that run."
+                )
+            methods[method] = {"hash": digest(config), "settings": config}
     # Nothing tells whether all of them had the machine to themselves.
     return {"monitor": monitors[0], "methods": methods, "alone": False} if methods else None
 

@@ -76,7 +76,7 @@ class Processes:
             held_open = () if held is None or sys.platform == "win32" else (held,)
             options = {"stdout": output, "stderr": subprocess.STDOUT, "pass_fds": held_open}
             with self._started(args, environment or {}, options) as process:
-                return process.wait(self.timeout)
+                return process.wait(self._seconds())
 
     def capture(self, args: Sequence[str]) -> tuple[int, str, str]:
         """Run a command; return its exit code and what it printed, on stdout and stderr.
@@ -86,11 +86,13 @@ class Processes:
             TimedOut: If it took longer than it may.
         """
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        # Polling takes no longer time than this one, of eleven days.
-        timeout = None if self.timeout is None else min(self.timeout, 1e6)
         with self._started(args, {"PYTHONIOENCODING": "utf-8"}, options) as process:
-            out, errors = process.communicate(timeout=timeout)
+            out, errors = process.communicate(timeout=self._seconds())
             return process.returncode, out.decode(), errors.decode(errors="replace")
+
+    def _seconds(self) -> float | None:
+        # Windows and `poll` take no longer time than this one, of eleven days.
+        return None if self.timeout is None else min(self.timeout, 1e6)
 
     def pause(self, seconds: float = 0.2) -> None:
         """Wait.
@@ -190,7 +192,7 @@ def interruptible() -> Iterator[None]:
     def interrupt(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
         for number in handled:
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, _do_nothing)  # not SIG_IGN, which processes that begin now would inherit
         raise KeyboardInterrupt
 
     for number in handled:
@@ -209,6 +211,10 @@ def interruptible() -> Iterator[None]:
 def _importable() -> dict[str, str]:
     """What this process can import, its processes can: the user's own modules among it."""
     return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path))}
+
+
+def _do_nothing(signum: int, frame: FrameType | None) -> None:
+    pass
 
 
 def _end(processes: Sequence["subprocess.Popen[bytes]"]) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields
 from io import StringIO
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from lightning_znorm.compare.files import DamagedError, read_object, write_text
 from lightning_znorm.compare.metrics import stage
+from lightning_znorm.compare.numbers import mean
 from lightning_znorm.compare.study import Run
 
 OWN = "compare/"
@@ -134,7 +134,7 @@ def read_run(run: Run) -> list[Measurement]:
         # The first versions did not count.
         if sum(len(row.numbers) for row in rows) < fit.get("logged_numbers", min(fit["epochs"], 1)):
             raise DamagedError(run.logs, "it lacks numbers that were logged")
-    fitted = {key: found[-1] if stage(key[1]) == "val" else fmean(found) for key, found in sorted(values.items())}
+    fitted = {key: found[-1] if stage(key[1]) == "val" else mean(found) for key, found in sorted(values.items())}
     if (tested := read_test(run)) is not None:
         fitted |= {(tested.epoch, metric): value for metric, value in tested.metrics.items()}
     return [Measurement(run.name, run.seed, run.method, key[0], key[1], value) for key, value in fitted.items()]

@@ -91,7 +91,7 @@ def cached_array(
 
 
 def _size(path: Path) -> int | None:
-    """Size of a file that can be read; None if there is none."""
+    """Size of a file that can be read; None if there is none, or a folder."""
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_size
@@ -100,7 +100,7 @@ def _size(path: Path) -> int | None:
             f"{path} may not be read by this user ({error.strerror}): have its owner run chmod a+r on it and chmod a+x "
             "on the folders around it, or let cache_dir name a folder of your own."
         ) from error
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
 
 

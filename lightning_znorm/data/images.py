@@ -92,7 +92,7 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
             self._sampler = sampler
             generator.manual_seed(seed)
         # By keyword, else Lightning cannot replace the sampler (for several processes, and to predict).
-        return loader(
+        made = loader(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
@@ -103,6 +103,9 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
             pin_memory=self.pin_memory,
             generator=generator,
         )
+        if isinstance(made, ResumableLoader):
+            made.trainer = self.trainer
+        return made
 
     def sampler(self, dataset: Dataset[Any], num_replicas: int = 1, rank: int = 0, seed: int = 0) -> EpochShuffle:
         """Make what draws the order of the training images."""
@@ -132,10 +135,7 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training batches, in a new order each epoch."""
-        loader = self.loader(self.train_set, shuffle=True)
-        if isinstance(loader, ResumableLoader):
-            loader.trainer = self.trainer
-        return loader
+        return self.loader(self.train_set, shuffle=True)
 
     @override
     def val_dataloader(self) -> DataLoader[Batch]:

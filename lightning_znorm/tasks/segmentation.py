@@ -43,7 +43,7 @@ class SegmentationTask(Task):
 
     Where all masks of a validation are empty, in prediction and truth, a score is NaN. That is no improvement and no
     divergence: an `lightning.pytorch.callbacks.EarlyStopping` that follows one goes on, as with ``check_finite=False``,
-    which is set while this task trains.
+    which is set while this task trains, and stays if that ends in an error.
 
     The masks of every batch are checked. A single process on the CPU raises at once. On other devices, and in several
     processes, all raise together after the first batch of training and at the end of each epoch and evaluation, so that
@@ -196,7 +196,7 @@ class SegmentationTask(Task):
 
     @override
     def teardown(self, stage: str) -> None:
-        """Give early stopping its setting back."""
+        """Give early stopping its setting back; Lightning calls this only after a training without an error."""
         super().teardown(stage)
         for callback in self._stopping_checked_finite:
             callback.check_finite = True

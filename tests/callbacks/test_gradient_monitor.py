@@ -508,8 +508,8 @@ class TestWhereItGoes:
         assert not list(tmp_path.iterdir())
         told = [line for line in said() if "GradientMonitor" in line]
         assert told == [
-            "GradientMonitor draws no pictures, as the Trainer has neither a logger nor a default_root_dir to put them "
-            "in. Its numbers are in trainer.callback_metrics."
+            "GradientMonitor draws no pictures, as the Trainer has neither a logger nor a default_root_dir of its "
+            "own. Its numbers are in trainer.callback_metrics."
         ]
 
     @pytest.mark.parametrize("folder", [".", "runs"])

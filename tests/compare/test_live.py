@@ -347,7 +347,10 @@ class TestManyRuns:
             console.height = 40
 
         sizes: list[int] = []
-        look = lambda: sizes.append(len(written(console)))  # noqa: E731
+
+        def look() -> None:
+            sizes.append(len(written(console)))
+
         scripted(monkeypatch, [look, resized, look])
         watch({Future(): run for run in progress.runs[100:]}, progress, console)
         assert sizes[1] > sizes[0]

@@ -1,6 +1,7 @@
 """Joining the logs of several attempts at a run."""
 
 import json
+import math
 
 import pytest
 
@@ -55,6 +56,14 @@ def test_half_a_line(tmp_path):
 def test_several_values_in_an_epoch(tmp_path):
     attempt(tmp_path, 0, 0, "epoch,step,train/loss,val/loss\n0,4,1.0,3.0\n0,9,2.0,5.0\n")
     assert values(read_run(run(tmp_path))) == {(0, "train/loss"): 1.5, (0, "val/loss"): 5.0}
+
+
+def test_values_of_a_run_that_diverged(tmp_path):
+    rows = "0,4,inf,1e308\n0,9,-inf,1e308\n"
+    attempt(tmp_path, 0, 0, f"epoch,step,train/loss,train/error\n{rows}")
+    found = values(read_run(run(tmp_path)))
+    assert math.isnan(found[0, "train/loss"])
+    assert found[0, "train/error"] == 1e308
 
 
 def test_a_test_has_the_epoch_of_the_checkpoint_that_was_tested(tmp_path):
