@@ -209,10 +209,11 @@ class TestPipes:
         assert message.startswith(f"error: {files[option]} can be read only once, and each run of a study reads its ")
         assert not list(folder.iterdir())
 
-    def test_processes_of_torchrun(self, monkeypatch, standard_input):
+    @pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+    def test_processes_of_a_launcher(self, variable, monkeypatch, standard_input):
         standard_input.write(OWN.encode())
         standard_input.seek(0)
-        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv(variable, "2")
         message = refusal("fit", "--config", "-", "--trainer.devices", "2", "--trainer.strategy", "ddp")
         assert message.startswith("error: - can be read only once, and each of 2 processes")
         assert standard_input.tell() == 0  # another process might need it

@@ -495,6 +495,8 @@ FLAGS = {
     "--trainer.callbacks+=ZNormCallback --trainer.callbacks.eps x": "trainer.callbacks.eps is x, and float is expecte",
     "--trainer.logger.save_dri x": "there is no setting trainer.logger.save_dri, of lightning.pytorch.loggers.CSVLogg",
     "--trainer.logger faulty.Plain": "trainer.logger is faulty.Plain, a class that is no Logger.",
+    "--trainer.logger ModelCheckpoint": "trainer.logger is lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoi",
+    "--model.optimizer DigitsDataModule": "model.optimizer is lightning_znorm.data.digits.DigitsDataModule, a class",
     "--trainer.max_epochs many": "trainer.max_epochs is many, and int or null is expected.",
     "--data.batchsize 3": "there is no setting data.batchsize, of lightning_znorm.data.DigitsDataModule: did you mean",
     "--trainer 3": "trainer: Unable to load config '3'",

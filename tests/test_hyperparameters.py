@@ -258,6 +258,11 @@ def iter_of(data: LightningDataModule):
     return iter([data.on_after_batch_transfer(batch, 0)[0] for batch in [next(iter(data.train_dataloader()))]])
 
 
+class NoPickle:
+    def __reduce__(self):
+        raise NotImplementedError
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("make", "message"),
@@ -266,6 +271,7 @@ class TestRefusals:
             (lambda: DigitsDataModule(val_fraction=Fraction(1, 10)), "val_fraction is of type Fraction, and"),
             (lambda: CIFAR10DataModule(augment=slice(1)), "augment is of type slice, and"),
             (lambda: LGGDataModule(max_memory_gb=np.timedelta64(1, "ns")), "max_memory_gb is of type timedelta64, and"),
+            (lambda: PCamDataModule(cache_dir=NoPickle()), "cache_dir is of type NoPickle, and"),
             (lambda: PCamDataModule(cache_dir=object()), "cache_dir is of type object, and"),
             (lambda: ClassificationTask("resnet20", num_classes=Fraction(2)), "num_classes is of type Fraction, and"),
             (lambda: SegmentationTask(nn.Conv2d(3, 1, 1), threshold=Fraction(1, 2)), "threshold is of type Fraction"),

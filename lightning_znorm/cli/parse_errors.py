@@ -115,6 +115,9 @@ def _wrong(fault: Fault, files: Sequence[ConfigFile]) -> str:
         place = where(path, None if fault.is_part else fault.given, files)
         return f"{path}{place} {verb} {_short(fault.given)}, and {' or '.join(fault.kinds)} is expected."
     if (name := fault.class_name) is not None:
+        if known := next((cls for cls in _classes(_BASES) if cls.__name__ == name), None):
+            full = f"{known.__module__}.{name}"
+            return f"{path}{where(path, name, files)} is {full}, a class of another kind than is expected there."
         advice = (
             _did_you_mean(name, _class_names(_TYPE_NAME.findall(fault.types)))
             or _did_you_mean(name, _class_names(_BASES))
@@ -263,7 +266,11 @@ def _is_class(path: str) -> bool:
 
 def _class_names(bases: Iterable[str]) -> list[str]:
     """Names of all classes that derive from some."""
-    return [subclass.__name__ for path in bases if _is_class(path) for subclass in _subclasses(_found(path))]
+    return [subclass.__name__ for subclass in _classes(bases)]
+
+
+def _classes(bases: Iterable[str]) -> Iterator[type]:
+    return (subclass for path in bases if _is_class(path) for subclass in _subclasses(_found(path)))
 
 
 def _subclasses(base: type) -> Iterator[type]:

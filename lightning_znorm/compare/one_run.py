@@ -126,7 +126,9 @@ def mend(run: Run, monitored: bool, goes_on: bool = True) -> list[str]:
         set_aside(error, [run.test_file], "the test is done again")
     has_ended = run.fit_file.exists()
     if (error := _damage(lambda: read_fit(run))) and run.last.exists():
-        set_aside(error, [run.fit_file, run.test_file], "the training is taken up at its end")
+        is_sound = _damage(lambda: _epochs(run.last)) is None
+        place = "at its end" if is_sound else "where it can be, for last.ckpt is damaged too"
+        set_aside(error, [run.fit_file, run.test_file], f"the training is taken up {place}")
     elif error:
         set_aside(error, training, "the run begins anew")
     error = None

@@ -204,7 +204,7 @@ def _resolve(study: Study, name: str, processes: Processes) -> dict[str, Any]:
     try:
         code, out, errors = processes.capture([*study.fit_args(name), "--print_config"])
     except TimedOut as error:
-        raise StudyError(f"`fit`, which was asked for the settings of {name}, {error}.") from error
+        raise StudyError(f"`fit`, which was asked for the settings of {name}, {error}: allow more.") from error
     if code < 0:
         raise StudyError(
             f"`fit`, which was asked for the settings of {name}, {ended(code, study.output)}. {_reason(errors)}".strip()

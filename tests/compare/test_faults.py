@@ -16,9 +16,10 @@ from samples import FIT, TEST
 
 from lightning_znorm import compare
 from lightning_znorm.cli import main
+from lightning_znorm.compare import one_run
 from lightning_znorm.compare.files import DamagedError
 from lightning_znorm.compare.locks import InUseError, locked
-from lightning_znorm.compare.one_run import do_run
+from lightning_znorm.compare.one_run import do_run, mend_unused
 from lightning_znorm.compare.prepare import read_record
 from lightning_znorm.compare.process import Processes
 from lightning_znorm.compare.results import read_run
@@ -287,7 +288,9 @@ def test_best_checkpoint_of_a_training_that_had_ended(pretended):
     write_checkpoint(run.best, [0, 1])
     run.fit_file.write_text("{")
     cut(run.last)
-    assert do_run(run, True).error == ""
+    outcome = do_run(run, True)
+    assert outcome.error == ""
+    assert "the training is taken up where it can be, for last.ckpt is damaged too." in outcome.notes[0]
     assert pretended.done == [f"{NAME}: fit from last.ckpt", f"{NAME}: test"]
     assert (run.folder / "damaged-1/fit.json").exists()
     assert (run.folder / "damaged-2/checkpoints/last.ckpt").exists()
@@ -440,6 +443,35 @@ def test_lost_record_and_lost_settings(study):
     shutil.move(run.folder, "elsewhere")
     study.run()
     assert study.done == [f"{NAME}: fit", f"{NAME}: test"]
+
+
+def test_lost_record_and_runs_that_differ(study):
+    """Which of them are the study's is not known, and no mean is taken over both."""
+    odd = study.get("znorm-1")
+    content = odd.config.read_text()
+    assert "max_epochs: 2" in content
+    odd.config.write_text(content.replace("max_epochs: 2", "max_epochs: 3"))
+    (study.output / "study.json").unlink()
+    with pytest.raises(StudyError, match=rf"{odd.config} has other settings than runs before it.* Move {odd.folder}"):
+        study.run()
+    assert study.done == []
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_folder_of_a_run_that_may_only_be_read(is_done, study, monkeypatch):
+    run = study.get(NAME)
+    if not is_done:
+        run.test_file.unlink()
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(run.folder / "lock"))
+
+    monkeypatch.setattr(one_run, "locked", refuse)
+    if is_done:
+        assert mend_unused(run, True, True) == []
+    else:
+        with pytest.raises(PermissionError):
+            mend_unused(run, True, True)
 
 
 def test_somebody_elses_study_json(tmp_path, monkeypatch):

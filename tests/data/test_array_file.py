@@ -82,6 +82,15 @@ class TestModes:
         folder.chmod(0o755)
 
 
+def test_folder_in_place_of_the_file(folder: Path) -> None:
+    path = decoded(folder).path
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match=rf"{path} cannot be put in place \(.+\): delete what is there"):
+        decoded(folder)
+    assert list(folder.iterdir()) == [path]
+
+
 class TestNotAllowed:
     ADVICE = (
         r"may not be read by this user \(Permission denied\): .* chmod a\+r .* or let cache_dir name a folder of your"
