@@ -32,6 +32,18 @@ PYTHON = sys.executable
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in for Python is a shell script")
 
 
+@pytest.fixture(autouse=True)
+def _signals_of_a_terminal() -> Iterator[None]:
+    """Handle signals as a command that is typed does: under nohup, or behind a shell's ``&``, some are ignored."""
+    typed = {"SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL, "SIGQUIT": signal.SIG_DFL}
+    typed["SIGINT"] = signal.default_int_handler
+    numbers = {getattr(signal, name): handler for name, handler in typed.items() if hasattr(signal, name)}
+    before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     """Makes a shell script that is started in place of Python."""
@@ -284,7 +296,7 @@ class TestTimeout:
     def test_before_the_first_run(self, phase, stand_in, tmp_path, capsys):
         settings = 'case "$*" in *print_config*) echo "trainer: {callbacks: null}"; exit;; esac;'
         stand_in(f"{settings if phase == 'trying a method' else ''} echo $$ > {tmp_path}/pid; exec sleep 60")
-        with pytest.raises(StudyError, match=r"was ended after 0:00:01 \(--timeout\)\."):
+        with pytest.raises(StudyError, match=r"was ended after 0:00:01 \(--timeout\)[.:]"):
             compare.run("x", ["a.yaml"], output=tmp_path / "out", timeout=1)
         assert not is_alive(int((tmp_path / "pid").read_text()))
         assert not (tmp_path / "out" / "runs").exists()
