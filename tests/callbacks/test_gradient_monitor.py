@@ -35,7 +35,7 @@ class Collected(Callback):
     def __init__(self) -> None:
         self.metrics: list[dict[str, float]] = []
 
-    def on_train_batch_end(self, trainer, *_) -> None:  # type: ignore[no-untyped-def]
+    def on_train_batch_end(self, trainer, *_) -> None:
         self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
@@ -175,7 +175,7 @@ def test_nothing_is_measured_at_other_steps(fit) -> None:
 class EverySecond(GradientTransform):
     """Leaves out the first of two steps."""
 
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:  # type: ignore[no-untyped-def]
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
         if trainer.global_step % 2 == 1:
             super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
@@ -214,7 +214,7 @@ def test_shows_gradients_as_they_were_wherever_it_stands(fit, order: str) -> Non
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_list_of_callbacks_stays_the_same_object(fit, order: str) -> None:
     class Watching(Callback):
-        def setup(self, trainer, *_, **__) -> None:  # type: ignore[no-untyped-def]
+        def setup(self, trainer, *_, **__) -> None:
             self.before = trainer.callbacks, list(trainer.callbacks)
 
     watching = Watching()
@@ -316,7 +316,7 @@ class Rows(Logger):
 
     name = version = None
 
-    def log_hyperparams(self, *_, **__) -> None:  # type: ignore[no-untyped-def]
+    def log_hyperparams(self, *_, **__) -> None:
         pass
 
     def log_metrics(self, *, step: int, metrics: dict[str, float]) -> None:
@@ -383,7 +383,7 @@ def test_nothing_measured_is_said_once(fit, warned, arguments, said_before: bool
     counts = []
 
     class Stopping(Callback):
-        def on_train_batch_end(self, trainer, *_) -> None:  # type: ignore[no-untyped-def]
+        def on_train_batch_end(self, trainer, *_) -> None:
             counts.append(len(warned()))
             trainer.should_stop = trainer.max_epochs == -1 and trainer.global_step == 5
 

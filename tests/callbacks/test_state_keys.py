@@ -76,7 +76,7 @@ def test_where_an_object_is_in_memory_is_no_part_of_it() -> None:
         def __init__(self, factor: Callable[[], float]) -> None:
             self.factor = factor
 
-        def affine(self, stats):  # type: ignore[no-untyped-def]
+        def affine(self, stats):
             return None, torch.full_like(stats.std, self.factor())
 
     keep = [GradientTransform(Scheduled(lambda: 2.0)) for _ in range(2)]
