@@ -56,13 +56,21 @@ def run_forked(arguments: Sequence[str], log: Path) -> int:
 
     log.parent.mkdir(parents=True, exist_ok=True)
     if process := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        try:
+            return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        except BaseException:  # the time that pytest gives a test
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            raise
     code = 1
     try:
         os.setsid()  # so that what kills its process group leaves this one alone
         with log.open("a") as output, redirect_stdout(output), redirect_stderr(output):
             warnings.simplefilter("ignore")
-            torch.set_num_threads(1)  # those of OpenMP are not there after a fork
+            # OpenMP's threads are not there after a fork, and waiting for them would never end. Lightning's strategies
+            # of several processes set the number too, unless the variable is there.
+            os.environ["OMP_NUM_THREADS"] = "1"
+            torch.set_num_threads(1)
             try:
                 main(list(arguments))
                 code = 0

@@ -69,8 +69,9 @@ def test_the_lists_above_are_not_empty_handed() -> None:
 
 
 @pytest.mark.parametrize("module", ["colossal.strategies", "lightning.pytorch_plus.ddp", "my.lightning.pytorch.x"])
-def test_namesake_of_another_package_is_refused(module: str) -> None:
-    namesake = type("DDPStrategy", (DDPStrategy,), {"__module__": module})
+def test_namesake_of_another_package_is_refused(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    namesake = type("DDPStrategy", (DDPStrategy,), {})
+    monkeypatch.setattr(namesake, "__module__", module)
     with pytest.raises(MisconfigurationException, match=rf"DDPStrategy \({module}\)"):
         check(namesake)
 

@@ -91,7 +91,11 @@ def test_one_whose_elements_share_memory_is_copied() -> None:
 class ShardedTensor(Tensor):
     """As if it were one of torch's own."""
 
-    __module__ = "torch.distributed.elsewhere"
+
+@pytest.fixture(autouse=True)
+def _of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a test runs: jsonargparse, in other tests, imports the modules of all subclasses."""
+    monkeypatch.setattr(ShardedTensor, "__module__", "torch.distributed.elsewhere")
 
 
 def marked_by_fsdp() -> nn.Parameter:
