@@ -579,6 +579,27 @@ class TestOwnModule:
         saved = torch.load("predictions.pt", weights_only=True)
         assert [batch["y"].shape for batch in saved] == [(8, 1), (8, 1)]
 
+    def test_predictions_of_one_number_a_batch(self, capsys, monkeypatch):
+        monkeypatch.setattr(own_module.OwnModule, "predict_step", lambda self, batch: self.layer(batch[0]).mean())
+        with pytest.warns(UserWarning, match="without --ckpt_path"):
+            main(["predict", *OWN, "--trainer.logger", "false"])
+        assert "predictions      2 batches, for" in capsys.readouterr().out
+        assert [batch.shape for batch in torch.load("predictions.pt")] == [(), ()]
+
+    def test_predictions_of_several_loaders(self, capsys, monkeypatch):
+        def predict_step(self, batch, batch_idx, dataloader_idx):
+            return self.layer(batch[0]) if dataloader_idx == 0 else {"y": self.layer(batch[0])}
+
+        loader = own_module.OwnData.predict_dataloader
+        monkeypatch.setattr(own_module.OwnData, "predict_dataloader", lambda self: [loader(self), loader(self)])
+        monkeypatch.setattr(own_module.OwnModule, "predict_step", predict_step)
+        with pytest.warns(UserWarning, match="without --ckpt_path"):
+            main(["predict", *OWN, "--trainer.logger", "false"])
+        assert "predictions      2 loaders: shape (16, 1), 2 batches, for" in capsys.readouterr().out
+        first, second = torch.load("predictions.pt")
+        assert first.shape == (16, 1)
+        assert [batch["y"].shape for batch in second] == [(8, 1), (8, 1)]
+
     def test_predictions_overwrite_nothing(self):
         write("predictions.pt", "a letter")
         with pytest.warns(UserWarning, match="without --ckpt_path"):

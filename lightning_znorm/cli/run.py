@@ -305,6 +305,8 @@ class RunCLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         """Predict, and save what ``predict_step`` returned beside the logs: one tensor where batches can be joined.
 
+        Of several data loaders, a list with what each of them gave.
+
         Raises:
             FileExistsError: Before the first prediction, if the file is there: it may be anybody's.
         """
@@ -318,12 +320,12 @@ class RunCLI(LightningCLI):
         predictions: Any = self.trainer.predict(**kwargs)
         if not predictions:
             return
-        what = f"{len(predictions)} batches"
-        if all(
-            isinstance(batch, torch.Tensor) and batch.shape[1:] == predictions[0].shape[1:] for batch in predictions
-        ):
-            predictions = torch.cat(predictions)
-            what = f"shape {tuple(predictions.shape)}"
+        if len(self.trainer.num_predict_batches) > 1:
+            predictions = [_joined(batches) for batches in predictions]
+            what = f"{len(predictions)} loaders: {', '.join(map(_size, predictions))}"
+        else:
+            predictions = _joined(predictions)
+            what = _size(predictions)
         path = self._predictions_path()  # which all processes agree on by now
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(predictions, path)
@@ -333,6 +335,18 @@ class RunCLI(LightningCLI):
         # Each process has its own part of the data.
         part = f"-{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
         return Path(run_folder(self.trainer)) / f"predictions{part}.pt"
+
+
+def _joined(batches: list[Any]) -> Any:
+    """What a data loader gave, as one tensor if its batches are rows of one."""
+    are_rows = all(isinstance(batch, torch.Tensor) and batch.ndim for batch in batches)
+    return torch.cat(batches) if are_rows and len({batch.shape[1:] for batch in batches}) == 1 else batches
+
+
+def _size(predictions: Any) -> str:
+    if isinstance(predictions, torch.Tensor):
+        return f"shape {tuple(predictions.shape)}"
+    return f"{len(predictions)} batch{'es' if len(predictions) != 1 else ''}"
 
 
 def _undrawn(class_type: type[Callback], *args: Any, **kwargs: Any) -> Callback:

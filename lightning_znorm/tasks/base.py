@@ -54,6 +54,7 @@ class Task(PlainHyperparameters, LightningModule):
 
     Raises:
         ValueError: If ``lr_scheduler_frequency`` is less than 1.
+        TypeError: If ``optimizer`` or ``lr_scheduler`` is not what makes one.
     """
 
     criterion: nn.Module
@@ -68,6 +69,16 @@ class Task(PlainHyperparameters, LightningModule):
         lr_scheduler_strict: bool = True,
     ) -> None:
         super().__init__()
+        if not callable(optimizer):
+            raise TypeError(
+                "optimizer must make one from the parameters, as partial(torch.optim.SGD, lr=0.1) does, "
+                f"got {'None' if optimizer is None else f'an object of {type(optimizer).__name__}'}."
+            )
+        if not callable(lr_scheduler) and lr_scheduler is not None:
+            raise TypeError(
+                "lr_scheduler must make one from the optimizer, as partial(lr_scheduler.StepLR, step_size=5) "
+                f"does, got an object of {type(lr_scheduler).__name__}."
+            )
         interval, frequency, strict = plain_values(
             lr_scheduler_interval=lr_scheduler_interval,
             lr_scheduler_frequency=lr_scheduler_frequency,
@@ -85,20 +96,24 @@ class Task(PlainHyperparameters, LightningModule):
         self._random_states: list[dict[str, Any] | None] = []
 
     def configure_network(
-        self, model: str | nn.Module, create: Callable[..., nn.Module], kwargs: dict[str, Any], compile: bool
+        self, model: str | nn.Module, create: "partial[nn.Module]", kwargs: dict[str, Any], compile: bool
     ) -> None:
         """Set the network, as ``self.model``.
 
         Args:
             model: Its name, or the network.
-            create: Makes it from its name and ``kwargs``.
+            create: Makes it from its name and ``kwargs``; has the arguments that the task sets itself.
             kwargs: Arguments of a network by name.
             compile: Compile it in place.
 
         Raises:
-            ValueError: If ``kwargs`` come with a module.
+            ValueError: If ``kwargs`` come with a module, or hold an argument that the task sets itself.
         """
         if isinstance(model, str):
+            if twice := [name for name in kwargs if name in create.keywords]:
+                raise ValueError(
+                    f"model_kwargs has {twice[0]}, which is an argument of {type(self).__name__}: set that."
+                )
             model = create(model, **kwargs)
         elif kwargs:
             raise ValueError(f"model_kwargs are for a model by name, and {type(model).__name__} is a module already.")

@@ -1,6 +1,9 @@
 """Networks by name."""
 
 import difflib
+import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -22,6 +25,7 @@ def create_classifier(name: str, num_classes: int, in_chans: int = 3, **kwargs: 
 
     Raises:
         ValueError: If neither knows the name; the nearest names are in the message.
+        TypeError: If the network has no argument of a name in ``kwargs``.
 
     Example:
         >>> type(create_classifier("resnet56", num_classes=10)).__module__
@@ -30,8 +34,7 @@ def create_classifier(name: str, num_classes: int, in_chans: int = 3, **kwargs: 
         10
     """
     if name in models.__all__:
-        network: nn.Module = getattr(models, name)(num_classes=num_classes, in_chans=in_chans, **kwargs)
-        return network
+        return _create(name, getattr(models, name), {"num_classes": num_classes, "in_chans": in_chans}, kwargs)
 
     import timm  # seconds, which a run of our own networks need not wait
 
@@ -39,7 +42,7 @@ def create_classifier(name: str, num_classes: int, in_chans: int = 3, **kwargs: 
         nearest = difflib.get_close_matches(name, [*models.__all__, *timm.list_models()])
         advice = f"did you mean {' or '.join(nearest)}?" if nearest else "timm.list_models() lists the names."
         raise ValueError(f"No network is called {name!r}, in lightning_znorm.models or in timm: {advice}")
-    return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **kwargs)
+    return _create(name, partial(timm.create_model, name), {"num_classes": num_classes, "in_chans": in_chans}, kwargs)
 
 
 _SEGMENTERS = ("resnet50_unet", "unetpp", "attention_unet")
@@ -68,6 +71,7 @@ def create_segmenter(
 
     Raises:
         ValueError: If the name is none of these.
+        TypeError: If the network has no argument of a name in ``kwargs``.
 
     Example:
         >>> import torch
@@ -81,7 +85,21 @@ def create_segmenter(
 
     shape: dict[str, Any] = {"spatial_dims": spatial_dims, "in_channels": in_chans, "out_channels": num_classes}
     if name == "resnet50_unet":
-        return FlexibleUNet(backbone="resnet50", **shape, **kwargs)
+        return _create(name, FlexibleUNet, {"backbone": "resnet50", **shape}, kwargs)
     if name == "unetpp":
-        return BasicUNetPlusPlus(**{"deep_supervision": True, "norm": "batch", **shape, **kwargs})
-    return AttentionUnet(**{"channels": (64, 128, 256, 512, 1024), "strides": (2, 2, 2, 2), **shape, **kwargs})
+        return _create(name, BasicUNetPlusPlus, {"deep_supervision": True, "norm": "batch", **shape}, kwargs)
+    convolutions = {"channels": (64, 128, 256, 512, 1024), "strides": (2, 2, 2, 2)}
+    return _create(name, AttentionUnet, {**convolutions, **shape}, kwargs)
+
+
+def _create(
+    name: str, network: Callable[..., nn.Module], settings: dict[str, Any], kwargs: dict[str, Any]
+) -> nn.Module:
+    """Create a network with settings of ours, over which the user's own go."""
+    try:
+        return network(**settings | kwargs)
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in kwargs:
+            raise
+        raise TypeError(f"The network {name} has no argument {unknown[1]!r}.") from error

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lightning_znorm.models import ResNet
-from lightning_znorm.tasks.networks import create_classifier
+from lightning_znorm.tasks.networks import create_classifier, create_segmenter
 from tests.processes import run_python
 
 
@@ -44,6 +44,22 @@ assert "timm" not in sys.modules
     assert process.returncode == 0, process.stdout
 
 
-def test_unknown_argument():
-    with pytest.raises(TypeError, match="'depth'"):
-        create_classifier("resnet20", num_classes=10, depth=3)
+@pytest.mark.parametrize(
+    ("create", "name"),
+    [
+        (create_classifier, "resnet20"),
+        (create_classifier, "mobilenetv2_100"),
+        (create_segmenter, "resnet50_unet"),
+        (create_segmenter, "unetpp"),
+        (create_segmenter, "attention_unet"),
+    ],
+)
+def test_unknown_argument(create, name):
+    with pytest.raises(TypeError, match=rf"^The network {name} has no argument 'depths'\.$"):
+        create(name, num_classes=10, depths=3)
+
+
+def test_another_error_of_types_is_not_taken_for_an_unknown_argument():
+    with pytest.raises(TypeError) as raised:
+        create_segmenter("attention_unet", channels=3)
+    assert "has no argument" not in str(raised.value)
