@@ -39,7 +39,7 @@ class CIFAR10DataModule(InMemoryDataModule):
         download: Fetch the data (170 MB) where they are missing or damaged.
 
     Raises:
-        ValueError: If ``val_fraction`` is not between 0 and 1.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> data = CIFAR10DataModule(root="data", download=True)

@@ -23,7 +23,7 @@ class DigitsDataModule(InMemoryDataModule):
         seed: Draws the validation images, and nothing else.
 
     Raises:
-        ValueError: If ``val_fraction`` is not between 0 and 1.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> data = DigitsDataModule(batch_size=32)

@@ -120,8 +120,9 @@ class ImageFolderDataModule(ImageDataModule):
         seed: Draws the validation images, and nothing else.
 
     Raises:
-        ValueError: If ``val_fraction`` is not between 0 and 1 or too small for the classes, if ``image_size`` exceeds
-            ``resize_size``, if ``train`` and ``val`` have different classes, or if a file is in two classes or in both.
+        ValueError: If an argument is out of range, if ``val_fraction`` is too small for the classes or ``image_size``
+            exceeds ``resize_size``, if ``train`` and ``val`` have different classes, or if a file is in two classes or
+            in both.
         FileNotFoundError: If ``train``, ``val``, or the images of a class are missing.
         RuntimeError: When a batch is read, if an image cannot be read, or not as it is.
 
@@ -146,10 +147,8 @@ class ImageFolderDataModule(ImageDataModule):
         val_fraction: float = 0.1,
         seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, val_fraction, seed)
-        root, num_workers, image_size, resize_size = plain_values(
-            root=root, num_workers=num_workers, image_size=image_size, resize_size=resize_size
-        )
+        super().__init__(batch_size, val_fraction, seed, num_workers)
+        root, image_size, resize_size = plain_values(root=root, image_size=image_size, resize_size=resize_size)
         self.save_hyperparameters()
         if not 0 < image_size <= resize_size:
             raise ValueError(
@@ -157,7 +156,6 @@ class ImageFolderDataModule(ImageDataModule):
                 "the images for evaluation are cut."
             )
         self.root = Path(root).expanduser().absolute()
-        self.num_workers = num_workers
         self.image_size = image_size
         self.resize_size = resize_size
 

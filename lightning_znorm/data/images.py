@@ -37,6 +37,10 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
         batch_size: Images per batch and process.
         val_fraction: Share of the training images that become validation images, between 0 and 1.
         seed: Draws the validation images, and nothing else.
+        num_workers: Worker processes per loader and process.
+
+    Raises:
+        ValueError: If one of these is out of range.
     """
 
     train_set: Dataset[Any]
@@ -48,17 +52,24 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
     """Mean of each channel, in units of `max_value`."""
     std: tuple[float, ...]
     """Standard deviation of each channel, in units of `max_value`."""
-    num_workers = 0
-    """Worker processes per loader and process."""
 
-    def __init__(self, batch_size: int, val_fraction: float, seed: int) -> None:
+    def __init__(self, batch_size: int, val_fraction: float, seed: int, num_workers: int = 0) -> None:
         super().__init__()
-        batch_size, val_fraction, seed = plain_values(batch_size=batch_size, val_fraction=val_fraction, seed=seed)
+        batch_size, val_fraction, seed, num_workers = plain_values(
+            batch_size=batch_size, val_fraction=val_fraction, seed=seed, num_workers=num_workers
+        )
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {num_workers}.")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must be at least 0 and less than 2**32, got {seed}.")
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction is the share of training images to validate on, in (0, 1): {val_fraction}.")
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.seed = seed
+        self.num_workers = num_workers
         self._order_seed: int | None = None
         self._sampler: EpochShuffle | None = None
 

@@ -127,7 +127,7 @@ class LGGDataModule(ImageDataModule):
         cache_dir: Folder for what exceeds that, by default ``~/.cache/lightning_znorm``. What is in it may be deleted.
 
     Raises:
-        ValueError: If a fraction is not between 0 and 1 or leaves a set without patients; before training, if files
+        ValueError: If an argument is out of range or leaves a set without patients; before training, if files
             are damaged, missing, of different sizes, of more than 8 bits or one page, the same for two patients, or
             masks with other values than 0 and 255: one error names them. If a checkpoint was trained on patients of the
             other sets.
@@ -170,6 +170,8 @@ class LGGDataModule(ImageDataModule):
             raise ValueError(
                 f"test_fraction is the share of patients to test on, in (0, 1 - val_fraction): {test_fraction}."
             )
+        if not max_memory_gb >= 0:
+            raise ValueError(f"max_memory_gb must be at least 0, got {max_memory_gb}.")
         self.save_hyperparameters()
         self.root = Path(root).expanduser().absolute()
         self.predict_root = None if predict_root is None else Path(predict_root).expanduser().absolute()

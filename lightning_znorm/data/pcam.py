@@ -67,7 +67,7 @@ class PCamDataModule(ImageDataModule):
         cache_dir: Folder for decoded images, by default ``~/.cache/lightning_znorm``. What is in it may be deleted.
 
     Raises:
-        ValueError: If a fraction is not between 0 and 1, if the data are not PatchCamelyon's, or if a file is there
+        ValueError: If an argument is out of range, if the data are not PatchCamelyon's, or if a file is there
             under two names, through a link or as a hard link.
         FileNotFoundError: If files are missing, or are links that lead nowhere.
         RuntimeError: If an HDF5 file cannot be read.
@@ -94,15 +94,12 @@ class PCamDataModule(ImageDataModule):
         seed: int = 0,
         cache_dir: str | Path | None = None,
     ) -> None:
-        super().__init__(batch_size, val_fraction, seed)
-        root, num_workers, test_fraction, cache_dir = plain_values(
-            root=root, num_workers=num_workers, test_fraction=test_fraction, cache_dir=cache_dir
-        )
+        super().__init__(batch_size, val_fraction, seed, num_workers)
+        root, test_fraction, cache_dir = plain_values(root=root, test_fraction=test_fraction, cache_dir=cache_dir)
         if not 0 < test_fraction < 1:
             raise ValueError(f"test_fraction is the share of the images to test on, in (0, 1): {test_fraction}.")
         self.save_hyperparameters()
         self.root = Path(root).expanduser().absolute()
-        self.num_workers = num_workers
         self.test_fraction = test_fraction
         self.cache = cache_folder(cache_dir)
 

@@ -339,11 +339,6 @@ class TestMistakes:
         with pytest.raises(ValueError, match=rf"val_fraction={val_fraction} of the 12 images in .* 3 classes"):
             module(own_images, val_fraction=val_fraction).setup("fit")
 
-    @pytest.mark.parametrize("val_fraction", [0, 1, 1.5, -0.1])
-    def test_the_fraction_is_a_fraction(self, own_images, val_fraction):
-        with pytest.raises(ValueError, match=rf"val_fraction .* in \(0, 1\): {val_fraction}"):
-            module(own_images, val_fraction=val_fraction)
-
     @pytest.mark.parametrize("sizes", [(40, 36), (0, 36)])
     def test_sizes(self, own_images, sizes):
         image_size, resize_size = sizes

@@ -123,11 +123,6 @@ class TestSplit:
         assert drawn(0) == drawn(0)
         assert sorted(drawn(0)) != sorted(drawn(1))
 
-    @pytest.mark.parametrize("val_fraction", [0, 1, 1.5, -0.1])
-    def test_the_fraction_is_a_fraction(self, val_fraction):
-        with pytest.raises(ValueError, match=rf"val_fraction .* in \(0, 1\): {val_fraction}"):
-            NumberedDataModule(val_fraction=val_fraction)
-
 
 class TestInTheTrainer:
     def test_images_of_every_stage(self):

@@ -1,0 +1,53 @@
+"""Arguments out of range are refused by name when a data module is made, before files are read or a training begins."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from lightning_znorm.data import (
+    CIFAR10DataModule,
+    DigitsDataModule,
+    ImageFolderDataModule,
+    LGGDataModule,
+    PCamDataModule,
+)
+from lightning_znorm.data.images import ImageDataModule
+
+MODULES = [CIFAR10DataModule, DigitsDataModule, ImageFolderDataModule, LGGDataModule, PCamDataModule]
+NAN = math.nan
+
+
+@pytest.mark.parametrize("made", MODULES)
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        *(("batch_size", value, "must be at least 1, got") for value in (0, -3)),
+        *(("seed", value, r"must be at least 0 and less than 2\*\*32, got") for value in (-1, 2**32)),
+        *(("val_fraction", value, r"is the share of training images .*, in \(0, 1\):") for value in (0, 1, -0.1, NAN)),
+    ],
+)
+def test_of_all(made: Callable[..., ImageDataModule], name: str, value: float, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} {message} {value}\.$"):
+        made(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("made", "name", "value", "message"),
+    [
+        *((made, "num_workers", -1, "must be at least 0, got") for made in (ImageFolderDataModule, PCamDataModule)),
+        *((PCamDataModule, "test_fraction", value, "is the share of") for value in (0, 1, NAN)),
+        *((LGGDataModule, "test_fraction", value, "is the share of patients") for value in (0, 0.9, NAN)),
+        *((LGGDataModule, "max_memory_gb", value, "must be at least 0, got") for value in (-1, NAN)),
+        *((ImageFolderDataModule, "image_size", value, "") for value in (0, 257)),
+    ],
+)
+def test_of_some(made: Callable[..., ImageDataModule], name: str, value: float, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}[ =]{message}.*{value}"):
+        made(**{name: value})
+
+
+@pytest.mark.parametrize("made", MODULES)
+def test_the_ends_of_the_range_are_in_it(made: Callable[..., ImageDataModule]) -> None:
+    for seed in (0, 2**32 - 1):
+        assert made(batch_size=1, val_fraction=0.001, seed=seed).seed == seed
