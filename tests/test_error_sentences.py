@@ -306,9 +306,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         digits("trainer/logger", "faulty.Stop"),
         "trainer.logger @ is faulty.Stop, a class that is no Logger.",
     ),
-    "network as an optimizer": (
-        digits(OPTIMIZER, {"class_path": "torch.nn.Linear"}),
-        "model.optimizer @ is torch.nn.Linear, a class that is no Optimizer.",
+    "scheduler as an optimizer": (
+        digits(OPTIMIZER, {"class_path": "torch.optim.lr_scheduler.ConstantLR"}),
+        "model.optimizer @ is torch.optim.lr_scheduler.ConstantLR, a class that is no Optimizer.",
     ),
     "optimizer as a scheduler": (
         digits(SCHEDULER, {"class_path": "torch.optim.Adam"}),
@@ -464,6 +464,15 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         "model.model_kwargs @ is 3, and dict or null is expected.",
     ),
 }
+
+
+def test_network_as_an_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
+    """Objects of its class can be called, which the oldest jsonargparse takes for a way to make an optimizer."""
+    said, _ = refused(capsys, digits(OPTIMIZER, {"class_path": "torch.nn.Linear"}))
+    assert said in (
+        "model.optimizer (mistaken.yaml) is torch.nn.Linear, a class that is no Optimizer.",
+        "model.optimizer (mistaken.yaml) lacks in_features, out_features, which torch.nn.Linear requires.",
+    )
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -360,6 +360,8 @@ class TestWhatElseIsInCheckpoints:
 
     # Lightning's, of a schedule that this test steps by epochs.
     @pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using 'interval'")
+    # SequentialLR of torch 2.6, to itself.
+    @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
     @pytest.mark.parametrize(
         "make",
         [

@@ -22,8 +22,9 @@ _UNRECOGNIZED = "unrecognized arguments: "
 _REQUIRED = "the following arguments are required: "
 _WRONG_CLASS = re.compile(
     r"(?:Import path|Expected) '?(?P<path>[\w.]+?)?'? ?"
-    r"(?:does not|to be a) (?:correspond to a subclass of|implement protocol|subclass of|function that returns) "
-    r"(?:<class '|Union\[)?(?P<base>.+?)(?:'>|\])?\.*$"
+    r"(?:does not|to be a) (?:correspond to a subclass of|implement protocol|subclass of|function that returns|"
+    r"class that instantiates into callable or a subclass of) "
+    r"(?:<class '|(?:typing\.)?Union\[)?(?P<base>.+?)(?:'>|\])?\.*$"
 )
 _ATTRIBUTE = re.compile(r"module '([^']+)' has no attribute '([^']+)'")
 _TYPE_NAME = re.compile(r"[a-z_]\w*(?:\.\w+)*\.[A-Z]\w*")
@@ -130,7 +131,8 @@ def _wrong(fault: Fault, files: Sequence[ConfigFile]) -> str:
         return f"{path}{where(path, name, files)} cannot be made: {missing[0]}{advice}"
     if wrong := _WRONG_CLASS.match(fault.reason):
         name = wrong["path"] or fault.given
-        return f"{path}{where(path, name, files)} is {name}, {_nature(name, wrong['base'].replace(', ', ' or '))}."
+        bases = [base.rpartition(".")[2] for base in wrong["base"].split(", ")]
+        return f"{path}{where(path, name, files)} is {name}, {_nature(name, ' or '.join(bases))}."
     if fault.reason.startswith(_REQUIRED):
         lacking = fault.reason.removeprefix(_REQUIRED)
         return f"{path}{where(path, fault.owner, files)} lacks {lacking}, which {fault.owner} requires."

@@ -315,7 +315,7 @@ def test_a_whole_report(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [*UNSEEN, "$\\frac$", "$$", "-- a & <b> --", "two\nlines", ""])
-@pytest.mark.filterwarnings("ignore:Glyph .* missing from font")  # a font is no matter of the report's
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from")  # a font is no matter of the report's
 def test_figures(name):
     """A name is no formula, and nothing makes an image that no program opens."""
     images = plot({name: {0: {0: 1.0, 1: 2.0}}, "b": {0: {0: 1.0}}}, [name, "b"], name)
