@@ -90,6 +90,11 @@ def plain_value(name: str, value: Any, remedy: str = _REMEDY) -> Any:
     return value
 
 
+def not_loadable(hyperparameters: Mapping[str, Any]) -> list[str]:
+    """Return the names of hyperparameters that a checkpoint can hold, and ``torch.load(weights_only=True)`` refuses."""
+    return [name for name, value in hyperparameters.items() if not _can_be_loaded(value)]
+
+
 def python_scalars(value: Any) -> Any:
     """Return the content of a checkpoint with Python's numbers in place of NumPy's; all else, and its types, are kept.
 

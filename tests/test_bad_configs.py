@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from lightning_znorm.cli import main
+from lightning_znorm.cli.config_files import read_config
 from lightning_znorm.cli.errors import sentence
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -236,3 +237,49 @@ def test_what_the_system_says_of_a_file() -> None:
     assert caught.value.__traceback__ is not None
     caught.value.__traceback__ = caught.value.__traceback__.tb_next
     assert sentence(caught.value) == "gone: No such file or directory"
+
+
+TWICE = {
+    "section": ("trainer: {max_epochs: 1}\n# more\ntrainer: {max_epochs: 2}\n", 3, "trainer", 1),
+    "callbacks": ("trainer:\n  callbacks+: [ZNormCallback]\n  callbacks+: []\n", 3, "callbacks+", 2),
+    "argument of one of a list": (
+        "trainer:\n  callbacks+:\n    - class_path: ZNormCallback\n      init_args:\n        eps: 1\n        eps: 2\n",
+        6,
+        "eps",
+        5,
+    ),
+    "on one line": ("trainer: {max_epochs: 1, 'max_epochs': 1}\n", 1, "max_epochs", 1),
+}
+
+
+@pytest.mark.parametrize("command", ["fit", "compare"])
+@pytest.mark.parametrize("name", TWICE)
+def test_a_key_that_is_there_twice(command: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Or the first would be lost without a word, and a method with it."""
+    text, line, key, first = TWICE[name]
+    Path("twice.yaml").write_text(text)
+    others = ["--methods", CONFIGS / "methods/baseline.yaml", "twice.yaml", "--output", "out"]
+    files = ["--config", DIGITS, *(["--config", "twice.yaml"] if command == "fit" else others)]
+    said = f"twice.yaml is not valid YAML, line {line}: `{key}` is there already, in line {first}: write"
+    assert said in refusal(capsys, command, *files)
+
+
+def test_what_is_merged_in_gives_way(folder: Path) -> None:
+    text = "shared: &shared {eps: 1, min_ndim: 2}\nmine: {<<: *shared, eps: 2}\n"
+    (folder / "merged.yaml").write_text(text)
+    assert read_config("merged.yaml").content["mine"] == {"eps": 2, "min_ndim": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "bound"),
+    [
+        ("accumulate_grad_batches", 0, "at least 1"),
+        ("check_val_every_n_epoch", -1, "at least 1"),
+        ("gradient_clip_val", -0.5, "at least 0"),
+        ("val_check_interval", 0, "more than 0"),
+        ("val_check_interval", 0.0, "more than 0"),
+    ],
+)
+def test_out_of_range(name: str, value: float, bound: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, {"trainer": {name: value}}, DIGITS)
+    assert said == f"error: trainer.{name} must be {bound}, got {value}."

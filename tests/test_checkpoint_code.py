@@ -249,6 +249,21 @@ def test_resumed_from_the_command_line(folder: Path, monkeypatch: pytest.MonkeyP
         assert not ran()
 
 
+def test_what_can_be_read_once(folder: Path) -> None:
+    os.mkfifo("pipe")
+    for path in ("pipe", os.devnull):
+        with pytest.raises(ValueError, match=f"^{path} is a pipe or a device, and a checkpoint is read several times"):
+            check_checkpoint(path)
+
+
+def test_torchs_advice_to_run_code_is_not_passed_on(folder: Path) -> None:
+    Path("raw.ckpt").write_bytes(pickle.dumps({"state_dict": Payload()}))
+    with pytest.raises(ValueError, match=r"^raw\.ckpt ") as caught:
+        check_checkpoint("raw.ckpt")
+    assert "weights_only` set to `False" not in str(caught.value)
+    assert not ran()
+
+
 class TestDeepSpeed:
     @pytest.fixture
     def saved(self, folder: Path) -> Path:

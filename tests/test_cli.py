@@ -9,6 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_type_hints
 
+import numpy as np
 import own_module
 import pytest
 import torch
@@ -572,6 +573,51 @@ class TestOwnModule:
             assert gradient.mean().item() == pytest.approx(0, abs=1e-6)
             assert gradient.std(correction=0).item() == pytest.approx(1, abs=1e-5)
 
+    def test_a_try_names_no_checkpoint(self, capsys):
+        main(["fit", *OWN, "--trainer.callbacks+", "LastCheckpoint", "--trainer.fast_dev_run", "true"])
+        assert "checkpoint  " not in capsys.readouterr().out
+
+    def test_nothing_trained(self):
+        with pytest.warns(UserWarning, match="^fit ended without a step of the optimizer: nothing was trained"):
+            main(["fit", *OWN, "--trainer.limit_train_batches", "0", "--trainer.logger", "false"])
+
+    def test_hyperparameters_that_no_command_loads(self, monkeypatch):
+        made = own_module.OwnModule.__init__
+
+        def init(self, *args, **kwargs):
+            made(self, *args, **kwargs)
+            self.save_hyperparameters({"width": np.int64(3), "lr": 0.1, "shape": np.zeros(2)})
+
+        monkeypatch.setattr(own_module.OwnModule, "__init__", init)
+        with pytest.warns(UserWarning, match=r"^OwnModule saves hyperparameters that are .* \(width, shape\): no"):
+            main(["fit", *OWN, *SHORT, "--trainer.logger", "false"])
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (
+                lambda saved: saved["state_dict"].update({"layer.weight": torch.zeros(2, 3)}),
+                "does not fit the model: size mismatch for layer.weight: copying a param with shape",
+            ),
+            (
+                lambda saved: saved["state_dict"].clear(),
+                'does not fit the model: Missing key(s) in state_dict: "layer.weight", "layer.bias".',
+            ),
+            (
+                lambda saved: saved["optimizer_states"][0]["param_groups"].append({"params": []}),
+                "does not fit the optimizer: loaded state dict has a different number of parameter groups.",
+            ),
+        ],
+    )
+    def test_checkpoint_that_does_not_fit(self, change, said):
+        main(["fit", *OWN, *SHORT, "--trainer.callbacks+", "LastCheckpoint", "--trainer.logger", "false"])
+        path = "checkpoints/last.ckpt"
+        saved = torch.load(path)
+        change(saved)
+        torch.save(saved, path)
+        longer = ["--trainer.max_epochs", "2", "--ckpt_path", path]
+        assert refusal("fit", *OWN, *SHORT, *longer, "--trainer.logger", "false").startswith(f"error: {path} {said}")
+
     def test_predictions_that_are_no_tensors(self, capsys):
         with pytest.warns(UserWarning, match="without --ckpt_path"):
             main(["predict", *OWN, "--trainer.logger", "false"])
@@ -599,6 +645,14 @@ class TestOwnModule:
         first, second = torch.load("predictions.pt")
         assert first.shape == (16, 1)
         assert [batch["y"].shape for batch in second] == [(8, 1), (8, 1)]
+
+    def test_predictions_that_cannot_be_saved(self, monkeypatch):
+        monkeypatch.setattr(own_module.OwnModule, "predict_step", lambda self, batch: lambda: 1)
+        with pytest.warns(UserWarning, match="without --ckpt_path"):
+            said = refusal("predict", *OWN, "--trainer.logger", "false")
+        assert said.startswith("error: the predictions cannot be saved: ")
+        assert said.endswith(" Let predict_step return tensors, numbers, texts, or lists and dicts of such.")
+        assert not Path("predictions.pt").exists()
 
     def test_predictions_overwrite_nothing(self):
         write("predictions.pt", "a letter")

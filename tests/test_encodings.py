@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shlex
 import sys
 import threading
@@ -268,22 +269,36 @@ class TestPrinting:
         assert (out.encoding, out.errors) == ("ascii", "strict")
 
 
-def test_system_whose_encoding_is_not_utf_8(folder):
-    """As on Windows, or in a locale of another century; in a process, for Python asks for it when it starts."""
-    mine = OWN.replace("lögs", "logs")  # a folder of the other name cannot be made by such a system
-    written("ü.yaml", mine + "  callbacks: [RichProgressBar]\n")
+def of_another_century(folder, name):
+    """Train where the encoding of names and streams is ASCII: in a process, for Python asks for it when it starts."""
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONWARNINGS": "ignore"}
     module = str(Path(__file__).parent)
-    done = run_python(
+    return run_python(
         "-c",
         f"import sys; sys.path.append({module!r}); from lightning_znorm.cli import main; main()",
-        *("fit", "--config", "ü.yaml"),
+        *("fit", "--config", name),
         timeout=250,
         cwd=folder,
         **locale,
     )
+
+
+def test_system_whose_encoding_is_not_utf_8(folder):
+    """As on Windows, or in a locale of another century."""
+    mine = OWN.replace("lögs", "logs")
+    written("ü.yaml", mine + "  callbacks: [RichProgressBar]\n")
+    done = of_another_century(folder, "ü.yaml")
     assert done.returncode == 0, done.stdout
     assert "last checkpoint" in done.stdout
     (saved,) = folder.rglob("config.yaml")
     content = yaml.safe_load(saved.read_bytes().decode("utf-8"))
     assert content["model"]["init_args"]["fault"] == NAME
+
+
+def test_folder_that_such_a_system_cannot_make(folder):
+    written("own.yaml", OWN)
+    done = of_another_century(folder, "own.yaml")
+    assert done.returncode == 1, done.stdout
+    assert "Traceback" not in done.stdout
+    said = r"error: '.*l\\xf6gs.*' has characters that the encoding of this system \((ascii|utf-8)\) lacks: set the env"
+    assert re.match(said, done.stdout.splitlines()[-1]), done.stdout

@@ -399,6 +399,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         digits("model/init_args/model", {"class_path": "torch.nn.Linear", "init_args": {"in_features": 1}}),
         "model.model @ lacks out_features, which torch.nn.Linear requires.",
     ),
+    "argument of a task that is null": (
+        digits("model/init_args/model", None),
+        "model.model @ is null, and lightning_znorm.tasks.ClassificationTask requires it.",
+    ),
     "argument of the Trainer": (
         digits("trainer/max_epoch", 3),
         "there is no setting trainer.max_epoch @: did you mean max_epochs?",
@@ -508,6 +512,7 @@ FLAGS = {
     "--model.optimizer DigitsDataModule": "model.optimizer is lightning_znorm.data.digits.DigitsDataModule, a class",
     "--trainer.max_epochs many": "trainer.max_epochs is many, and int or null is expected.",
     "--data.batchsize 3": "there is no setting data.batchsize, of lightning_znorm.data.DigitsDataModule: did you mean",
+    "--model.num_classes null": "model.num_classes is null, and lightning_znorm.tasks.ClassificationTask requires it.",
     "--trainer 3": "trainer: Unable to load config '3'",
     "--trainer.max_epoch 3": "unrecognized arguments: --trainer.max_epoch 3: did you mean --trainer.max_epochs?",
     "--trainer.max_epoch=3": "unrecognized arguments: --trainer.max_epoch=3: did you mean --trainer.max_epochs?",

@@ -43,6 +43,8 @@ def check_checkpoint(path: str) -> None:
         if not any(Path(path, name).exists() for name in _PARTS):
             raise ValueError(f"{path} is a folder without a checkpoint in parts: name a file in it.")
         check_folder(Path(path))
+    elif Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path} is a pipe or a device, and a checkpoint is read several times: save it in a file.")
     if not Path(path).is_file():
         return
     content = load_plain(path, path)

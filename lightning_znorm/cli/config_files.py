@@ -71,7 +71,7 @@ def read_config(name: str) -> ConfigFile:
     try:
         raw = sys.stdin.buffer.read() if name == _STDIN else path.read_bytes()
         text = raw.decode("utf-8-sig")  # editors on Windows may begin a file with a mark of its encoding
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{name} is not valid YAML{line}: {error.problem}") from error
@@ -93,6 +93,21 @@ def read_config(name: str) -> ConfigFile:
     if not isinstance(content.get("trainer", {}), dict):
         raise ValueError(f"{name} has trainer: {content['trainer']!r}, and `key: value` lines are expected there.")
     return ConfigFile(name, path, flatten(content), content, text, is_stream(name))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is twice in one mapping: to YAML it is an error, and PyYAML drops the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue  # what is merged in gives way to what is written
+            if key.value in lines:
+                problem = f"`{key.value}` is there already, in line {lines[key.value]}: write what belongs to it once"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            lines[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
 
 
 def is_stream(name: str) -> bool:

@@ -21,7 +21,8 @@ def sentence(error: BaseException) -> str | None:
     """What to tell the user in place of a traceback; None where the traceback is to be shown.
 
     A sentence is what this package or Lightning says in a ``raise`` statement, when no code of the user's own is on the
-    way there; also when jsonargparse wrapped it into an error of its own. So is what the system says of a file.
+    way there; also when jsonargparse wrapped it into an error of its own. So is what the system says of a file or
+    its name.
 
     Example:
         >>> sentence(ZeroDivisionError("a bug"))
@@ -31,6 +32,11 @@ def sentence(error: BaseException) -> str | None:
             return str(cause)
         if isinstance(cause, OSError) and cause.filename and cause.strerror and _packages(cause) <= _SYSTEM:
             return f"{cause.filename}: {cause.strerror}"
+        if isinstance(cause, UnicodeEncodeError) and _packages(cause) <= _SYSTEM:
+            return (
+                f"{cause.object!a} has characters that the encoding of this system ({cause.encoding}) lacks: set the "
+                "environment variable PYTHONUTF8=1, or name it otherwise."
+            )
     return None
 
 

@@ -135,6 +135,11 @@ def _wrong(fault: Fault, files: Sequence[ConfigFile]) -> str:
         return f"{path}{where(path, name, files)} is {name}, {_nature(name, ' or '.join(bases))}."
     if fault.reason.startswith(_REQUIRED):
         lacking = fault.reason.removeprefix(_REQUIRED)
+        for name in lacking.split(", "):
+            told = [(file, value) for file in files for key, value in _nodes(file.content) if key == f"{path}.{name}"]
+            if told:  # so something has set it to null, the last file that names it or else a flag
+                place = f" ({told[-1][0].name})" if told[-1][1] is None else ""
+                return f"{path}.{name}{place} is null, and {fault.owner} requires it."
         return f"{path}{where(path, fault.owner, files)} lacks {lacking}, which {fault.owner} requires."
     given = f"{where(path, fault.given, files)} is {_short(fault.given)}" if fault.given else ""
     return f"{path}{given}: {fault.reason.rstrip('.')}."

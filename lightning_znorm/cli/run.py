@@ -3,6 +3,7 @@
 import codecs
 import locale
 import os
+import pickle
 import shlex
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -37,6 +38,7 @@ from lightning_znorm.cli.parse_errors import class_settings, explained, where
 from lightning_znorm.cli.processes import check_processes, check_streams
 from lightning_znorm.cli.resumed import changed_data, check_resumed, overridden
 from lightning_znorm.cli.trainer import CommandTrainer
+from lightning_znorm.hyperparameters import not_loadable
 
 _PROGRAM = "python -m lightning_znorm"
 
@@ -139,6 +141,8 @@ class RunCLI(LightningCLI):
         except Exception as error:
             failure = self._not_made(error)
             if failure is None:
+                if misfit := _misfit(error):
+                    raise ValueError(f"{self.config[self.config.subcommand].ckpt_path} {misfit}.") from error
                 raise
         else:
             return
@@ -227,7 +231,18 @@ class RunCLI(LightningCLI):
             rank_zero_warn(f"{self.subcommand} without --ckpt_path uses the weights that the model starts with.")
 
     def before_fit(self) -> None:
-        """Warn if ``--ckpt_path last`` would repeat the epochs since the best one."""
+        """Warn of checkpoints from which no command could go on, and of a last one that repeats epochs.
+
+        ``--ckpt_path last`` would repeat those since the best one.
+        """
+        for owner in (self.model, self.datamodule):
+            if owner is not None and (names := not_loadable(owner.hparams)):
+                rank_zero_warn(
+                    f"{type(owner).__name__} saves hyperparameters that are no plain values ({', '.join(names)}): no "
+                    "command goes on from the checkpoints of this training, because to load them may run any code. "
+                    "Convert them before save_hyperparameters (NumPy's numbers by float() or int()), or leave them out "
+                    "by its argument ignore."
+                )
         checkpoints = self._model_checkpoints()
         if not any(isinstance(checkpoint, LastCheckpoint) for checkpoint in checkpoints):
             for checkpoint in checkpoints:
@@ -241,6 +256,8 @@ class RunCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Print what was reached, where the best checkpoint (else the last) is, and how to test it."""
+        if self.trainer.global_step == 0:
+            rank_zero_warn("fit ended without a step of the optimizer: nothing was trained.")
         if not self.trainer.is_global_zero:
             return
         checkpoints = self._model_checkpoints()
@@ -256,7 +273,8 @@ class RunCLI(LightningCLI):
         if not path:  # without a monitor, Lightning's "best" model is the last that was saved
             paths = (checkpoint.last_model_path or checkpoint.best_model_path for checkpoint in checkpoints)
             which, path = "last", next(filter(None, paths), "")
-        if path:
+        trainer: Any = self.trainer  # of which Lightning does not declare it
+        if path and not trainer.fast_dev_run:  # which writes none
             path = _relative(path)
             args = ["test", *self._same_settings(), "--ckpt_path", path]
             print(f"{which} checkpoint  {path}{since}\ntest it with     {_PROGRAM} {shlex.join(args)}")
@@ -328,13 +346,33 @@ class RunCLI(LightningCLI):
             what = _size(predictions)
         path = self._predictions_path()  # which all processes agree on by now
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(predictions, path)
+        try:
+            torch.save(predictions, path)
+        except BaseException as error:
+            path.unlink(missing_ok=True)  # or half a file would be in the way of the next predictions
+            if isinstance(error, (AttributeError, TypeError, pickle.PicklingError)):  # pickle's, of what it cannot
+                raise ValueError(
+                    f"the predictions cannot be saved: {raised(error)}. Let predict_step return tensors, numbers, "
+                    "texts, or lists and dicts of such."
+                ) from error
+            raise
         print(f"predictions      {what}, for torch.load: {_relative(path)}")
 
     def _predictions_path(self) -> Path:
         # Each process has its own part of the data.
         part = f"-{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
         return Path(run_folder(self.trainer)) / f"predictions{part}.pt"
+
+
+def _misfit(error: Exception) -> str | None:
+    """Say of what torch or Lightning raise when a checkpoint is loaded what does not fit."""
+    first, *details = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()] or [""]
+    if isinstance(error, RuntimeError) and first.startswith("Error(s) in loading state_dict for"):
+        more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+        return f"does not fit the model: {details[0]}{more}"
+    if isinstance(error, ValueError) and first.startswith("loaded state dict "):
+        return f"does not fit the optimizer: {first}"
+    return None
 
 
 def _joined(batches: list[Any]) -> Any:

@@ -6,6 +6,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+# The least that each may be, which Lightning does not look at before it divides by them.
+_LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "val_check_interval": 0}
+
 
 class CommandTrainer(Trainer):
     """Lightning's Trainer, for which ``limit_train_batches: 1`` is one batch on the command line and in YAML.
@@ -21,6 +24,9 @@ class CommandTrainer(Trainer):
         limit_test_batches: The same of the test data.
         limit_predict_batches: The same of the data to predict.
         **kwargs: Further arguments of `lightning.pytorch.Trainer`.
+
+    Raises:
+        ValueError: If one of these is out of range.
 
     Attributes:
         config_files: The config files that were named.
@@ -40,6 +46,11 @@ class CommandTrainer(Trainer):
         limit_predict_batches: int | float | None = 1.0,
         **kwargs: Any,
     ) -> None:
+        for name, least in _LEAST.items():
+            value = kwargs.get(name)
+            if isinstance(value, int | float) and (value < least or (name == "val_check_interval" and value == 0)):
+                bound = "more than 0" if name == "val_check_interval" else f"at least {least}"
+                raise ValueError(f"trainer.{name} must be {bound}, got {value}.")
         super().__init__(
             limit_train_batches=_unless_all(limit_train_batches),
             limit_val_batches=_unless_all(limit_val_batches),

@@ -13,6 +13,8 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
+from lightning_znorm.data.arguments import checked_folder
+
 
 @dataclass(frozen=True)
 class ArrayFile:
@@ -49,7 +51,7 @@ class ArrayFile:
 def cache_folder(cache_dir: str | Path | None) -> Path:
     """Return the folder for decoded images: the one that is named, or the user's own."""
     if cache_dir is not None:
-        return Path(cache_dir).expanduser().absolute()
+        return checked_folder("cache_dir", cache_dir)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_znorm"
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_znorm.data.arguments import checked_folder
 from lightning_znorm.data.augmentation import random_crop_and_flip
 from lightning_znorm.data.images import Labels
 from lightning_znorm.data.in_memory import Images, InMemoryDataModule
@@ -40,6 +41,7 @@ class CIFAR10DataModule(InMemoryDataModule):
 
     Raises:
         ValueError: If an argument is out of range.
+        TypeError: If one is of another type.
 
     Example:
         >>> data = CIFAR10DataModule(root="data", download=True)
@@ -65,7 +67,7 @@ class CIFAR10DataModule(InMemoryDataModule):
         super().__init__(batch_size, val_fraction, seed)
         root, augment, download = plain_values(root=root, augment=augment, download=download)
         self.save_hyperparameters()
-        self.root = Path(root).expanduser().absolute()
+        self.root = checked_folder("root", root)
         self.augment = augment
         self.download = download
 

@@ -24,6 +24,7 @@ class DigitsDataModule(InMemoryDataModule):
 
     Raises:
         ValueError: If an argument is out of range.
+        TypeError: If one is of another type.
 
     Example:
         >>> data = DigitsDataModule(batch_size=32)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
+from lightning_znorm.data.arguments import check_number, checked_folder
 from lightning_znorm.data.decoding import BadFileError, read_rgb, refuse
 from lightning_znorm.data.files import (
     AGAIN,
@@ -123,6 +124,7 @@ class ImageFolderDataModule(ImageDataModule):
         ValueError: If an argument is out of range, if ``val_fraction`` is too small for the classes or ``image_size``
             exceeds ``resize_size``, if ``train`` and ``val`` have different classes, or if a file is in two classes or
             in both.
+        TypeError: If an argument is of another type.
         FileNotFoundError: If ``train``, ``val``, or the images of a class are missing.
         RuntimeError: When a batch is read, if an image cannot be read, or not as it is.
 
@@ -150,12 +152,14 @@ class ImageFolderDataModule(ImageDataModule):
         super().__init__(batch_size, val_fraction, seed, num_workers)
         root, image_size, resize_size = plain_values(root=root, image_size=image_size, resize_size=resize_size)
         self.save_hyperparameters()
+        check_number("image_size", image_size, int)
+        check_number("resize_size", resize_size, int)
         if not 0 < image_size <= resize_size:
             raise ValueError(
                 f"image_size={image_size} must be at least 1 and at most resize_size={resize_size}, from whose centre "
                 "the images for evaluation are cut."
             )
-        self.root = Path(root).expanduser().absolute()
+        self.root = checked_folder("root", root)
         self.image_size = image_size
         self.resize_size = resize_size
 

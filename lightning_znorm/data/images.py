@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_convert
 from typing_extensions import override
 
+from lightning_znorm.data.arguments import check_number
 from lightning_znorm.data.loader import ResumableLoader
 from lightning_znorm.data.shuffle import EpochShuffle
 from lightning_znorm.hyperparameters import PlainHyperparameters, plain_values
@@ -41,6 +42,7 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
 
     Raises:
         ValueError: If one of these is out of range.
+        TypeError: If one is no number.
     """
 
     train_set: Dataset[Any]
@@ -58,12 +60,10 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
         batch_size, val_fraction, seed, num_workers = plain_values(
             batch_size=batch_size, val_fraction=val_fraction, seed=seed, num_workers=num_workers
         )
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        if num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {num_workers}.")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed must be at least 0 and less than 2**32, got {seed}.")
+        check_number("batch_size", batch_size, int, least=1, bits=31)
+        check_number("num_workers", num_workers, int, least=0, bits=31)
+        check_number("seed", seed, int, least=0, bits=32)
+        check_number("val_fraction", val_fraction, float)
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction is the share of training images to validate on, in (0, 1): {val_fraction}.")
         self.batch_size = batch_size

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from lightning_znorm.data.arguments import check_number, checked_folder
 from lightning_znorm.data.array_file import cache_folder
 from lightning_znorm.data.augmentation import random_flip_and_rotate
 from lightning_znorm.data.images import Batch, ImageDataModule
@@ -131,6 +132,7 @@ class LGGDataModule(ImageDataModule):
             are damaged, missing, of different sizes, of more than 8 bits or one page, the same for two patients, or
             masks with other values than 0 and 255: one error names them. If a checkpoint was trained on patients of the
             other sets.
+        TypeError: If an argument is of another type.
         FileNotFoundError: If there are no slices.
 
     Example:
@@ -166,15 +168,15 @@ class LGGDataModule(ImageDataModule):
             max_memory_gb=max_memory_gb,
             cache_dir=cache_dir,
         )
+        check_number("test_fraction", test_fraction, float)
+        check_number("max_memory_gb", max_memory_gb, float, least=0)
         if not 0 < test_fraction < 1 - self.val_fraction:
             raise ValueError(
                 f"test_fraction is the share of patients to test on, in (0, 1 - val_fraction): {test_fraction}."
             )
-        if not max_memory_gb >= 0:
-            raise ValueError(f"max_memory_gb must be at least 0, got {max_memory_gb}.")
         self.save_hyperparameters()
-        self.root = Path(root).expanduser().absolute()
-        self.predict_root = None if predict_root is None else Path(predict_root).expanduser().absolute()
+        self.root = checked_folder("root", root)
+        self.predict_root = None if predict_root is None else checked_folder("predict_root", predict_root)
         self.test_fraction = test_fraction
         self.augment = augment
         self.max_memory = max_memory_gb * 1e9

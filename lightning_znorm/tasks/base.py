@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
@@ -107,9 +107,14 @@ class Task(PlainHyperparameters, LightningModule):
             compile: Compile it in place.
 
         Raises:
-            ValueError: If ``kwargs`` come with a module, or hold an argument that the task sets itself.
+            ValueError: If ``kwargs`` come with a module or hold an argument that the task sets itself, or if the
+                network by name would have no channels.
         """
+        self._in_chans: int | None = None
         if isinstance(model, str):
+            self._in_chans = create.keywords["in_chans"]
+            if self._in_chans < 1:
+                raise ValueError(f"in_chans must be at least 1, got {self._in_chans}.")
             if twice := [name for name in kwargs if name in create.keywords]:
                 raise ValueError(
                     f"model_kwargs has {twice[0]}, which is an argument of {type(self).__name__}: set that."
@@ -120,6 +125,22 @@ class Task(PlainHyperparameters, LightningModule):
         if compile:
             model.compile()
         self.model = model
+
+    def check_channels(self, images: Tensor) -> None:
+        """Refuse images with other channels than a network by name was made for.
+
+        Args:
+            images: Shape ``(N, C, ...)``.
+
+        Raises:
+            ValueError: If there are.
+        """
+        channels = images.shape[1] if images.ndim > 1 else None
+        if self._in_chans is not None and channels not in (self._in_chans, None):
+            raise ValueError(
+                f"Images of shape {tuple(images.shape)} have {channels} channel{'s' if channels != 1 else ''}, and the "
+                f"task was given in_chans={self._in_chans}: make it {channels} (in YAML, model.init_args.in_chans)."
+            )
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -140,6 +161,8 @@ class Task(PlainHyperparameters, LightningModule):
             # There is something new to follow when there was a validation.
             follows_validation = self._trainer is not None and monitor.startswith("val/")
             frequency = self.trainer.check_val_every_n_epoch if follows_validation else None
+        if isinstance(scheduler, OneCycleLR):
+            self._warn_of_short_cycle(scheduler, interval, frequency or 1)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {
@@ -150,6 +173,21 @@ class Task(PlainHyperparameters, LightningModule):
                 "monitor": monitor,
             },
         }
+
+    def _warn_of_short_cycle(self, scheduler: OneCycleLR, interval: str, frequency: int) -> None:
+        # Torch raises at the first step beyond the cycle: in the middle of the training.
+        if self._trainer is None:
+            return
+        steps: float | None = self.trainer.max_epochs
+        if interval == "step":
+            steps = self.trainer.estimated_stepping_batches
+        steps = 0 if steps is None or steps == math.inf else steps // frequency
+        if steps > scheduler.total_steps:
+            rank_zero_warn(
+                f"OneCycleLR ends after {scheduler.total_steps} steps of its own, and this training takes up to "
+                f"{int(steps)}, one every {frequency} {interval}{'s' if frequency > 1 else ''}: it fails after the "
+                "cycle. Raise total_steps, or leave it out for the number of steps of the training."
+            )
 
     def _steps_of_training(self, scheduler: str) -> int:
         """Return how many steps of the optimizer the training has, for a scheduler of this name."""

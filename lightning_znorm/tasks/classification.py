@@ -183,6 +183,7 @@ class ClassificationTask(Task):
     @override
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits, shape ``(N, num_classes)``, of images of shape ``(N, C, H, W)``."""
+        self.check_channels(images)
         logits = logits_of(self.model(images))
         expected = (len(images), self.num_classes)
         if not isinstance(logits, Tensor):

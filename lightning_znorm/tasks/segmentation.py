@@ -269,6 +269,7 @@ class SegmentationTask(Task):
 
     def _outputs(self, images: Tensor) -> list[Tensor]:
         """The logits of all of the network's outputs, of which the last is the prediction."""
+        self.check_channels(images)
         made = logits_of(self.model(images))
         outputs = list(made) if isinstance(made, (list, tuple)) and made else [made]
         expected = (len(images), self.num_classes, *images.shape[2:])

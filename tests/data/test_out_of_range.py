@@ -1,7 +1,9 @@
 """Arguments out of range are refused by name when a data module is made, before files are read or a training begins."""
 
 import math
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -22,7 +24,7 @@ NAN = math.nan
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        *(("batch_size", value, "must be at least 1, got") for value in (0, -3)),
+        *(("batch_size", value, r"must be at least 1 and less than 2\*\*31, got") for value in (0, -3, 10**23)),
         *(("seed", value, r"must be at least 0 and less than 2\*\*32, got") for value in (-1, 2**32)),
         *(("val_fraction", value, r"is the share of training images .*, in \(0, 1\):") for value in (0, 1, -0.1, NAN)),
     ],
@@ -35,7 +37,7 @@ def test_of_all(made: Callable[..., ImageDataModule], name: str, value: float, m
 @pytest.mark.parametrize(
     ("made", "name", "value", "message"),
     [
-        *((made, "num_workers", -1, "must be at least 0, got") for made in (ImageFolderDataModule, PCamDataModule)),
+        *((made, "num_workers", -1, "must be at least 0") for made in (ImageFolderDataModule, PCamDataModule)),
         *((PCamDataModule, "test_fraction", value, "is the share of") for value in (0, 1, NAN)),
         *((LGGDataModule, "test_fraction", value, "is the share of patients") for value in (0, 0.9, NAN)),
         *((LGGDataModule, "max_memory_gb", value, "must be at least 0, got") for value in (-1, NAN)),
@@ -45,6 +47,38 @@ def test_of_all(made: Callable[..., ImageDataModule], name: str, value: float, m
 def test_of_some(made: Callable[..., ImageDataModule], name: str, value: float, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^{name}[ =]{message}.*{value}"):
         made(**{name: value})
+
+
+@pytest.mark.parametrize("value", [None, "2", True, [1]])
+@pytest.mark.parametrize(
+    ("made", "name"),
+    [
+        *((made, name) for made in MODULES for name in ("batch_size", "seed", "val_fraction")),
+        *((made, "num_workers") for made in (ImageFolderDataModule, PCamDataModule)),
+        *((made, "test_fraction") for made in (LGGDataModule, PCamDataModule)),
+        (LGGDataModule, "max_memory_gb"),
+        *((ImageFolderDataModule, name) for name in ("image_size", "resize_size")),
+    ],
+)
+def test_no_number(made: Callable[..., ImageDataModule], name: str, value: Any) -> None:
+    kind = "number" if name in ("val_fraction", "test_fraction", "max_memory_gb") else "whole number"
+    with pytest.raises(TypeError, match=rf"^{name} must be a {kind}, got {re.escape(repr(value))}\.$"):
+        made(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("made", "name"),
+    [
+        *((made, "root") for made in MODULES if made is not DigitsDataModule),
+        (LGGDataModule, "predict_root"),
+        *((made, "cache_dir") for made in (LGGDataModule, PCamDataModule)),
+    ],
+)
+def test_no_folder(made: Callable[..., ImageDataModule], name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} must be a path, got 3\.$"):
+        made(**{name: 3})
+    with pytest.raises(ValueError, match=rf"^{name} is ~nobody-of-this-name/x, and there is no such home directory\.$"):
+        made(**{name: "~nobody-of-this-name/x"})
 
 
 @pytest.mark.parametrize("made", MODULES)

@@ -83,6 +83,17 @@ class TestModel:
         ):
             ClassificationTask(linear(), num_classes=10, lr_scheduler=made)
 
+    @pytest.mark.parametrize(("in_chans", "channels"), [(3, 1), (1, 3)])
+    def test_images_of_other_channels(self, in_chans, channels):
+        task = ClassificationTask("resnet20", num_classes=10, in_chans=in_chans)
+        said = rf"\(2, {channels}, 8, 8\) have {channels} channels?, and .* in_chans={in_chans}: make it {channels} "
+        with pytest.raises(ValueError, match=f"^Images of shape {said}"):
+            task(torch.zeros(2, channels, 8, 8))
+
+    def test_no_channels(self):
+        with pytest.raises(ValueError, match=r"^in_chans must be at least 1, got 0\.$"):
+            ClassificationTask("resnet20", num_classes=10, in_chans=0)
+
     def test_arguments_are_plain(self):
         with pytest.raises(ValueError, match=r"model_kwargs\['act_layer'\] is the class ReLU, .* pass it as the model"):
             ClassificationTask("mobilenetv2_100", num_classes=10, model_kwargs={"act_layer": nn.ReLU})

@@ -137,6 +137,35 @@ class TestLength:
             expected.optimizer.step()
             expected.step()
 
+    # Lightning's, of a cycle that is stepped by epochs.
+    @pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using 'interval'")
+    @pytest.mark.parametrize(
+        ("total_steps", "interval", "kwargs", "said"),
+        [
+            (11, "step", {}, "ends after 11 steps of its own, and this training takes up to 12, one every 1 step:"),
+            (
+                3,
+                "step",
+                {"accumulate_grad_batches": 3},
+                "ends after 3 steps of its own, and this training takes up to 4,",
+            ),
+            (1, "epoch", {}, "ends after 1 steps of its own, and this training takes up to 2, one every 1 epoch:"),
+        ],
+    )
+    def test_a_cycle_that_is_too_short_is_said(self, total_steps: int, interval: str, kwargs: dict, said: str):
+        """Torch fails at the step after the cycle, which may be hours later."""
+        with pytest.warns(UserWarning, match=f"^OneCycleLR {said}"), pytest.raises(ValueError, match="Tried to step"):
+            rates(partial(one_cycle, total_steps=total_steps), interval=interval, **kwargs)
+
+    # Lightning's, of a cycle that is stepped by epochs.
+    @pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using 'interval'")
+    @pytest.mark.parametrize(
+        ("total_steps", "interval", "kwargs"),
+        [(12, "step", {}), (4, "step", {"accumulate_grad_batches": 3}), (2, "epoch", {})],
+    )
+    def test_a_cycle_that_is_as_long_is_not(self, total_steps: int, interval: str, kwargs: dict):
+        assert rates(partial(one_cycle, total_steps=total_steps), interval=interval, **kwargs)
+
     def test_other_schedules_are_left_alone(self):
         assert rates(partial(PolynomialLR, total_iters=2), interval="epoch") == pytest.approx([0.1] * 6 + [0.05] * 6)
 

@@ -101,6 +101,13 @@ class TestNetworks:
         with pytest.raises(ValueError, match=r"'unet'.*resnet50_unet, unetpp, attention_unet"):
             SegmentationTask("unet")
 
+    @pytest.mark.parametrize(("in_chans", "channels"), [(3, 1), (1, 4)])
+    def test_images_of_other_channels(self, in_chans: int, channels: int):
+        task = SegmentationTask("attention_unet", in_chans=in_chans)
+        said = rf"\(2, {channels}, 32, 32\) have {channels} channels?, and .* in_chans={in_chans}: make it {channels} "
+        with pytest.raises(ValueError, match=f"^Images of shape {said}"):
+            task(torch.zeros(2, channels, 32, 32))
+
     def test_volumes(self):
         kwargs = {"channels": [4, 8], "strides": [2]}
         task = SegmentationTask("attention_unet", spatial_dims=3, in_chans=1, model_kwargs=kwargs)
