@@ -92,7 +92,12 @@ def plain_value(name: str, value: Any, remedy: str = _REMEDY) -> Any:
 
 def not_loadable(hyperparameters: Mapping[str, Any]) -> list[str]:
     """Return the names of hyperparameters that a checkpoint can hold, and ``torch.load(weights_only=True)`` refuses."""
-    return [name for name, value in hyperparameters.items() if not _can_be_loaded(value)]
+    # A network is not tried, because it may fill the memory.
+    return [
+        name
+        for name, value in hyperparameters.items()
+        if isinstance(value, torch.nn.Module) or not _can_be_loaded(value)
+    ]
 
 
 def python_scalars(value: Any) -> Any:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_znorm import data as data_modules
 from lightning_znorm import tasks
 from lightning_znorm.data import CIFAR10DataModule, DigitsDataModule, LGGDataModule, PCamDataModule
-from lightning_znorm.hyperparameters import plain_value, plain_values
+from lightning_znorm.hyperparameters import not_loadable, plain_value, plain_values
 from lightning_znorm.tasks import ClassificationTask, SegmentationTask
 from tests.data.jpegs import write_image_folder
 from tests.trainers import trainer
@@ -197,6 +197,12 @@ class TestTasks:
         assert not {"network", "model", "make", "optimizer"} & found.keys()
         loaded = Mine.load_from_checkpoint(path, network=network, make=lambda: 1)
         assert same(dict(loaded.hparams), dict(task.hparams))
+
+
+def test_a_network_is_not_saved_to_see_whether_it_can_be_loaded(monkeypatch: pytest.MonkeyPatch):
+    assert not_loadable({"a": 1, "b": [np.float64(1)], "c": "x", "d": {"e": np.zeros(1)}}) == ["b", "d"]
+    monkeypatch.setattr(torch, "save", lambda *args: pytest.fail("it may be as large as the memory"))
+    assert not_loadable({"network": nn.Linear(1, 1)}) == ["network"]
 
 
 class TestDataModules:
