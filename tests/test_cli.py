@@ -579,7 +579,7 @@ class TestOwnModule:
 
     def test_nothing_trained(self):
         with pytest.warns(UserWarning, match="^fit ended without a step of the optimizer: nothing was trained"):
-            main(["fit", *OWN, "--trainer.limit_train_batches", "0", "--trainer.logger", "false"])
+            main(["fit", *OWN, *SHORT, "--trainer.limit_train_batches", "0", "--trainer.logger", "false"])
 
     def test_hyperparameters_that_no_command_loads(self, monkeypatch):
         made = own_module.OwnModule.__init__
@@ -611,12 +611,13 @@ class TestOwnModule:
     )
     def test_checkpoint_that_does_not_fit(self, change, said):
         main(["fit", *OWN, *SHORT, "--trainer.callbacks+", "LastCheckpoint", "--trainer.logger", "false"])
-        path = "checkpoints/last.ckpt"
-        saved = torch.load(path)
+        Path("checkpoints").rename("begun")
+        saved = torch.load("begun/last.ckpt")
         change(saved)
-        torch.save(saved, path)
-        longer = ["--trainer.max_epochs", "2", "--ckpt_path", path]
-        assert refusal("fit", *OWN, *SHORT, *longer, "--trainer.logger", "false").startswith(f"error: {path} {said}")
+        torch.save(saved, "changed.ckpt")
+        longer = ["--trainer.max_epochs", "2", "--ckpt_path", "changed.ckpt"]
+        message = refusal("fit", *OWN, *SHORT, *longer, "--trainer.logger", "false")
+        assert message.startswith(f"error: changed.ckpt {said}")
 
     def test_predictions_that_are_no_tensors(self, capsys):
         with pytest.warns(UserWarning, match="without --ckpt_path"):
