@@ -581,6 +581,18 @@ class TestOwnModule:
         with pytest.warns(UserWarning, match="^fit ended without a step of the optimizer: nothing was trained"):
             main(["fit", *OWN, *SHORT, "--trainer.limit_train_batches", "0", "--trainer.logger", "false"])
 
+    def test_steps_past_lightning_are_not_taken_for_nothing(self, monkeypatch, recwarn):
+        def training_step(self, batch):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.layer(batch[0]).mean().backward()
+            optimizer.step()
+
+        monkeypatch.setattr(own_module.OwnModule, "automatic_optimization", False)
+        monkeypatch.setattr(own_module.OwnModule, "training_step", training_step)
+        main(["fit", *OWN, *SHORT, "--trainer.logger", "false"])
+        assert not [warning for warning in recwarn if "without a step" in str(warning.message)]
+
     def test_hyperparameters_that_no_command_loads(self, monkeypatch):
         made = own_module.OwnModule.__init__
 

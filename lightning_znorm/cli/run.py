@@ -256,7 +256,7 @@ class RunCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Print what was reached, where the best checkpoint (else the last) is, and how to test it."""
-        if self.trainer.global_step == 0:
+        if self.trainer.global_step == 0 and self.model.automatic_optimization:  # else it may step past Lightning
             rank_zero_warn("fit ended without a step of the optimizer: nothing was trained.")
         if not self.trainer.is_global_zero:
             return
