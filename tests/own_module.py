@@ -37,6 +37,11 @@ class OwnModule(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
+def load_weights_of_another(module: OwnModule, stage: str) -> None:
+    """A user's mistake in a hook."""
+    module.layer.load_state_dict({})
+
+
 class OwnLogger(Logger):
     """Has one folder for the files of all runs, as those for Weights & Biases and MLflow do."""
 

@@ -260,7 +260,7 @@ def test_a_key_that_is_there_twice(command: str, name: str, capsys: pytest.Captu
     Path("twice.yaml").write_text(text)
     others = ["--methods", CONFIGS / "methods/baseline.yaml", "twice.yaml", "--output", "out"]
     files = ["--config", DIGITS, *(["--config", "twice.yaml"] if command == "fit" else others)]
-    said = f"twice.yaml is not valid YAML, line {line}: `{key}` is there already, in line {first}: write"
+    said = f"twice.yaml is not valid YAML, line {line}: the key `{key}` is in line {first} already: merge the two"
     assert said in refusal(capsys, command, *files)
 
 

@@ -601,7 +601,7 @@ class TestOwnModule:
             self.save_hyperparameters({"width": np.int64(3), "lr": 0.1, "shape": np.zeros(2)})
 
         monkeypatch.setattr(own_module.OwnModule, "__init__", init)
-        with pytest.warns(UserWarning, match=r"^OwnModule saves hyperparameters that are .* \(width, shape\): no"):
+        with pytest.warns(UserWarning, match=r"^OwnModule saves hyperparameters that .* \(width, shape\)\. `test`"):
             main(["fit", *OWN, *SHORT, "--trainer.logger", "false"])
 
     @pytest.mark.parametrize(
@@ -630,6 +630,15 @@ class TestOwnModule:
         longer = ["--trainer.max_epochs", "2", "--ckpt_path", "changed.ckpt"]
         message = refusal("fit", *OWN, *SHORT, *longer, "--trainer.logger", "false")
         assert message.startswith(f"error: changed.ckpt {said}")
+
+    @pytest.mark.parametrize("resumes", [False, True])
+    def test_weights_that_the_user_s_own_code_loads_are_no_matter_of_the_checkpoint(self, monkeypatch, resumes):
+        main(["fit", *OWN, *SHORT, "--trainer.callbacks+", "LastCheckpoint", "--trainer.logger", "false"])
+        Path("checkpoints").rename("begun")
+        args = ["--ckpt_path", "begun/last.ckpt", "--trainer.max_epochs", "2"] if resumes else []
+        monkeypatch.setattr(own_module.OwnModule, "setup", own_module.load_weights_of_another)
+        with pytest.raises(RuntimeError, match=r"Error\(s\) in loading state_dict for Linear"):
+            main(["fit", *OWN, *SHORT, *args, "--trainer.logger", "false"])
 
     def test_predictions_that_are_no_tensors(self, capsys):
         with pytest.warns(UserWarning, match="without --ckpt_path"):

@@ -300,5 +300,5 @@ def test_folder_that_such_a_system_cannot_make(folder):
     done = of_another_century(folder, "own.yaml")
     assert done.returncode == 1, done.stdout
     assert "Traceback" not in done.stdout
-    said = r"error: '.*l\\xf6gs.*' has characters that the encoding of this system \((ascii|utf-8)\) lacks: set the env"
+    said = r"error: '.*l\\xf6gs.*' cannot be written in the encoding of this system \((ascii|utf-8)\): set the env"
     assert re.match(said, done.stdout.splitlines()[-1]), done.stdout

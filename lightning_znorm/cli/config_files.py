@@ -104,7 +104,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
                 continue  # what is merged in gives way to what is written
             if key.value in lines:
-                problem = f"`{key.value}` is there already, in line {lines[key.value]}: write what belongs to it once"
+                problem = f"the key `{key.value}` is in line {lines[key.value]} already: merge the two"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             lines[key.value] = key.start_mark.line + 1
         return super().construct_mapping(node, deep)

@@ -34,8 +34,8 @@ def sentence(error: BaseException) -> str | None:
             return f"{cause.filename}: {cause.strerror}"
         if isinstance(cause, UnicodeEncodeError) and _packages(cause) <= _SYSTEM:
             return (
-                f"{cause.object!a} has characters that the encoding of this system ({cause.encoding}) lacks: set the "
-                "environment variable PYTHONUTF8=1, or name it otherwise."
+                f"{cause.object!a} cannot be written in the encoding of this system ({cause.encoding}): set the "
+                "environment variable PYTHONUTF8=1, or choose another name."
             )
     return None
 

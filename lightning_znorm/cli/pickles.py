@@ -86,7 +86,7 @@ def _code(name: str, found: str) -> str:
 def _damaged(name: str, error: Exception) -> str:
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     if reason.startswith("Weights only load failed"):  # and torch's advice is to load it with any code that it names
-        reason = "its content is not what torch.save writes of tensors and plain values"
+        reason = "it is no file of tensors and plain values"
     return f"{name} is no checkpoint, or a damaged one: it cannot be read ({reason})."
 
 

@@ -141,8 +141,8 @@ class RunCLI(LightningCLI):
         except Exception as error:
             failure = self._not_made(error)
             if failure is None:
-                if misfit := _misfit(error):
-                    raise ValueError(f"{self.config[self.config.subcommand].ckpt_path} {misfit}.") from error
+                if said := self._misfit(error):
+                    raise ValueError(said) from error
                 raise
         else:
             return
@@ -238,10 +238,10 @@ class RunCLI(LightningCLI):
         for owner in (self.model, self.datamodule):
             if owner is not None and (names := not_loadable(owner.hparams)):
                 rank_zero_warn(
-                    f"{type(owner).__name__} saves hyperparameters that are no plain values ({', '.join(names)}): no "
-                    "command goes on from the checkpoints of this training, because to load them may run any code. "
-                    "Convert them before save_hyperparameters (NumPy's numbers by float() or int()), or leave them out "
-                    "by its argument ignore."
+                    f"{type(owner).__name__} saves hyperparameters that are not plain values ({', '.join(names)}). "
+                    "`test`, `predict` and `fit --ckpt_path` refuse such checkpoints, because loading them could run "
+                    "code: convert the values before save_hyperparameters (NumPy's numbers by float() or int()), or "
+                    "exclude them by its argument ignore."
                 )
         checkpoints = self._model_checkpoints()
         if not any(isinstance(checkpoint, LastCheckpoint) for checkpoint in checkpoints):
@@ -308,6 +308,19 @@ class RunCLI(LightningCLI):
         sys.stderr.write(own_traceback(failure))
         raise ValueError(f"{which} cannot be made: {name} raises {raised(failure)}.") from failure
 
+    def _misfit(self, error: Exception) -> str | None:
+        """Say what of the checkpoint does not fit the model or the optimizer, if that is the error."""
+        path = self.config[self.config.subcommand].ckpt_path if "config" in vars(self) else None
+        if path is None or own_traceback(error):  # the user's own code loads something else
+            return None
+        first, *details = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()] or [""]
+        if isinstance(error, RuntimeError) and first.startswith("Error(s) in loading state_dict for"):
+            more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+            return f"{path} does not fit the model: {details[0]}{more}."
+        if isinstance(error, ValueError) and first.startswith("loaded state dict "):
+            return f"{path} does not fit the optimizer: {first}."
+        return None
+
     def _best_since(self, best: ModelCheckpoint | None) -> str:
         """Since when the best is looked for: `ModelCheckpoint` forgets a best score of another folder."""
         resumed = str(self.trainer.ckpt_path or "")
@@ -362,17 +375,6 @@ class RunCLI(LightningCLI):
         # Each process has its own part of the data.
         part = f"-{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
         return Path(run_folder(self.trainer)) / f"predictions{part}.pt"
-
-
-def _misfit(error: Exception) -> str | None:
-    """Say of what torch or Lightning raise when a checkpoint is loaded what does not fit."""
-    first, *details = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()] or [""]
-    if isinstance(error, RuntimeError) and first.startswith("Error(s) in loading state_dict for"):
-        more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-        return f"does not fit the model: {details[0]}{more}"
-    if isinstance(error, ValueError) and first.startswith("loaded state dict "):
-        return f"does not fit the optimizer: {first}"
-    return None
 
 
 def _joined(batches: list[Any]) -> Any:

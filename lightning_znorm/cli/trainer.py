@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-# The least that each may be, which Lightning does not look at before it divides by them.
-_LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "val_check_interval": 0}
+# Lightning divides by some without a look at them, and takes a negative clip for none.
+_AT_LEAST_ONE = ("accumulate_grad_batches", "check_val_every_n_epoch")
 
 
 class CommandTrainer(Trainer):
@@ -46,11 +46,13 @@ class CommandTrainer(Trainer):
         limit_predict_batches: int | float | None = 1.0,
         **kwargs: Any,
     ) -> None:
-        for name, least in _LEAST.items():
-            value = kwargs.get(name)
-            if isinstance(value, int | float) and (value < least or (name == "val_check_interval" and value == 0)):
-                bound = "more than 0" if name == "val_check_interval" else f"at least {least}"
-                raise ValueError(f"trainer.{name} must be {bound}, got {value}.")
+        for name in _AT_LEAST_ONE:
+            if (count := kwargs.get(name)) is not None and count < 1:
+                raise ValueError(f"trainer.{name} must be at least 1, got {count}.")
+        if (norm := kwargs.get("gradient_clip_val")) is not None and norm < 0:
+            raise ValueError(f"trainer.gradient_clip_val must be at least 0, got {norm}.")
+        if isinstance(interval := kwargs.get("val_check_interval"), int | float) and interval <= 0:  # else a time
+            raise ValueError(f"trainer.val_check_interval must be more than 0, got {interval}.")
         super().__init__(
             limit_train_batches=_unless_all(limit_train_batches),
             limit_val_batches=_unless_all(limit_val_batches),

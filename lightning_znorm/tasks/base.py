@@ -69,16 +69,10 @@ class Task(PlainHyperparameters, LightningModule):
         lr_scheduler_strict: bool = True,
     ) -> None:
         super().__init__()
-        if not callable(optimizer):
-            raise TypeError(
-                "optimizer must make one from the parameters, as partial(torch.optim.SGD, lr=0.1) does, "
-                f"got {'None' if optimizer is None else f'an object of {type(optimizer).__name__}'}."
-            )
-        if not callable(lr_scheduler) and lr_scheduler is not None:
-            raise TypeError(
-                "lr_scheduler must make one from the optimizer, as partial(lr_scheduler.StepLR, step_size=5) "
-                f"does, got an object of {type(lr_scheduler).__name__}."
-            )
+        _require_maker("optimizer", "parameters", "partial(torch.optim.SGD, lr=0.1)", optimizer)
+        if lr_scheduler is not None:
+            example = "partial(torch.optim.lr_scheduler.StepLR, step_size=5)"
+            _require_maker("lr_scheduler", "optimizer", example, lr_scheduler)
         interval, frequency, strict = plain_values(
             lr_scheduler_interval=lr_scheduler_interval,
             lr_scheduler_frequency=lr_scheduler_frequency,
@@ -117,7 +111,7 @@ class Task(PlainHyperparameters, LightningModule):
                 raise ValueError(f"in_chans must be at least 1, got {self._in_chans}.")
             if twice := [name for name in kwargs if name in create.keywords]:
                 raise ValueError(
-                    f"model_kwargs has {twice[0]}, which is an argument of {type(self).__name__}: set that."
+                    f"model_kwargs must not hold {twice[0]}: set {twice[0]} of {type(self).__name__} itself."
                 )
             model = create(model, **kwargs)
         elif kwargs:
@@ -184,9 +178,9 @@ class Task(PlainHyperparameters, LightningModule):
         steps = 0 if steps is None or steps == math.inf else steps // frequency
         if steps > scheduler.total_steps:
             rank_zero_warn(
-                f"OneCycleLR ends after {scheduler.total_steps} steps of its own, and this training takes up to "
-                f"{int(steps)}, one every {frequency} {interval}{'s' if frequency > 1 else ''}: it fails after the "
-                "cycle. Raise total_steps, or leave it out for the number of steps of the training."
+                f"OneCycleLR has total_steps={scheduler.total_steps}, and this training steps it up to {int(steps)} "
+                "times, at which torch raises an error: raise total_steps, or leave it out to have it set to the "
+                "length of the training."
             )
 
     def _steps_of_training(self, scheduler: str) -> int:
@@ -413,6 +407,13 @@ class Task(PlainHyperparameters, LightningModule):
     def log_loss(self, name: str, loss: Tensor, batch_size: int) -> None:
         """Log the mean of a loss over an epoch and all processes."""
         self.log(name, loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=batch_size, sync_dist=True)
+
+
+def _require_maker(name: str, of: str, example: str, given: object) -> None:
+    """Refuse what cannot be called, such as an optimizer that is made already."""
+    if not callable(given):
+        found = "None" if given is None else f"an object of {type(given).__name__}"
+        raise TypeError(f"{name} must be a function that makes one from the {of}, such as {example}, got {found}.")
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -66,20 +66,20 @@ class TestModel:
 
     @pytest.mark.parametrize("name", ["num_classes", "in_chans"])
     def test_arguments_of_the_task_are_not_given_twice(self, name):
-        with pytest.raises(
-            ValueError, match=f"^model_kwargs has {name}, which is an argument of ClassificationTask: set"
-        ):
+        with pytest.raises(ValueError, match=f"^model_kwargs must not hold {name}: set {name} of ClassificationTask"):
             ClassificationTask("resnet20", num_classes=10, model_kwargs={name: 3})
 
     @pytest.mark.parametrize("made", [None, torch.optim.SGD(linear().parameters(), lr=0.1)], ids=["None", "made"])
     def test_what_makes_no_optimizer(self, made):
-        with pytest.raises(TypeError, match=r"^optimizer must make one from the parameters, .* (got None|of SGD)\.$"):
+        with pytest.raises(
+            TypeError, match=r"^optimizer must be a function that makes one .* got (None|an object of SGD)\.$"
+        ):
             ClassificationTask(linear(), num_classes=10, optimizer=made)
 
     def test_what_makes_no_scheduler(self):
         made = torch.optim.lr_scheduler.StepLR(sgd(linear().parameters()), step_size=1)
         with pytest.raises(
-            TypeError, match=r"^lr_scheduler must make one from the optimizer, .* an object of StepLR\.$"
+            TypeError, match=r"^lr_scheduler must be a function that makes one .* got an object of StepLR\.$"
         ):
             ClassificationTask(linear(), num_classes=10, lr_scheduler=made)
 

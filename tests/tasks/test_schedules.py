@@ -142,14 +142,14 @@ class TestLength:
     @pytest.mark.parametrize(
         ("total_steps", "interval", "kwargs", "said"),
         [
-            (11, "step", {}, "ends after 11 steps of its own, and this training takes up to 12, one every 1 step:"),
+            (11, "step", {}, "has total_steps=11, and this training steps it up to 12 times,"),
             (
                 3,
                 "step",
                 {"accumulate_grad_batches": 3},
-                "ends after 3 steps of its own, and this training takes up to 4,",
+                "has total_steps=3, and this training steps it up to 4 times,",
             ),
-            (1, "epoch", {}, "ends after 1 steps of its own, and this training takes up to 2, one every 1 epoch:"),
+            (1, "epoch", {}, "has total_steps=1, and this training steps it up to 2 times,"),
         ],
     )
     def test_a_cycle_that_is_too_short_is_said(self, total_steps: int, interval: str, kwargs: dict, said: str):
