@@ -50,5 +50,5 @@ def put_in_place_of_cifar10(folder: Path, monkeypatch: pytest.MonkeyPatch, image
 @pytest.fixture(scope="session")
 def real_cifar10() -> Path:
     if "ZNORM_DATA" not in os.environ:
-        pytest.skip("ZNORM_DATA names no folder with the real data")
+        pytest.skip("needs real data: ZNORM_DATA names no folder with it (CONTRIBUTING.md)")
     return Path(os.environ["ZNORM_DATA"]) / "cifar10"

@@ -7,7 +7,7 @@ import torch
 FSDP2_RUNS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
 needs_fsdp2_on_cpu = pytest.mark.skipif(
-    not FSDP2_RUNS_ON_CPU, reason="FSDP2 calls methods that a CPU's streams do not have in this torch (2.6)"
+    not FSDP2_RUNS_ON_CPU, reason="needs a torch newer than 2.6, where a CPU's streams lack what FSDP2 calls"
 )
 
 # torch 2.6's crashes when it copies the weights that it has gathered.

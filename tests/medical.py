@@ -126,7 +126,7 @@ def fake_pcam(tmp_path) -> Path:
 
 def _real(name: str) -> Path:
     if "ZNORM_DATA" not in os.environ:
-        pytest.skip("ZNORM_DATA names no folder with the real data")
+        pytest.skip("needs real data: ZNORM_DATA names no folder with it (CONTRIBUTING.md)")
     return Path(os.environ["ZNORM_DATA"]) / name
 
 

@@ -10,6 +10,9 @@ import torchmetrics.segmentation
 
 from tests.processes import run_python
 
+# Those that the README names are found by tests/test_readme.py too.
+pytestmark = pytest.mark.full
+
 
 def output_of(*arguments: str) -> str:
     process = run_python("-m", *arguments, timeout=120, cwd=Path(__file__).parents[1])
@@ -101,7 +104,7 @@ def test_learning_rates() -> None:
 
 @pytest.mark.skipif(
     not hasattr(torchmetrics.segmentation, "HausdorffDistance"),
-    reason="this torchmetrics has no distance to compare with",
+    reason="needs a newer torchmetrics: this has no Hausdorff distance",
 )
 def test_metrics() -> None:
     table = rows(output_of("benchmarks.metrics", "--images", "2", "--size", "32", "--rounds", "1", "--threads", "1"))
@@ -123,7 +126,7 @@ def averages() -> None:
     try:
         dist.all_reduce(torch.ones(1), dist.ReduceOp.AVG)
     except RuntimeError as error:
-        pytest.skip(f"the loop to compare with does not run: {error}")
+        pytest.skip(f"needs a newer torch: the loop to compare with does not run ({error})")
     finally:
         dist.destroy_process_group()
 

@@ -268,7 +268,7 @@ class TestDeepSpeed:
     @pytest.fixture
     def saved(self, folder: Path) -> Path:
         """As DeepSpeed writes it, with its own objects."""
-        pytest.importorskip("deepspeed")
+        pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install '.[deepspeed]'")
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.utils.tensor_fragment import fragment_address

@@ -12,7 +12,10 @@ from benchmarks.cli_interruptions import same
 from benchmarks.terminations import Training, completed
 from tests.processes import run_forked, run_python
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc"),
+]
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])

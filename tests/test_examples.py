@@ -41,6 +41,17 @@ def test_every_example_is_run_here() -> None:
     ] == []
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_every_example_finds_what_it_imports(name: str) -> None:
+    """Without training: those of the full tier do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # others', of each other
+        if name == "huggingface.py":
+            pytest.importorskip("transformers", reason="needs transformers: pip install '.[test]'")
+        assert "main" in runpy.run_path(str(EXAMPLES / name))
+
+
+@pytest.mark.full
 def test_own_lightning_module(tmp_path: Path) -> None:
     output = output_of("own_lightning_module.py", tmp_path)
     assert numbers(r"test accuracy\W+([\d.]+)", output)[0] > 0.93
@@ -54,6 +65,7 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 """
 
 
+@pytest.mark.full
 def test_plain_pytorch(tmp_path: Path) -> None:
     output = output_of("plain_pytorch.py", tmp_path, "-c", WITHOUT_LIGHTNING)
     for way in ("call_before_each_step", "attach_to_the_optimizer", "attach_under_mixed_precision"):
@@ -87,6 +99,7 @@ def test_plain_pytorch_ways_are_the_same_method() -> None:
     assert (mixed - called).abs().mean() < 0.1 * (trained(plain) - called).abs().mean()
 
 
+@pytest.mark.full
 def test_sam(tmp_path: Path) -> None:
     output = output_of("sam.py", tmp_path)
     accuracy = numbers(r"in_a_plain_loop: test accuracy ([\d.]+)", output)
@@ -126,6 +139,7 @@ def test_sam_climbs_by_the_true_gradient_and_descends_by_the_z_score(way: str) -
         assert (param - before).abs().max() > 1e-3
 
 
+@pytest.mark.full
 def test_gan(tmp_path: Path) -> None:
     output = output_of("gan.py", tmp_path)
     before = numbers(r"before training: .* ([\d.]+) from .* ([\d.]+) from", output)
@@ -134,6 +148,7 @@ def test_gan(tmp_path: Path) -> None:
     assert all(end < 0.75 * start for start, end in zip(before, after, strict=True))
 
 
+@pytest.mark.full
 def test_ddp(tmp_path: Path) -> None:
     output = output_of("ddp.py", tmp_path)
     first, second = re.findall(r"process (\d) of 2: sum of the weights (-?\d+\.\d{12})", output)
@@ -143,6 +158,7 @@ def test_ddp(tmp_path: Path) -> None:
 
 
 @needs_fsdp2_on_cpu
+@pytest.mark.full
 def test_fsdp2(tmp_path: Path) -> None:
     output = output_of("fsdp2.py", tmp_path)
     processes = re.findall(r"process (\d) of 2: holds (\d+) weights, test accuracy ([\d.]+)", output)
@@ -153,6 +169,7 @@ def test_fsdp2(tmp_path: Path) -> None:
 
 
 @needs_fsdp2_on_cpu
+@pytest.mark.full
 def test_fabric(tmp_path: Path) -> None:
     output = output_of("fabric.py", tmp_path)
     accuracies = dict(re.findall(r"(DDP|FSDP2), process 0 of 2: test accuracy ([\d.]+)", output))
@@ -162,14 +179,16 @@ def test_fabric(tmp_path: Path) -> None:
     assert float(accuracies["DDP"]) > 0.93
 
 
+@pytest.mark.full
 def test_huggingface(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pytest.importorskip("transformers")
+        pytest.importorskip("transformers", reason="needs transformers: pip install '.[test]'")
     output = output_of("huggingface.py", tmp_path)
     assert numbers(r"test accuracy ([\d.]+)", output)[0] > 0.9
 
 
+@pytest.mark.full
 def test_custom_method(tmp_path: Path) -> None:
     output = output_of("custom_method.py", tmp_path)
     assert numbers(r"norms of the gradients: ([\d.]+) to ([\d.]+)", output) == pytest.approx([1, 1], abs=2e-6)

@@ -9,6 +9,7 @@ from tests.processes import run_python
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
+@pytest.mark.full
 def test_killed_and_resumed():
     arguments = ("-m", "benchmarks.interruptions", "--kills", "4", "--saves", "2", "--seed", "3")
     process = run_python(*arguments, timeout=280, cwd=Path(__file__).parents[1])

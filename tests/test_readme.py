@@ -14,10 +14,14 @@ from torch import nn
 
 from lightning_znorm import ZNormCallback
 from lightning_znorm.cli import main
+from lightning_znorm.compare.process import Processes
 from lightning_znorm.functional import transform_grads_
+from tests.compare.captured import capture_here
+from tests.processes import run_forked
 
 README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+TEXT = README.read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
 
 
 def blocks(language: str) -> list[str]:
@@ -58,8 +62,10 @@ def marking(fake_lgg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         shutil.copytree(
             next(fake_lgg.glob("kaggle_3m/TCGA*")), tmp_path / "slices", ignore=lambda _, names: masks(names)
         )
-        short = "--trainer.max_epochs 1 --trainer.limit_train_batches 1 --trainer.accelerator cpu --data.init_args."
-        flags = shlex.split(f"{short}val_fraction 0.3 --data.init_args.test_fraction 0.3 --trainer.log_every_n_steps 1")
+        short = "--trainer.max_epochs 1 --trainer.limit_train_batches 1 --trainer.limit_val_batches 1"
+        short += " --trainer.log_every_n_steps 1 --trainer.num_sanity_val_steps 0 --trainer.accelerator cpu"
+        data = "--data.init_args.val_fraction 0.3 --data.init_args.test_fraction 0.3 --data.init_args.batch_size 2"
+        flags = shlex.split(f"{short} {data}")
         main(["fit", *args[1:5], *flags, "--data.init_args.root", str(fake_lgg)])
         next(tmp_path.rglob("last.ckpt")).rename(tmp_path / "best.ckpt")
 
@@ -71,6 +77,7 @@ def marking(fake_lgg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 # Lightning's, of a checkpoint that is used in another run than the one that wrote it.
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "lightning_znorm" in command])
 def test_command(
     command: str,
@@ -88,9 +95,18 @@ def test_command(
         marking(args)
     if "compare" in args:
         args.append("--dry-run")
+        monkeypatch.setattr(Processes, "capture", capture_here)
+        monkeypatch.setattr(Processes, "run", lambda self, args, log, *_, **__: run_forked(args, log))
     else:
         args += ["--trainer.fast_dev_run", "true"]
     main([*args, "--trainer.accelerator", "cpu"])
+
+
+@pytest.mark.full  # the same as above, but that the study tries out its methods in processes of their own
+def test_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = (command for command in COMMANDS if " compare " in command)
+    monkeypatch.chdir(tmp_path)
+    main([*shlex.split(command)[3:], "--dry-run", "--trainer.accelerator", "cpu"])
 
 
 def test_the_other_commands_install_and_test() -> None:
@@ -100,6 +116,12 @@ def test_the_other_commands_install_and_test() -> None:
         "python -m pip install '.[test]'",
         "python -m pytest",
     ]
+
+
+@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m (benchmarks\.\w+)", TEXT))))
+def test_benchmarks_are_there(module: str) -> None:
+    # tests/test_benchmarks.py runs them.
+    assert (README.parent / f"{module.replace('.', '/')}.py").is_file()
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))

@@ -1,6 +1,5 @@
 """Two processes draw and write masks. Run by test_mask_overlay.py."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -29,8 +28,8 @@ class Squares(Dataset):
         return mask - 0.5, name if self.named else mask
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def draw_and_write(folder: Path) -> None:
+    """Train, test and predict as one of two processes."""
     torch.manual_seed(0)
     trainer = Trainer(
         max_epochs=2,

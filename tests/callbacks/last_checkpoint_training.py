@@ -1,18 +1,13 @@
-"""Trains in two processes with a metric that gets worse by each epoch, and resumes. Run by test_last_checkpoint.py.
+"""Trains with a metric that gets worse by each epoch, and resumes: alone or as one of two processes."""
 
-python last_checkpoint_training.py DIRECTORY SCENARIO [SCENARIO ...]
-"""
-
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -72,37 +67,29 @@ def again(trainer: Trainer, ckpt_path: str | None = None) -> None:
     trainer.fit(Falling(), data, data, ckpt_path=ckpt_path)
 
 
-def refused(folder: Path) -> None:
-    other = ModelCheckpoint(folder, save_last=True)
-    try:
-        train(folder, other, keep_best=False, devices=2, strategy=DDPStrategy())
-    except MisconfigurationException as error:
-        folder.with_name(f"refused-{rank_zero_only.rank}.txt").write_text(str(error))
+def refused(folder: Path) -> str:
+    """Return what one of two processes is told of another callback that writes the same file."""
+    with pytest.raises(MisconfigurationException) as caught:
+        train(folder, ModelCheckpoint(folder, save_last=True), keep_best=False, devices=2, strategy=DDPStrategy())
+    return str(caught.value)
 
 
-def main(directory: str, scenarios: list[str]) -> None:
-    for name in scenarios:
-        folder = Path(directory) / name
-        if name == "refused":
-            refused(folder)
-            continue
-        seen = []
-        for ckpt_path, epochs in ((None, 3), ("last", 4)):
-            options = {"devices": 2, "strategy": SCENARIOS[name](), "max_epochs": epochs, "enable_progress_bar": True}
-            trainer = train(folder, ckpt_path=ckpt_path, keep_best=name != "alone", **options)
-            seen.append(
-                {
-                    "resumed": Path(trainer.ckpt_path or "").name,
-                    "epoch": trainer.current_epoch,
-                    "files": sorted(path.name for path in folder.iterdir()),
-                    "is_folder": (folder / "last.ckpt").is_dir(),
-                    "step": trainer.strategy.load_checkpoint(folder / "last.ckpt", weights_only=False)["global_step"]
-                    if name != "fsdp2"
-                    else torch.load(folder / "last.ckpt" / "meta.pt", weights_only=False)["global_step"],
-                }
-            )
-        (Path(directory) / f"{name}-{trainer.global_rank}.json").write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+def resumed(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Return what one of two processes sees after three epochs, and after a fourth that goes on from them."""
+    seen = []
+    for ckpt_path, epochs in ((None, 3), ("last", 4)):
+        options = {"devices": 2, "strategy": SCENARIOS[name](), "max_epochs": epochs, "enable_progress_bar": True}
+        trainer = train(folder, ckpt_path=ckpt_path, keep_best=name != "alone", **options)
+        seen.append(
+            {
+                "resumed": Path(trainer.ckpt_path or "").name,
+                "epoch": trainer.current_epoch,
+                "files": sorted(path.name for path in folder.iterdir()),
+                "is_folder": (folder / "last.ckpt").is_dir(),
+                "step": trainer.strategy.load_checkpoint(folder / "last.ckpt", weights_only=False)["global_step"]
+                if name != "fsdp2"
+                else torch.load(folder / "last.ckpt" / "meta.pt", weights_only=False)["global_step"],
+            }
+        )
+        trainer.strategy.barrier()  # so that none saves the next one while the other still looks
+    return seen

@@ -1,12 +1,8 @@
-"""Trains in two processes until a gradient is NaN, in the part of one of them. Run by test_nonfinite.py.
+"""Trains in two processes until a gradient is NaN, in the part of one of them. Run by test_nonfinite.py."""
 
-python nonfinite_training.py DIRECTORY ddp | fsdp | fsdp2
-"""
-
-import sys
-from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -16,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_znorm import ZNormCallback
 from lightning_znorm.gradients import NonFiniteGradientError
-from tests.strategies.training import CPUFSDPStrategy
+from tests.strategies.strategies import CPUFSDPStrategy
 
 
 class Spoiled(LightningModule):
@@ -66,8 +62,8 @@ class Witness(Callback):
         pl_module.unchanged = len(pl_module.before) > 0 and all(map(torch.equal, pl_module.own, pl_module.before))
 
 
-if __name__ == "__main__":
-    directory, name = Path(sys.argv[1]), sys.argv[2]
+def train(name: str) -> dict[str, Any]:
+    """Return what one of two processes sees of a training with this strategy."""
     strategies: dict[str, str | Strategy] = {"fsdp": CPUFSDPStrategy(), "fsdp2": ModelParallelStrategy(2, 1)}
     trainer = Trainer(
         accelerator="cpu",
@@ -81,13 +77,11 @@ if __name__ == "__main__":
         enable_model_summary=False,
     )
     module = Spoiled()
-    try:
+    with pytest.raises(NonFiniteGradientError) as caught:
         trainer.fit(module, DataLoader(torch.randn(8, 7), batch_size=1))
-    except NonFiniteGradientError as error:
-        result = {
-            "message": str(error),
-            "batches": module.batches,
-            "unchanged": module.unchanged,
-            "sees it": module.sees_it,
-        }
-        torch.save(result, directory / f"{trainer.global_rank}.pt")
+    return {
+        "message": str(caught.value),
+        "batches": module.batches,
+        "unchanged": module.unchanged,
+        "sees it": module.sees_it,
+    }

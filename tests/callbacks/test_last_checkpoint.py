@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import json
 import logging
 import pickle
 import shutil
@@ -16,7 +15,6 @@ import fsspec
 import pytest
 import pytorch_lightning
 import torch
-from last_checkpoint_training import Falling, again, fit, train
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -26,9 +24,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from lightning_znorm import LastCheckpoint
 from lightning_znorm.cli.last_checkpoint import last_checkpoint
-from tests.fsdp import FSDP2_RUNS_ON_CPU
+from tests.callbacks.last_checkpoint_training import Falling, again, fit, refused, resumed, train
+from tests.distributed import run_distributed
+from tests.fsdp import needs_fsdp2_on_cpu
 from tests.own_module import OwnLogger
-from tests.processes import run_python
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -592,23 +591,21 @@ class _ReadsFolders(TorchCheckpointIO):
         return super().load_checkpoint(Path(path) / "shard", *args, **kwargs)
 
 
-def test_of_several_processes(tmp_path: Path) -> None:
-    scenarios = ["ddp", "alone", *(["fsdp2"] if FSDP2_RUNS_ON_CPU else [])]
-    program = Path(__file__).with_name("last_checkpoint_training.py")
-    finished = run_python(program, tmp_path, *scenarios, "refused", timeout=200)
-    assert finished.returncode == 0, finished.stdout
-    for rank in range(2):
-        assert "take save_last out of it" in (tmp_path / f"refused-{rank}.txt").read_text()
-    for name in scenarios:
-        files = ["last.ckpt"] if name == "alone" else ["best.ckpt", "last.ckpt"]
-        for rank in range(2):
-            first, second = json.loads((tmp_path / f"{name}-{rank}.json").read_text())
-            steps = STEPS if name == "fsdp2" else STEPS // 2  # DDP shares the batches
-            assert (first["resumed"], first["epoch"], first["files"]) == ("", 3, files)
-            assert (second["resumed"], second["epoch"], second["files"]) == ("last.ckpt", 4, files)
-            assert [first["is_folder"], second["is_folder"]] == [name == "fsdp2"] * 2
-            assert second["step"] * 3 == first["step"] * 4
-            assert first["step"] in (3 * steps, 3 * STEPS // 2)
+@pytest.mark.parametrize("name", ["ddp", "alone", pytest.param("fsdp2", marks=needs_fsdp2_on_cpu)])
+def test_of_several_processes(tmp_path: Path, name: str) -> None:
+    files = ["last.ckpt"] if name == "alone" else ["best.ckpt", "last.ckpt"]
+    for first, second in run_distributed(resumed, tmp_path, name):
+        steps = STEPS if name == "fsdp2" else STEPS // 2  # DDP shares the batches
+        assert (first["resumed"], first["epoch"], first["files"]) == ("", 3, files)
+        assert (second["resumed"], second["epoch"], second["files"]) == ("last.ckpt", 4, files)
+        assert [first["is_folder"], second["is_folder"]] == [name == "fsdp2"] * 2
+        assert second["step"] * 3 == first["step"] * 4
+        assert first["step"] in (3 * steps, 3 * STEPS // 2)
+
+
+def test_of_several_processes_each_is_refused(tmp_path: Path) -> None:
+    for message in run_distributed(refused, tmp_path):
+        assert "take save_last out of it" in message
 
 
 def test_without_versions_a_former_one_is_replaced(tmp_path: Path) -> None:

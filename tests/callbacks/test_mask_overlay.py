@@ -19,8 +19,9 @@ from lightning_znorm import MaskOverlay
 from lightning_znorm.callbacks import mask_overlay
 from lightning_znorm.callbacks.drawing import GAP, LEAST_SIZE, LINE, Case, grid, outline
 from lightning_znorm.tasks import SegmentationTask
+from tests.callbacks.ddp_masks import draw_and_write
+from tests.distributed import run_distributed
 from tests.dtypes import DEFAULTS, default_dtype
-from tests.processes import run_python
 from tests.trainers import trainer
 
 ORANGE, BLUE = (230, 159, 0), (86, 180, 233)
@@ -258,8 +259,7 @@ class TestDestinations:
 
 def test_two_processes(tmp_path: Path):
     """One draws, and none waits for the other for ever; each writes the masks of its own images."""
-    finished = run_python(Path(__file__).with_name("ddp_masks.py"), tmp_path, timeout=240)
-    assert finished.returncode == 0, finished.stdout
+    run_distributed(draw_and_write, tmp_path)
     drawn = sorted(path.name for path in (tmp_path / "logs" / "masks").iterdir())
     assert drawn == ["test.png", "val-epoch=0.png", "val-epoch=1.png"]
     written = tmp_path / "written"

@@ -1,7 +1,6 @@
 """Inf and NaN: let through as PyTorch does, or an error before the update that names parameter, step and rank."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +11,10 @@ from torch.optim import SGD
 
 from lightning_znorm import GradientCentralizationCallback, GradientTransform, ZNormCallback
 from lightning_znorm.gradients import NonFiniteGradientError
+from tests.callbacks import nonfinite_training
 from tests.callbacks.training import LR, OPTIMIZERS, ManualTraining, Training, amp, batches, loss_of, weights_of
+from tests.distributed import run_distributed
 from tests.fsdp import needs_fsdp2_on_cpu
-from tests.processes import run_python
 
 NAMES = ["net.first.weight", "net.first.bias", "net.last.weight"]
 CALLBACKS = [ZNormCallback, GradientCentralizationCallback, partial(GradientTransform, torch.neg)]
@@ -143,13 +143,9 @@ def test_many_parameters_are_counted(fit) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("fsdp2", marks=needs_fsdp2_on_cpu)])
-def test_two_processes_stop_together(tmp_path: Path, strategy: str) -> None:
+def test_two_processes_stop_together(strategy: str) -> None:
     """In a sharded model, only one of them sees the NaN."""
-    script = Path(__file__).with_name("nonfinite_training.py")
-    finished = run_python(script, tmp_path, strategy, timeout=120)
-    assert finished.returncode == 0, finished.stdout
-    for rank in range(2):
-        result = torch.load(tmp_path / f"{rank}.pt")
+    for rank, result in enumerate(run_distributed(nonfinite_training.train, strategy)):
         assert f"inf or NaN in the gradients of net.weight (global step 1, rank {rank})" in result["message"]
         assert result["batches"] == 1
         assert result["unchanged"]

@@ -2,12 +2,22 @@
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
 
 def is_alive(pid: int) -> bool:
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
     return bool(state.strip()) and not state.startswith("Z")
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process is not there any more, soon: the system takes its time to end one that was killed."""
+    for _ in range(100):
+        if not is_alive(pid):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def processes_of(folder: Path) -> list[int]:

@@ -55,9 +55,9 @@ def test_a_child_goes_on_holding(tmp_path):
     process.wait()
     with pytest.raises(InUseError), locked(tmp_path / "lock"):
         pass
-    start = time.monotonic()
-    with locked(tmp_path / "lock", wait=lambda: time.sleep(0.1)):  # until the child ends
-        assert 0.2 < time.monotonic() - start < 20
+    waits = []
+    with locked(tmp_path / "lock", wait=lambda: waits.append(time.sleep(0.1))):  # until the child ends
+        assert waits
     process.communicate()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from alive import is_alive
+from alive import is_alive, is_gone
 from samples import write_answers
 
 from lightning_znorm import compare
@@ -173,9 +173,9 @@ def test_log_that_cannot_be_written(stand_in, tmp_path):
 
 def test_nothing_of_a_run_lives_on(stand_in, tmp_path):
     """Of a run on several devices, others may wait forever for the one that died, on GPUs that the next run gets."""
-    stand_in(f"sleep 60 & echo $! > {tmp_path}/pid; kill -9 $$")
+    stand_in(f"sleep 600 & echo $! > {tmp_path}/pid; kill -9 $$")
     assert do_run(run_in(tmp_path), True).error.startswith("fit was ended by SIGKILL")
-    assert not is_alive(int((tmp_path / "pid").read_text()))
+    assert is_gone(int((tmp_path / "pid").read_text()))
 
 
 def test_same_run_twice_at_once(stand_in, tmp_path):
@@ -223,11 +223,8 @@ def test_stop_does_not_wait_for_another_studys_run(stand_in, tmp_path):
             time.sleep(0.3)
             raise KeyboardInterrupt
 
-    with locked(run.folder / "lock"):
-        start = time.monotonic()
-        with pytest.raises(KeyboardInterrupt):
-            interrupted()
-        assert time.monotonic() - start < 5
+    with locked(run.folder / "lock"), pytest.raises(KeyboardInterrupt):
+        interrupted()  # to wait for the lock would take for ever
     assert not run.log.exists()
 
 
@@ -252,13 +249,12 @@ def test_a_gpu_each(stand_in, tmp_path, monkeypatch):
 class TestTimeout:
     def test_process_and_all_that_it_started_are_ended(self, stand_in, tmp_path, monkeypatch):
         monkeypatch.setattr("lightning_znorm.compare.process._SECONDS_TO_END", 1)
-        stand_in(f"trap '' TERM; (sleep 60; true) & echo $! $$ > {tmp_path}/pids; echo here; wait; wait; wait")
+        stand_in(f"trap '' TERM; (sleep 600; true) & echo $! $$ > {tmp_path}/pids; echo here; wait; wait; wait")
         run = replace(run_in(tmp_path), timeout=1.0)
-        start = time.monotonic()
         error = do_run(run, True).error
         assert error == f"fit was ended after 0:00:01 (--timeout). The end of {run.log}:\nhere"
-        assert time.monotonic() - start < 30  # one that does not listen is killed
-        assert not any(is_alive(int(pid)) for pid in (tmp_path / "pids").read_text().split())
+        # One that does not listen is killed: by itself it would last longer than a test may.
+        assert all(is_gone(int(pid)) for pid in (tmp_path / "pids").read_text().split())
 
     def test_of_the_test_alone(self, stand_in, tmp_path):
         """A training is not repeated whose test hangs."""
@@ -298,7 +294,7 @@ class TestTimeout:
         stand_in(f"{settings if phase == 'trying a method' else ''} echo $$ > {tmp_path}/pid; exec sleep 60")
         with pytest.raises(StudyError, match=r"was ended after 0:00:01 \(--timeout\)[.:]"):
             compare.run("x", ["a.yaml"], output=tmp_path / "out", timeout=1)
-        assert not is_alive(int((tmp_path / "pid").read_text()))
+        assert is_gone(int((tmp_path / "pid").read_text()))
         assert not (tmp_path / "out" / "runs").exists()
 
 
@@ -319,7 +315,7 @@ class TestInterruptions:
         with sending(tmp_path / "pid", getattr(signal, name)):
             assert main(hangs) == 130
         assert "The same command goes on from here." in capsys.readouterr().err
-        assert not is_alive(int((tmp_path / "pid").read_text()))
+        assert is_gone(int((tmp_path / "pid").read_text()))
         assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
 
     def test_again_and_again(self, stand_in, tmp_path, monkeypatch):
@@ -328,7 +324,7 @@ class TestInterruptions:
         stand_in(f"trap '' TERM; echo $$ > {tmp_path}/pid; while true; do sleep 0.5; done")
         with sending(tmp_path / "pid", *[signal.SIGHUP, signal.SIGTERM] * 5):
             assert main(["--config", "x", "--methods", "a.yaml", "--output", str(tmp_path / "out")]) == 130
-        assert not is_alive(int((tmp_path / "pid").read_text()))
+        assert is_gone(int((tmp_path / "pid").read_text()))
 
 
 IN_A_TERMINAL = """
@@ -360,7 +356,7 @@ def test_terminal_that_is_closed(stand_in, tmp_path):
         pid = int(wait_for(tmp_path / "pid"))
         os.close(monitor)
         process.wait(60)
-        assert not is_alive(pid)
+        assert is_gone(pid)
     finally:
         process.kill()
         process.wait()
@@ -418,7 +414,7 @@ def test_signal_while_nothing_can_be_shown(tmp_path):
 
 def test_second_interruption_kills_at_once(stand_in, tmp_path, monkeypatch):
     """Ctrl-C while what was interrupted ends."""
-    monkeypatch.setattr("lightning_znorm.compare.process._SECONDS_TO_END", 100)
+    monkeypatch.setattr("lightning_znorm.compare.process._SECONDS_TO_END", 1000)  # more than a test may take
     stand_in(f"trap '' TERM; echo $$ > {tmp_path}/pid; while true; do sleep 1; done")
     processes, run = Processes(), run_in(tmp_path)
 
@@ -428,14 +424,12 @@ def test_second_interruption_kills_at_once(stand_in, tmp_path, monkeypatch):
             wait_for(tmp_path / "pid")
             raise KeyboardInterrupt
 
-    start = time.monotonic()
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     timer.join()
-    assert time.monotonic() - start < 60
-    assert not is_alive(int((tmp_path / "pid").read_text()))
+    assert is_gone(int((tmp_path / "pid").read_text()))
 
 
 def test_environment_and_imports(stand_in, tmp_path, monkeypatch):

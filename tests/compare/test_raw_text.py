@@ -119,7 +119,7 @@ def shown(text: str) -> str:
 
 def rendered(markdown: str) -> str:
     """As GitHub renders it, raw HTML among it."""
-    markdown_it = pytest.importorskip("markdown_it", reason="comes with rich 13 and later")
+    markdown_it = pytest.importorskip("markdown_it", reason="needs markdown-it-py: comes with rich 13 and later")
     html: str = markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(markdown)
     return html
 

@@ -19,10 +19,10 @@ from lightning_znorm.compare.live import Progress, watch
 from lightning_znorm.compare.ray import ray_cluster
 from lightning_znorm.compare.study import Run, StudyError
 
-ray = pytest.importorskip("ray")
+ray = pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")

@@ -183,7 +183,7 @@ def test_scripts_name_files_that_exist(script, tmp_path):
     stand_in.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/commands\n')
     stand_in.chmod(0o755)
     if shutil.which("sh") is None:
-        pytest.skip("no shell")
+        pytest.skip("needs a shell of the name sh")
     command = ["sh", str(script), "--jobs", "6"]
     done = subprocess.run(command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, cwd=tmp_path, check=False, timeout=60)
     assert done.returncode == 0

@@ -220,6 +220,7 @@ def test_begun_again_by_hand_and_killed(dies, tmp_path, monkeypatch):
     check_the_best_was_tested()
 
 
+@pytest.mark.full
 def test_by_the_line_of_a_dry_run(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     write_experiment()

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -24,6 +23,7 @@ from lightning_znorm import compare
 from lightning_znorm.cli import main
 from lightning_znorm.compare.process import Processes
 from lightning_znorm.compare.study import StudyError
+from tests.compare.captured import capture_here
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
@@ -39,7 +39,6 @@ EXPERIMENT = {
     },
 }
 METHODS = ("baseline", "noisy", "crash")
-ONE_AT_A_TIME = threading.Lock()
 RUNS = [f"{method}-{seed}" for seed in (0, 1) for method in METHODS]
 
 
@@ -60,14 +59,6 @@ def epoch_of(folder: Path) -> int:
 def read_csv(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def capture_here(self: Processes, args: list[str]) -> tuple[int, str, str]:
-    """What a command prints, without a process of its own, which would import for seconds."""
-    out, errors = io.StringIO(), io.StringIO()
-    with ONE_AT_A_TIME, redirect_stdout(out), redirect_stderr(errors), pytest.raises(SystemExit) as exit_info:
-        main(list(args))
-    return exit_info.value.code or 0, out.getvalue(), errors.getvalue()
 
 
 @pytest.fixture
@@ -149,6 +140,7 @@ def study(folder, command) -> Iterator[SimpleNamespace]:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.full
 class TestStudy:
     def test_killed_run_costs_that_run_only(self, study):
         assert re.search(r"baseline-0: failed", study.log)

@@ -1,13 +1,13 @@
-"""Two processes train on patches; each writes what it saw. Run by test_pcam.py."""
+"""Two processes train on patches. Run by test_pcam.py."""
 
-import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 
 from lightning_znorm.data import PCamDataModule, array_file
+from tests.trainers import trainer
 
 
 class Recorder(LightningModule):
@@ -30,22 +30,11 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-if __name__ == "__main__":
-    root, out = sys.argv[1:]
+def see(root: Path, cache_dir: Path) -> dict[str, list[Any]]:
+    """Return the batches of each stage as one of two processes sees them, and the files that it made."""
     made: list[str] = []
     make = array_file._make
     array_file._make = lambda file, fill: (made.append(file.path.name), make(file, fill))
-    data, recorder = PCamDataModule(root, batch_size=8, cache_dir=Path(out) / "cache"), Recorder()
-    trainer = Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp",
-        logger=False,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(recorder, datamodule=data)
-    Path(out, f"{trainer.global_rank}.json").write_text(json.dumps({**recorder.seen, "made": made}))
+    data, recorder = PCamDataModule(root, batch_size=8, cache_dir=cache_dir), Recorder()
+    trainer(max_epochs=2, devices=2, strategy="ddp", num_sanity_val_steps=0).fit(recorder, datamodule=data)
+    return {**recorder.seen, "made": made}

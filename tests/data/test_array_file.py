@@ -127,7 +127,7 @@ class TestNotAllowed:
         folder.chmod(0o1777)
         with as_somebody_else():
             if os.geteuid() == os.getuid():
-                pytest.skip("another user is needed")
+                pytest.skip("needs root, to be another user")
             with pytest.raises(OSError, match=f"^{file.path} cannot be put in place .*: delete .*, or let cache_dir"):
                 decoded(folder)
         assert list(folder.iterdir()) == [file.path]

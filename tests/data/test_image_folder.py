@@ -1,4 +1,3 @@
-import json
 import pickle
 import traceback
 from pathlib import Path
@@ -16,8 +15,9 @@ from lightning_znorm.cli import main
 from lightning_znorm.data import ImageFolderDataModule
 from lightning_znorm.data.images import ImageDataModule
 from lightning_znorm.data.shuffle import SeededShuffle
+from tests.data.ddp_image_folder import see_folder
 from tests.data.jpegs import numbers, pixels, write_image_folder
-from tests.processes import run_python
+from tests.distributed import run_distributed
 from tests.trainers import trainer
 
 CLASSES, TRAIN, VAL, STEP = 4, 15, 5, 3  # of each class; 60 and 20 images, of blue 0, 3, 6, ... 237
@@ -259,11 +259,8 @@ class TestLoaders:
         assert data.val_dataloader().pin_memory == (device == "cuda")
 
 
-def test_two_processes_see_disjoint_halves(images, tmp_path):
-    script = Path(__file__).with_name("ddp_image_folder.py")
-    result = run_python(script, images, tmp_path, str(STEP), timeout=120)
-    assert result.returncode == 0, result.stdout
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+def test_two_processes_see_disjoint_halves(images):
+    first, second = run_distributed(see_folder, images, STEP)
     # 54 training images, 27 for each process: batches of 8, 8, 8 and 3, in each of two epochs.
     assert [len(batch) for batch in first["train"]] == [len(batch) for batch in second["train"]] == [8, 8, 8, 3] * 2
     val = {*flat(first["val"]), *flat(second["val"])}

@@ -1,5 +1,3 @@
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +8,8 @@ from torch.utils.data import DataLoader, SequentialSampler
 from torchvision.transforms.v2.functional import normalize
 
 from lightning_znorm.data.in_memory import InMemoryImages
-from tests.processes import run_python
+from tests.data.ddp_numbers import see
+from tests.distributed import run_distributed
 from tests.trainers import trainer
 
 
@@ -183,11 +182,8 @@ class TestInTheTrainer:
         assert flat(numbers(data, recorder.seen["predict"])) == list(range(100, 150))
 
 
-def test_two_processes_see_disjoint_halves(tmp_path):
-    script = Path(__file__).with_name("ddp_numbers.py")
-    result = run_python(script, tmp_path, timeout=120)
-    assert result.returncode == 0, result.stdout
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+def test_two_processes_see_disjoint_halves():
+    first, second = run_distributed(see)
     # 80 training images, 40 for each process: batches of 16, 16 and 8, in each of two epochs.
     assert [len(batch) for batch in first["train"]] == [len(batch) for batch in second["train"]] == [16, 16, 8] * 2
     for half in (slice(0, 3), slice(3, 6)):

@@ -1,6 +1,5 @@
 import csv
 import gzip
-import json
 import shutil
 import sys
 from collections import Counter
@@ -19,8 +18,9 @@ from torchvision.datasets import PCAM as TorchvisionPCAM
 
 from lightning_znorm.data import PCamDataModule
 from lightning_znorm.data.mapped import BlockShuffle
+from tests.data.ddp_pcam import see
+from tests.distributed import run_distributed
 from tests.medical import PCAM, patches, write_kaggle_pcam, write_pcam
-from tests.processes import run_python
 from tests.trainers import trainer
 
 CHUNKED = [
@@ -482,9 +482,7 @@ class TestLoaders:
 
 def test_two_processes_see_disjoint_halves(tmp_path):
     write_pcam(tmp_path / "data", counts=(40, 10, 12), **CHUNKED[0])
-    result = run_python(Path(__file__).with_name("ddp_pcam.py"), tmp_path / "data", tmp_path, timeout=240)
-    assert result.returncode == 0, result.stdout
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    ranks = run_distributed(see, tmp_path / "data", tmp_path / "cache")
     assert [[len(batch) for batch in seen["train"]] for seen in ranks] == [[8, 8, 4] * 2] * 2
     epochs = [[flat(seen["train"][part]) for seen in ranks] for part in (slice(0, 3), slice(3, 6))]
     for halves in epochs:

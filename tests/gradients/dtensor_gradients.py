@@ -1,15 +1,11 @@
-"""Normalizes gradients that are DTensors in four processes and writes down what became of them. Run by test_dtensor.py.
-
-python dtensor_gradients.py DIRECTORY [SCENARIO ...]
-"""
+"""Normalizes gradients that are DTensors in four processes. Run by test_dtensor.py."""
 
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial as partial_of
 from itertools import product
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -187,19 +183,25 @@ def local_part(tensor: Tensor) -> Tensor:
 METHODS: dict[str, Callable[[list[Tensor]], None]] = {"zscore": zscore_grads_, "centralized": centralize_grads_}
 
 
+def collectives_of(method: str, params: list[nn.Parameter]) -> dict[str, Any]:
+    """Change the gradients, and return how often processes talked about it."""
+    with patch("torch.distributed.all_reduce", wraps=dist.all_reduce) as all_reduce, CommDebugMode() as traffic:
+        METHODS[method](params)
+    counts = {str(kind): count for kind, count in traffic.get_comm_counts().items() if count}
+    return {"all_reduce": all_reduce.call_count, "traffic": counts}
+
+
 def case_record(cases: dict[str, Case], method: str) -> dict[str, Any]:
     """What a method makes of the gradients of some cases in one call."""
     whole = {name: gradient(shape, dtype, seed) for seed, (name, (shape, dtype, _)) in enumerate(cases.items())}
     params = {name: make(whole[name].clone()) for name, (_, _, make) in cases.items()}
     pointers = {name: local_part(param.grad).data_ptr() for name, param in params.items()}
-    with patch("torch.distributed.all_reduce", wraps=dist.all_reduce) as all_reduce, CommDebugMode() as traffic:
-        METHODS[method](list(params.values()))
+    collectives = collectives_of(method, list(params.values()))
     return {
         "before": whole,
         "after": {name: full(param.grad) for name, param in params.items()},
         "in_place": {name: local_part(param.grad).data_ptr() == pointers[name] for name, param in params.items()},
-        "all_reduce": all_reduce.call_count,
-        "traffic": {str(kind): count for kind, count in traffic.get_comm_counts().items() if count},
+        **collectives,
     }
 
 
@@ -335,7 +337,7 @@ def refused() -> dict[str, str]:
 def counted(method: str, count: int, sharded: bool) -> dict[str, Any]:
     """Collectives of a call for many parameters."""
     make = on_line(Shard(0)) if sharded else parameter
-    return case_record({str(index): ((5, 3 + index % 4), f64, make) for index in range(count)}, method)
+    return collectives_of(method, [make(gradient((5, 3 + index % 4), seed=index)) for index in range(count)])
 
 
 class Network(nn.Module):
@@ -464,37 +466,38 @@ def scaled(overflow: bool) -> dict[str, Any]:
     return record
 
 
-def scenarios() -> dict[str, Callable[[], Any]]:
-    result: dict[str, Callable[[], Any]] = {}
-    for scenario, method in product(
-        (one_by_one, together, shared_memory, the_same_twice, in_flight, missing, frozen_later, submesh), METHODS
-    ):
-        result[f"{scenario.__name__} {method}"] = lambda scenario=scenario, method=method: scenario(method)
-    for method, count, sharded in product(METHODS, (44, 440), (True, False)):
-        name = f"counted {method} {count} {'sharded' if sharded else 'whole'}"
-        result[name] = lambda method=method, count=count, sharded=sharded: counted(method, count, sharded)
-    for name, way in product(MODELS, ("called zscore", "attached zscore", "attached centralized")):
-        result[f"{name} {way}"] = lambda name=name, way=way: trained(name, way)
-    result["refused"] = refused
+def scenarios() -> dict[str, dict[str, Callable[[], Any]]]:
+    """Return all scenarios, by the group of those that run one after the other in the same processes."""
+    groups: dict[str, dict[str, Callable[[], Any]]] = {
+        f.__name__: {f"{f.__name__} {method}": partial_of(f, method) for method in METHODS}
+        for f in (one_by_one, together)
+    }
+    small = (shared_memory, the_same_twice, in_flight, missing, frozen_later, submesh)
+    groups["small"] = {f"{f.__name__} {method}": partial_of(f, method) for f, method in product(small, METHODS)}
+    groups["small"]["refused"] = refused
+    groups["counted"] = {
+        f"counted {method} {count} {'sharded' if sharded else 'whole'}": partial_of(counted, method, count, sharded)
+        for method, count, sharded in product(METHODS, (44, 440), (True, False))
+    }
+    for name in MODELS:
+        ways = ("called zscore", "attached zscore", "attached centralized")
+        groups[name] = {f"{name} {way}": partial_of(trained, name, way) for way in ways}
     if FSDP2_RUNS_ON_CPU:
-        result["scaled"] = lambda: scaled(False)
-        result["overflow"] = lambda: scaled(True)
-    return result
+        groups["scaled"] = {"scaled": partial_of(scaled, False), "overflow": partial_of(scaled, True)}
+    return groups
 
 
-def work(rank: int, directory: str, names: Sequence[str]) -> None:
+def run(group: str, names: Sequence[str]) -> dict[str, Any]:
+    """Return what becomes of one of four processes' gradients in some scenarios of a group."""
     global line, square
     warnings.filterwarnings("ignore", message="DTensor random operators may not|FSDP2-wrapped module")
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # of how full_tensor() does it
-    torch.set_num_threads(1)
-    store = f"file://{Path(directory).absolute()}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     line = init_device_mesh("cpu", (PROCESSES,))
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
-    records = {name: run() for name, run in scenarios().items() if not names or name in names}
-    torch.save(records, Path(directory) / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.multiprocessing.spawn(work, (sys.argv[1], sys.argv[2:]), nprocs=PROCESSES)
+    records = {}
+    for name in names:
+        print(f"scenario {name}", flush=True)
+        records[name] = scenarios()[group][name]()
+    dist.barrier()  # gloo aborts a process whose partner has left in mid-talk
+    return records

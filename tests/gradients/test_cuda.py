@@ -17,7 +17,7 @@ from lightning_znorm.gradients.shards import whole_pieces
 from tests.gradients.reference import centralized, wide, zscore
 from tests.gradients.test_methods import RMSNorm, RowZScore
 
-needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
+needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton: pip install triton")
 pytestmark = pytest.mark.gpu
 
 
@@ -334,7 +334,7 @@ def test_more_elements_than_32_bits_count(dtype: torch.dtype, kernel: str) -> No
         torch.cuda.mem_get_info()[0]
         < (3 if kernel == "triton" or dtype == torch.float32 else 9) * numel * dtype.itemsize
     ):
-        pytest.skip("too little memory")
+        pytest.skip("needs a GPU with more free memory")
     grad = torch.empty(numel, dtype=dtype, device="cuda")
     generator = torch.Generator("cuda").manual_seed(0)
     parts = torch.split(grad, 2**28)

@@ -1,6 +1,6 @@
 """Gradients that are DTensors, of FSDP2 and tensor parallelism: the result is that of the whole gradients."""
 
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import pytest
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from tests.distributed import ProcessesError, run_distributed
 from tests.fsdp import needs_fsdp2_on_cpu
 from tests.gradients.dtensor_gradients import (
     CASES,
@@ -20,21 +21,44 @@ from tests.gradients.dtensor_gradients import (
     Network,
     gradient,
     loss_of,
+    run,
+    scenarios,
 )
 from tests.gradients.reference import centralized, wide, zscore
 from tests.gradients.test_zscore import TOLERANCE
-from tests.processes import run_python
 
 METHODS = ["zscore", "centralized"]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of the processes wrote down in all scenarios, which they run one after the other."""
-    directory = tmp_path_factory.mktemp("dtensor")
-    finished = run_python(Path(__file__).with_name("dtensor_gradients.py"), directory, timeout=240)
-    assert finished.returncode == 0, finished.stdout
-    return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+Records = list[dict[str, Any]]
+
+
+@cache
+def group_of(name: str) -> tuple[str, list[str]]:
+    return next((group, list(members)) for group, members in scenarios().items() if name in members)
+
+
+@cache
+def group_records(group: str, *names: str) -> Records | ProcessesError:
+    """Return what became of scenarios in each of the processes, or why nothing did."""
+    try:
+        return run_distributed(run, group, names, processes=PROCESSES)
+    except ProcessesError as error:
+        return error
+
+
+def records(name: str) -> list[Any]:
+    """Return what became of a scenario in each of the processes, which run those of a group one after the other.
+
+    Where one of a group fails, each of them runs alone, and fails alone.
+    """
+    group, names = group_of(name)
+    result = group_records(group, *names)
+    if isinstance(result, ProcessesError):
+        result = group_records(group, name)
+    if isinstance(result, ProcessesError):
+        raise result
+    return [record[name] for record in result]
 
 
 def reference(grad: Tensor, method: str) -> Tensor:
@@ -60,17 +84,17 @@ def check(record: dict[str, Any], method: str, *names: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", CASES)
-def test_one_gradient(runs: list[dict[str, Any]], case: str, method: str) -> None:
-    for run in runs:
-        record = run[f"one_by_one {method}"][case]
+def test_one_gradient(case: str, method: str) -> None:
+    for one_by_one in records(f"one_by_one {method}"):
+        record = one_by_one[case]
         check({"before": {case: record["before"]}, "after": {case: record["after"]}}, method, case)
         assert record["in_place"] or "sum" in case  # those that lie in memory in another way are copied
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_all_together(runs: list[dict[str, Any]], method: str) -> None:
-    for run in runs:
-        check(run[f"together {method}"], method, "plain_first", *CASES, "plain", "plain_float32")
+def test_all_together(method: str) -> None:
+    for record in records(f"together {method}"):
+        check(record, method, "plain_first", *CASES, "plain", "plain_float32")
 
 
 def test_reference_tells_the_whole_from_its_parts() -> None:
@@ -81,52 +105,51 @@ def test_reference_tells_the_whole_from_its_parts() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_all_processes_agree(runs: list[dict[str, Any]], method: str) -> None:
-    first, *others = (run[f"together {method}"]["after"] for run in runs)
+def test_all_processes_agree(method: str) -> None:
+    first, *others = (record["after"] for record in records(f"together {method}"))
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_elements_that_share_memory(runs: list[dict[str, Any]], method: str) -> None:
-    for run in runs:
-        check(run[f"shared_memory {method}"], method, *EXPANDED)
+def test_elements_that_share_memory(method: str) -> None:
+    for record in records(f"shared_memory {method}"):
+        check(record, method, *EXPANDED)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_same_gradient_of_two_parameters(runs: list[dict[str, Any]], method: str) -> None:
-    for run in runs:
-        check(run[f"the_same_twice {method}"], method, "shard_first", "shard_second", "sum_first", "sum_second")
+def test_the_same_gradient_of_two_parameters(method: str) -> None:
+    for record in records(f"the_same_twice {method}"):
+        check(record, method, "shard_first", "shard_second", "sum_first", "sum_second")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_collective_still_running(runs: list[dict[str, Any]], method: str) -> None:
-    for run in runs:
-        check(run[f"in_flight {method}"], method, "dtensor", "plain")
+def test_collective_still_running(method: str) -> None:
+    for record in records(f"in_flight {method}"):
+        check(record, method, "dtensor", "plain")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_missing_gradients(runs: list[dict[str, Any]], method: str) -> None:
-    for run in runs:
-        check(run[f"missing {method}"], method, "present")
-        assert run[f"missing {method}"]["none"]
+def test_missing_gradients(method: str) -> None:
+    for record in records(f"missing {method}"):
+        check(record, method, "present")
+        assert record["none"]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_parameters_frozen_after_the_backward_pass(runs: list[dict[str, Any]], method: str) -> None:
-    for run in runs:
-        check(run[f"frozen_later {method}"], method, "sharded", "plain")
+def test_parameters_frozen_after_the_backward_pass(method: str) -> None:
+    for record in records(f"frozen_later {method}"):
+        check(record, method, "sharded", "plain")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_mesh_of_some_ranks(runs: list[dict[str, Any]], method: str) -> None:
-    for rank, run in enumerate(runs):
-        check(run[f"submesh {method}"], method, "everywhere", *(["shard", "sum"] if rank < 2 else []))
+def test_mesh_of_some_ranks(method: str) -> None:
+    for rank, record in enumerate(records(f"submesh {method}")):
+        check(record, method, "everywhere", *(["shard", "sum"] if rank < 2 else []))
 
 
-def test_refused_by_name_before_anything_changes(runs: list[dict[str, Any]]) -> None:
-    for run in runs:
-        messages = run["refused"]
+def test_refused_by_name_before_anything_changes() -> None:
+    for messages in records("refused"):
         assert (
             "gradient of parameter 2 is neither whole nor sharded, but stands for Partial(max)" in messages["largest"]
         )
@@ -139,25 +162,24 @@ def test_refused_by_name_before_anything_changes(runs: list[dict[str, Any]]) -> 
 
 @pytest.mark.parametrize("count", [44, 440])
 @pytest.mark.parametrize(("method", "collectives"), [("zscore", 2), ("centralized", 1)])
-def test_collectives(runs: list[dict[str, Any]], method: str, collectives: int, count: int) -> None:
+def test_collectives(method: str, collectives: int, count: int) -> None:
     # Of a call for rows that are cut nowhere, there are none at all.
     expected = 0 if method == "centralized" else collectives
-    for run in runs:
-        record = run[f"counted {method} {count} sharded"]
+    for record in records(f"counted {method} {count} sharded"):
         assert record["all_reduce"] == expected
         assert record["traffic"] == ({"c10d.allreduce_": expected} if expected else {})
-        whole = run[f"counted {method} {count} whole"]
-        assert (whole["all_reduce"], whole["traffic"]) == (0, {})
+    for record in records(f"counted {method} {count} whole"):
+        assert (record["all_reduce"], record["traffic"]) == (0, {})
 
 
 @pytest.mark.parametrize(("method", "rounds"), [("zscore", 2), ("centralized", 1)])
-def test_collectives_of_several_meshes(runs: list[dict[str, Any]], method: str, rounds: int) -> None:
+def test_collectives_of_several_meshes(method: str, rounds: int) -> None:
     # Three groups (the line, and two directions of the square), and the sums that are taken first: one for each
     # direction, and for each of sum and mean.
     sums = 4
-    for run in runs:
-        assert run[f"together {method}"]["all_reduce"] == 3 * rounds + sums
-        assert run[f"together {method}"]["traffic"] == {"c10d.allreduce_": 3 * rounds + sums}
+    for record in records(f"together {method}"):
+        assert record["all_reduce"] == 3 * rounds + sums
+        assert record["traffic"] == {"c10d.allreduce_": 3 * rounds + sums}
 
 
 def stepped(model: nn.Module, weights: dict[str, Tensor], inputs: list[Tensor], method: str) -> dict[str, Tensor]:
@@ -198,9 +220,8 @@ PLACEMENTS = {
 
 @pytest.mark.parametrize("way", ["called zscore", "attached zscore", "attached centralized"])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_step_is_that_of_one_process(runs: list[dict[str, Any]], name: str, way: str) -> None:
-    for run in runs:
-        record = run[f"{name} {way}"]
+def test_every_step_is_that_of_one_process(name: str, way: str) -> None:
+    for record in records(f"{name} {way}"):
         assert len(record["weights"]) == STEPS + 1
         for step in range(STEPS):
             check_step(name, way.split()[1], step, *record["weights"][step : step + 2], tolerance=1e-11)
@@ -208,16 +229,15 @@ def test_every_step_is_that_of_one_process(runs: list[dict[str, Any]], name: str
 
 
 @needs_fsdp2_on_cpu
-def test_grad_scaler(runs: list[dict[str, Any]]) -> None:
-    for run in runs:
+def test_grad_scaler() -> None:
+    for record in records("scaled"):
         for step in range(STEPS):
-            check_step("fsdp", "zscore", step, *run["scaled"]["weights"][step : step + 2], tolerance=2e-5)
+            check_step("fsdp", "zscore", step, *record["weights"][step : step + 2], tolerance=2e-5)
 
 
 @needs_fsdp2_on_cpu
-def test_overflow_on_one_rank_skips_the_step_on_all(runs: list[dict[str, Any]]) -> None:
-    for run in runs:
-        record = run["overflow"]
+def test_overflow_on_one_rank_skips_the_step_on_all() -> None:
+    for record in records("overflow"):
         assert record["scales"] == [2.0**10, 2.0**10, 2.0**9]
         start, first, second = record["weights"]
         check_step("fsdp", "zscore", 0, start, first, tolerance=2e-5)

@@ -15,8 +15,8 @@ from tests.gradients.reference import wide, zscore
 # Others' warnings, of each other, are not what is tested.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers", reason="needs transformers: pip install '.[test]'")
+    pytest.importorskip("accelerate", reason="needs accelerate: pip install '.[test]'")
     import transformers
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer

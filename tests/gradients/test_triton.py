@@ -14,19 +14,24 @@ from lightning_znorm.gradients.pieces import Piece
 from tests.gradients.reference import wide, zscore
 from tests.processes import run_python
 
-needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
+needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton: pip install triton")
 
 HERE = Path(__file__).parent
 
 
 @needs_triton
-def test_in_the_interpreter() -> None:
+@pytest.mark.parametrize(
+    ("chosen", "number"),
+    [("methods_with_segments or layouts or counts", 5), pytest.param("test", 70, marks=pytest.mark.full)],
+    ids=["some", "all"],
+)
+def test_in_the_interpreter(chosen: str, number: int) -> None:
     # In a process of its own, because Triton reads the variable for all programs of a process.
-    arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreted_triton.py")
+    arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreted_triton.py", "-k", chosen)
     finished = run_python(*arguments, timeout=290, cwd=HERE.parents[1], TRITON_INTERPRET="1")
     assert finished.returncode == 0, finished.stdout
     (passed,) = re.findall(r"(\d+) passed", finished.stdout)
-    assert int(passed) > 70
+    assert int(passed) > number
 
 
 @needs_triton

@@ -32,5 +32,6 @@ def two_hosts() -> Iterator[list[str]]:
                 _ip("-n", name, "link", "set", INTERFACE, "up")
                 _ip("netns", "exec", name, "true")
         except (OSError, subprocess.SubprocessError) as error:
-            pytest.skip(f"no network namespaces here: {error} {getattr(error, 'stderr', None) or ''}".strip())
+            output = getattr(error, "stderr", None) or ""
+            pytest.skip(f"needs network namespaces (Linux, iproute2, root): {error} {output}".strip())
         yield names

@@ -14,6 +14,8 @@ from tests.many_machines.documented import free_port, one_machine, timeout_flags
 from tests.many_machines.programs import Programs
 from tests.many_machines.records import WITNESS, check_hosts, check_same_weights, facts
 
+pytestmark = pytest.mark.full
+
 LOST = re.compile(r"RuntimeError: .*Connection (reset|closed) by peer")
 
 

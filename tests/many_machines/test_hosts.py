@@ -3,13 +3,27 @@
 import json
 import os
 import re
+import shlex
 import stat
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pytest
+import yaml
+
+from lightning_znorm.cli import main
 from tests.data.jpegs import write_image_folder
-from tests.many_machines.documented import SBATCH, free_port, torchrun, with_values, witnessed
+from tests.many_machines.documented import (
+    LAUNCHER,
+    SBATCH,
+    TIMEOUT,
+    TORCHRUN,
+    free_port,
+    torchrun,
+    with_values,
+    witnessed,
+)
 from tests.many_machines.namespaces import ADDRESSES, INTERFACE, two_hosts
 from tests.many_machines.programs import Programs
 from tests.many_machines.records import WITNESS, check_hosts, check_same_weights
@@ -24,6 +38,22 @@ def run(commands: Sequence[Sequence[str]], environment: Mapping[str, str], cwd: 
     return output
 
 
+@pytest.mark.parametrize("block", [TORCHRUN, SBATCH, LAUNCHER], ids=["torchrun", "sbatch", "Lightning's launcher"])
+def test_commands_name_settings_that_there_are(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without starting anything."""
+    nodes = 1 if block == LAUNCHER else 2
+    given = block.replace("$SLURM_NNODES", "2").replace("$SLURM_NTASKS_PER_NODE", "8").replace("\\\n", "")
+    command = shlex.split(given, comments=True)
+    flags = [*command[command.index("lightning_znorm") + 1 :], *shlex.split(TIMEOUT)]
+    with pytest.raises(SystemExit) as exit_info:
+        main([*flags, "--print_config"])
+    assert exit_info.value.code == 0
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert (trainer["num_nodes"], int(trainer["devices"])) == (nodes, 8)
+    assert trainer["strategy"]["init_args"]["timeout"] == "0:05:00"
+
+
+@pytest.mark.full
 def test_two_network_namespaces(tmp_path: Path, reference: Path) -> None:
     flags = witnessed(tmp_path)
     with two_hosts() as hosts:
@@ -36,6 +66,7 @@ def test_two_network_namespaces(tmp_path: Path, reference: Path) -> None:
     check_same_weights(tmp_path, reference)
 
 
+@pytest.mark.full
 def test_number_of_machines_forgotten(tmp_path: Path) -> None:
     """Lightning would let each of two processes train by itself: here on one machine, where they start sooner."""
     command = torchrun(0, "127.0.0.1", free_port(), [])
@@ -49,6 +80,7 @@ def test_number_of_machines_forgotten(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.full
 def test_slurm(tmp_path: Path) -> None:
     """The file for sbatch, whose srun is a stand-in: two nodes with one task each."""
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", SBATCH, flags=re.MULTILINE))

@@ -2,11 +2,9 @@
 
 import copy
 import importlib.util
-import json
 import math
 import pickle
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +13,9 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_znorm.metrics import DiceScore, HausdorffDistance, TverskyIndex
 from lightning_znorm.metrics.mask_metric import MaskMetric
+from tests.distributed import run_distributed
+from tests.metrics import ddp_masks
 from tests.metrics.masks import box, noise
-from tests.processes import run_python
 
 METRICS = {
     "dice": DiceScore,
@@ -365,20 +364,17 @@ class TestLife:
         assert figure is not None
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def test_two_processes() -> None:
     """Five batches in two processes, or none in one of them, are as they are in one process."""
-    from tests.metrics.ddp_masks import METRICS, SCENARIOS, batch_of
-
-    finished = run_python(Path(__file__).with_name("ddp_masks.py"), tmp_path, timeout=200)
-    assert finished.returncode == 0, finished.stdout
-    for scenario, batches in SCENARIOS.items():
-        ranks = [json.loads((tmp_path / f"{scenario}-{rank}.json").read_text()) for rank in range(2)]
-        for name, make in METRICS.items():
+    records = run_distributed(ddp_masks.score)
+    for scenario, batches in ddp_masks.SCENARIOS.items():
+        ranks = [record[scenario] for record in records]
+        for name, make in ddp_masks.METRICS.items():
             whole = make()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 for number in range(sum(batches)):
-                    whole.update(*batch_of(scenario, number))
+                    whole.update(*ddp_masks.batch_of(scenario, number))
                 expected = whole.compute().item()
             for record in ranks:
                 assert record[name]["value"] == pytest.approx(expected, rel=1e-6, nan_ok=True)
@@ -388,4 +384,5 @@ def test_two_processes(tmp_path: Path) -> None:
             assert [sum(numbers) for numbers in zip(*own, strict=True)] == states(whole)
             assert own[1] == [0, 0] or scenario != "one idle"
         warned = [len(record["warnings"]) for record in ranks]
-        assert warned == ([len(METRICS), 0] if scenario == "nothing" else [0, 0]), [r["warnings"] for r in ranks]
+        expected_warnings = [len(ddp_masks.METRICS), 0] if scenario == "nothing" else [0, 0]
+        assert warned == expected_warnings, [record["warnings"] for record in ranks]

@@ -16,7 +16,7 @@ from lightning_znorm.metrics import DiceScore, TverskyIndex
 from tests.metrics.masks import PAIRS, batch, noise, pairs
 
 HAS_DICE = pytest.mark.skipif(
-    not hasattr(torchmetrics.segmentation, "DiceScore"), reason="this torchmetrics has no DiceScore of its own"
+    not hasattr(torchmetrics.segmentation, "DiceScore"), reason="needs a newer torchmetrics: this has no DiceScore"
 )
 ALL_PAIRS = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 

@@ -1,16 +1,20 @@
-"""The steps of a run under any strategy, by hand, in one process, from the weights before each of them."""
+"""The steps of a run in any scenario by hand: in one process, in float64, from the weights before each step."""
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests.gradients.reference import centralized, sing, wide, zscore
-from tests.strategies.training import LEARNING_RATE, STEPS, Scenario, Weights, batch_of, loss_of
+from tests.strategies.network import batch_of, loss_of
+from tests.strategies.scenarios import Scenario
+from tests.strategies.strategies import Weights
+from tests.strategies.training import LEARNING_RATE, MOMENTUM, SECOND_LEARNING_RATE, STEPS
+
+Record = dict[str, Any]
 
 METHODS: dict[str, Callable[[Tensor], Tensor]] = {
     "znorm": lambda grad: zscore(grad) if grad.numel() > 1 else grad,
@@ -20,78 +24,118 @@ METHODS: dict[str, Callable[[Tensor], Tensor]] = {
 
 # Of rounding, in units of the last place of 1.0.
 UNIT = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-WEIGHT_TYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+# A shared weight has two names.
+SHARED = {"tied.second.weight": "tied.first.weight"}
 
 
-def records(directory: Path, name: str, processes: int) -> list[dict[str, Any]]:
-    """What each process wrote down."""
-    return [_record(directory / f"{name}-{rank}.pt") for rank in range(processes)]
-
-
-@cache
-def _record(file: Path) -> dict[str, Any]:
-    return torch.load(file, weights_only=True)
-
-
-def gradients(scenario: Scenario, weights: Weights, number: int, share: int, scale: float) -> Weights:
-    """The gradients of one batch of one process, by the parameters' names.
+def gradients(scenario: Scenario, weights: Weights, number: int, share: int, scale: float = 1.0) -> Weights:
+    """Return the gradients of one batch of one process, by the parameters' names.
 
     In float64, or in the type that the scenario computes in, which no other result but its own rounding has.
     """
-    network = scenario.network()
-    weight_type = WEIGHT_TYPES.get(scenario.precision, torch.float32)
-    computes_in = scenario.computes_in or (weight_type if weight_type.itemsize == 2 else torch.float64)
+    network = scenario.make_network()
+    network.is_last = share == scenario.shares - 1
+    half = scenario.weight_type if scenario.weight_type.itemsize == 2 else None
+    computes_in = torch.float64 if scenario.shows_gradients else scenario.computes_in or half or torch.float64
     network.to(torch.float32 if scenario.autocast else computes_in)
     network.load_state_dict(weights)
     network.to(scenario.device)
-    images, labels = (tensor.to(scenario.device) for tensor in batch_of(scenario, number, share))
+    dtype = torch.float64 if scenario.precision == "64-true" else torch.float32
+    images, labels = (tensor.to(scenario.device) for tensor in batch_of(number, share, dtype))
     with torch.autocast(scenario.device, computes_in, cache_enabled=False) if scenario.autocast else nullcontext():
         loss = loss_of(network, images, labels)
     named = {name: param for name, param in network.named_parameters() if param.requires_grad}
-    grads = torch.autograd.grad(loss * scale, list(named.values()))
-    return {name: wide(grad.cpu()) / scale for name, grad in zip(named, grads, strict=True)}
+    grads = torch.autograd.grad(loss * scale, list(named.values()), allow_unused=True)
+    return {
+        name: wide(torch.zeros_like(param) if grad is None else grad).cpu() / scale
+        for (name, param), grad in zip(named.items(), grads, strict=True)
+    }
 
 
-def update(scenario: Scenario, weights: Weights, step: int, scale: float) -> Weights:
-    """What the method makes of the mean gradient of all batches of one step."""
+def mean_gradients(scenario: Scenario, weights: Weights, step: int, scale: float = 1.0) -> Weights:
+    """Return the mean gradients of all batches of one step, as the strategy hands them to the callback."""
     numbers = range(step * scenario.accumulate, (step + 1) * scenario.accumulate)
-    shares = [
+    every = [
         gradients(scenario, weights, number, share, scale) for number in numbers for share in range(scenario.shares)
     ]
-    means = {name: torch.stack([grads[name] for grads in shares]).mean(dim=0) for name in shares[0]}
-    if scenario.two_optimizers and step % 2 == 0:
-        means = {name: mean for name, mean in means.items() if not name.startswith("tied.")}
+    divisor = scenario.accumulate if scenario.divides_twice else 1
+    return {name: torch.stack([grads[name] for grads in every]).mean(dim=0) / divisor for name in every[0]}
+
+
+def updates(scenario: Scenario, grads: Weights, step: int) -> Weights:
+    """Return what the method, and clipping after it, make of the gradients of a step, for the parameters it moves."""
     method = METHODS[scenario.callback]
-    return {name: mean if name in scenario.leaves else method(mean) for name, mean in means.items()}
+    made = {name: wide(grad) if name in scenario.leaves else method(wide(grad)) for name, grad in grads.items()}
+    if scenario.clip is not None:
+        norm = math.sqrt(sum(float(update.square().sum()) for update in made.values()))
+        assert norm > 2 * scenario.clip
+        made = {name: update * scenario.clip / (norm + 1e-6) for name, update in made.items()}
+    if scenario.optimizer == "manual" and not scenario.one_optimizer and step % 2 == 0:
+        made = {name: update for name, update in made.items() if not name.startswith("tied.")}
+    return made
+
+
+def rate(scenario: Scenario, name: str) -> float:
+    """Return the learning rate of a parameter."""
+    return SECOND_LEARNING_RATE if scenario.optimizer == "momentum" and name.startswith("tied.") else LEARNING_RATE
 
 
 def tolerance(scenario: Scenario, weight: Tensor, change: Tensor) -> Tensor:
-    """How far a weight may be from the reference, element by element.
+    """Return how far a weight may be from the reference, element by element.
+
+    Args:
+        scenario: What is special about the run.
+        weight: The weight before the step.
+        change: What the step subtracts from it, before the learning rate; with momentum, the sum of sizes.
 
     Of float64 and float32 runs, some units of rounding of the largest change. In half precision, the reference rounds
     the gradients of each process as the run does, so that autocast leaves a fraction of a unit; FSDP1 also adds
-    gradients up in half precision, tensor parallelism activations, and weights of half precision are rounded too.
+    gradients up in half precision, tensor parallelism activations, FSDP2 over it both, and weights of half precision
+    are rounded too. From the gradients that the callback saw, a step is exact, but for the rounding of what becomes of
+    them.
     """
-    weight_type = WEIGHT_TYPES.get(scenario.precision, torch.float32)
-    unit = UNIT[scenario.computes_in or weight_type]
+    if scenario.shows_gradients:
+        relative = 1e-6 if scenario.steps_in is torch.float32 else 2.0**-8
+        return 2e-6 + relative * LEARNING_RATE * change.abs()
+    unit = UNIT[scenario.computes_in or scenario.weight_type]
     if unit <= UNIT[torch.float32]:
         units = 128.0
     elif scenario.shares < scenario.processes:
-        units = 4.0
+        units = 4.0 if scenario.shares == 1 else 8.0
     else:
         units = 0.125 if scenario.autocast else 2.0
     # Where a method leaves the change small, it is the difference of gradients that were rounded before.
     bound = LEARNING_RATE * units * unit * change.abs().max().clamp_min(0.02)
-    return bound + (1 if weight_type.itemsize == 2 else 4) * UNIT[weight_type] * weight.abs()
+    of_weights = 1 if scenario.weight_type.itemsize == 2 else 4
+    return bound + of_weights * UNIT[scenario.weight_type] * weight.abs()
 
 
-def check(name: str, scenario: Scenario, record: dict[str, Any], buffers: Weights | None = None) -> Weights:
-    """Compares what each step of a run did to the weights with the step by hand.
+def shown_gradients(scenario: Scenario, record: Record, step: int, number: int) -> Weights:
+    """Return the gradients that the callback saw, once they are known to be those of all batches but for rounding.
+
+    Args:
+        scenario: What is special about the run.
+        record: What a process saw.
+        step: Number of the step within the run.
+        number: Number of the step since the beginning of training.
+    """
+    start = step * scenario.accumulate
+    shown = {name: wide(grad) / record["scales"][start] for name, grad in record["gradients"][step].items()}
+    weights = record["model_weights"][start]
+    for name, mean in mean_gradients(scenario, weights, number).items():
+        if mean.ndim > 1:  # those of vectors may be small differences of large numbers
+            assert (shown[name] - mean).norm() <= 0.1 * mean.norm(), name
+    return shown
+
+
+def check(name: str, scenario: Scenario, record: Record, buffers: Weights | None = None) -> Weights:
+    """Compare what each step of a run did to the weights with the step by hand.
 
     Args:
         name: The scenario's, for messages.
         scenario: What is special about it.
-        record: What a process wrote down.
+        record: What a process saw.
         buffers: Momentum from the run before, if it goes on from one.
 
     Returns:
@@ -100,7 +144,9 @@ def check(name: str, scenario: Scenario, record: dict[str, Any], buffers: Weight
     weights, scales, every = record["weights"], record["scales"], scenario.accumulate
     assert len(weights) == STEPS * every + 1
     first = 0 if scenario.resumes is None else STEPS
+    momentum = MOMENTUM if scenario.optimizer == "momentum" else 0.0
     buffers = dict(buffers or {})
+    sizes = {key: buffer.abs() for key, buffer in buffers.items()}  # rounding does not cancel as changes do
     for step in range(STEPS):
         before, after = weights[step * every], weights[(step + 1) * every]
         for between in weights[step * every : (step + 1) * every]:
@@ -108,19 +154,21 @@ def check(name: str, scenario: Scenario, record: dict[str, Any], buffers: Weight
         changes: Weights = {}
         overflows = scenario.overflowing_batch is not None and scenario.overflowing_batch // every == step
         if not overflows:
-            changes = update(scenario, before, first + step, scales[step * every])
+            if scenario.shows_gradients:
+                grads = shown_gradients(scenario, record, step, first + step)
+            else:
+                grads = mean_gradients(scenario, before, first + step, scales[step * every])
+            changes = updates(scenario, grads, first + step)
             for key, change in changes.items():
-                buffers[key] = change + scenario.momentum * buffers.get(key, 0.0)
-        # A shared weight has two names.
-        shared = {"tied.second.weight": "tied.first.weight"}
+                buffers[key] = change + momentum * buffers.get(key, 0.0)
+                sizes[key] = change.abs() + momentum * sizes.get(key, 0.0)
         for key, weight in after.items():
-            stays = shared.get(key, key) not in changes  # frozen, or not stepped
-            change = torch.zeros(()) if stays else buffers[shared.get(key, key)]
-            expected = wide(before[key]) - LEARNING_RATE * change
+            own = SHARED.get(key, key)
+            stays = own not in changes  # frozen, or not stepped
+            change = torch.zeros(()) if stays else buffers[own]
+            expected = wide(before[key]) - rate(scenario, key) * change
             error = (wide(weight) - expected).abs()
-            allowed = tolerance(scenario, wide(before[key]), change)
-            if stays:
-                allowed = torch.zeros_like(error)
+            allowed = torch.zeros_like(error) if stays else tolerance(scenario, wide(before[key]), sizes[own])
             assert torch.isfinite(error).all(), f"{name}, step {step}, {key}"
             worst = float((error - allowed).max())
             assert worst <= 0, (

@@ -1,59 +1,73 @@
 """A run that is resumed, by as many processes or others, goes on as the reference does, with the callback."""
 
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_znorm.cli.checkpoint import check_checkpoint
-from tests.strategies.conftest import WITHOUT_CALLBACK
-from tests.strategies.reference import check, records
-from tests.strategies.training import SCENARIOS, Weights
+from tests.strategies.conftest import Runs
+from tests.strategies.reference import check
+from tests.strategies.scenarios import SCENARIOS, Scenario, selected
+from tests.strategies.strategies import Weights
 
-RESUMED = [name for name, scenario in SCENARIOS.items() if scenario.resumes is not None]
-SAVED = [name for name, scenario in SCENARIOS.items() if scenario.saves]
-
-
-@cache
-def momentum_of(directory: Path, name: str) -> Weights:
-    """What a run that is right leaves to the one that goes on."""
-    return check(name, SCENARIOS[name], records(directory, name, 1)[0])
+Momentum = Callable[[str], Weights]
 
 
-@pytest.mark.parametrize("name", SAVED)
-def test_holds_no_code(directory: Path, name: str) -> None:
+def resumed(name: str, scenario: Scenario) -> bool:
+    return scenario.resumes is not None and not scenario.without_callback
+
+
+def resumed_without_callback(name: str, scenario: Scenario) -> bool:
+    return scenario.without_callback
+
+
+@pytest.fixture(scope="session")
+def momentum(runs: Runs) -> Momentum:
+    """Return what a run that is right leaves to the one that goes on."""
+    known: dict[str, Weights] = {}
+
+    def of(name: str) -> Weights:
+        if name not in known:
+            known[name] = check(name, SCENARIOS[name], runs(name)[0])
+        return known[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", selected(lambda name, scenario: scenario.saves))
+def test_holds_no_code(runs: Runs, directory: Path, name: str) -> None:
     """Or the command line would refuse it."""
+    runs(name)
     check_checkpoint(str(directory / f"{name}.ckpt"))
 
 
-@pytest.mark.parametrize("name", RESUMED)
-def test_goes_on(directory: Path, name: str) -> None:
+@pytest.mark.parametrize("name", selected(resumed))
+def test_goes_on(runs: Runs, momentum: Momentum, name: str) -> None:
     scenario = SCENARIOS[name]
-    saved, resumed = records(directory, scenario.resumes, 1)[0], records(directory, name, 1)[0]
+    saved, resumed = runs(scenario.resumes)[0], runs(name)[0]
     for key, weight in saved["weights"][-1].items():
         assert torch.equal(weight, resumed["weights"][0][key]), key
-    check(name, scenario, resumed, momentum_of(directory, scenario.resumes))
+    check(name, scenario, resumed, momentum(scenario.resumes))
 
 
-@pytest.mark.parametrize("name", RESUMED)
-def test_does_not_miss_the_callback(directory: Path, name: str) -> None:
-    for run in records(directory, name, SCENARIOS[name].processes):
+@pytest.mark.parametrize("name", selected(resumed))
+def test_does_not_miss_the_callback(runs: Runs, name: str) -> None:
+    for run in runs(name):
         said = [message for message in run["warnings"] if "ZNormCallback" in message]
         assert [message for message in said if "has not been tested" not in message] == []
 
 
-@pytest.mark.parametrize("name", WITHOUT_CALLBACK)
-def test_would_miss_the_callback(directory: Path, name: str) -> None:
-    run = records(directory, f"{name}-without_callback", 1)[0]
-    missing = [message for message in run["warnings"] if "ZNormCallback" in message]
+@pytest.mark.parametrize("name", selected(resumed_without_callback))
+def test_would_miss_the_callback(runs: Runs, name: str) -> None:
+    missing = [message for message in runs(name)[0]["warnings"] if "ZNormCallback" in message]
     assert len(missing) == 1
     assert "callbacks" in missing[0]
 
 
-@pytest.mark.parametrize("name", WITHOUT_CALLBACK)
-def test_without_the_callback_the_reference_differs(directory: Path, name: str) -> None:
+@pytest.mark.parametrize("name", selected(resumed_without_callback))
+def test_without_the_callback_the_reference_differs(runs: Runs, momentum: Momentum, name: str) -> None:
     scenario = SCENARIOS[name]
-    momentum = momentum_of(directory, scenario.resumes)
     with pytest.raises(AssertionError, match="more than allowed"):
-        check(name, scenario, records(directory, f"{name}-without_callback", 1)[0], momentum)
+        check(name, scenario, runs(name)[0], momentum(scenario.resumes))

@@ -1,8 +1,6 @@
-"""Normalization under DeepSpeed: every step is that of one process which sees the union of the processes' batches."""
+"""What is found of DeepSpeed's engines and optimizers, and what of them is refused; scenarios.py trains with them."""
 
-import math
 from importlib.metadata import requires, version
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,118 +12,8 @@ from torch import nn
 from lightning_znorm.functional import zscore_grads_
 from lightning_znorm.gradients import UnsupportedGradientError
 from lightning_znorm.gradients.deepspeed import _ENGINE_NEEDS, DeepSpeedSource
-from tests.gradients.reference import zscore
-from tests.processes import run_python
-from tests.strategies.deepspeed_reference import check, records, true_grads, updates_of
-from tests.strategies.deepspeed_training import ALONE, REFUSED, RESUMED, SCENARIOS, STEPS, UNEVEN
 
-deepspeed = pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.timeout(900)  # the first run compiles an extension of DeepSpeed's
-
-SCRIPT = Path(__file__).with_name("deepspeed_training.py")
-RUNS = [(name, 2) for name in SCENARIOS] + [(name, 3) for name in UNEVEN] + [(name, 1) for name in ALONE]
-
-
-def run(directory: Path, processes: int, *names: str) -> Path:
-    finished = run_python(SCRIPT, directory, str(processes), *names, timeout=800, DS_ACCELERATOR="cpu")
-    assert finished.returncode == 0, finished.stdout
-    return directory
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the processes wrote down in all scenarios, which they run one after the other."""
-    directory = tmp_path_factory.mktemp("deepspeed")
-    run(directory, 2, *SCENARIOS, *RESUMED)
-    run(directory, 3, *UNEVEN)
-    return run(directory, 1, *ALONE, *REFUSED)
-
-
-@pytest.mark.parametrize(("name", "processes"), RUNS)
-def test_steps_are_those_of_one_process(runs: Path, name: str, processes: int) -> None:
-    check(SCENARIOS[name], records(runs, name, processes)[0], processes)
-
-
-@pytest.mark.parametrize(("name", "processes"), RUNS)
-def test_weights_are_identical_in_all_processes(runs: Path, name: str, processes: int) -> None:
-    first, *others = records(runs, name, processes)
-    for other in others:
-        for ours, theirs in zip(first["weights"], other["weights"], strict=True):
-            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-@pytest.mark.parametrize(("name", "processes"), RUNS)
-def test_frozen_and_unused_parameters_stay(runs: Path, name: str, processes: int) -> None:
-    first, *_, last = records(runs, name, processes)[0]["weights"]
-    stay = {"frozen.weight", "frozen.bias", "unused"}
-    assert {key for key in first if torch.equal(first[key], last[key])} == stay
-
-
-@pytest.mark.parametrize(
-    ("name", "processes"), [run for run in RUNS if SCENARIOS[run[0]].overflowing_batch is not None]
-)
-def test_overflow_in_one_process_skips_the_step_in_all(runs: Path, name: str, processes: int) -> None:
-    scenario = SCENARIOS[name]
-    step = scenario.overflowing_batch // scenario.accumulate
-    for record in records(runs, name, processes):
-        before, after = record["weights"][step : step + 2]
-        assert all(torch.equal(before[key], after[key]) for key in before)
-        if "large_scale" in name:
-            # No other step is skipped, although scaled z-scores are beyond the range of float16.
-            assert record["scales"] == [2.0**16, 2.0**16, 2.0**15, 2.0**15]
-
-
-@pytest.mark.parametrize(("name", "processes"), RUNS)
-def test_number_of_collectives(runs: Path, name: str, processes: int) -> None:
-    scenario = SCENARIOS[name]
-    is_whole = processes == 1 or scenario.stage == 0 or "bf16_in_fp32_stage_1" in name or name.endswith("bf16_in_fp32")
-    each = 0 if is_whole else 1 if scenario.centralize else 2
-    counts = records(runs, name, processes)[0]["collectives"]
-    before_the_step = [0] * (scenario.accumulate - 1)
-    assert counts == [*before_the_step, each] * STEPS
-
-
-def test_zscore_of_the_own_part_would_show(runs: Path) -> None:
-    # The reference can tell the z-score of the gradient from z-scores of its halves.
-    before = records(runs, "32_stage_3_accumulate_1", 2)[0]["weights"][0]
-    grad = true_grads(SCENARIOS["32_stage_3_accumulate_1"], before, 0, 2)["first.weight"].view(-1)
-    halves = torch.cat([zscore(half) for half in grad.tensor_split(2)])
-    assert (zscore(grad) - halves).abs().max() > 0.01
-
-
-def test_clipping_of_what_was_there_before_would_show(runs: Path) -> None:
-    scenario = SCENARIOS["clip_stage_2"]
-    grads = true_grads(scenario, records(runs, "clip_stage_2", 2)[0]["weights"][0], 0, 2)
-    norm = math.sqrt(sum(grad.square().sum().item() for grad in grads.values()))
-    ours = math.sqrt(sum(grad.square().sum().item() for grad in updates_of(scenario, grads).values()))
-    assert ours == pytest.approx(scenario.clip, rel=1e-4)
-    assert norm < ours * 10  # with a factor from this norm, the step would be several times as long
-
-
-@pytest.mark.parametrize("name", RESUMED)
-def test_resumed_run_goes_on_as_if_it_had_not_ended(runs: Path, name: str) -> None:
-    for record in records(runs, name, 2):
-        for part, start in (("half", 0), ("rest", STEPS)):
-            for ours, theirs in zip(record["whole"][start : start + STEPS + 1], record[part], strict=True):
-                assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-        assert not torch.equal(record["half"][-1]["head.weight"], record["rest"][-1]["head.weight"])
-
-
-@pytest.mark.parametrize("name", RESUMED)
-def test_resuming_without_the_callback_warns(runs: Path, name: str) -> None:
-    messages = records(runs, name, 2)[0]["warnings"]
-    assert any("ZNormCallback" in message and "checkpoint" in message for message in messages)
-    # Each step has its effect, although a process may hold nothing of a gradient.
-    assert not [message for message in messages if message.startswith("ZNormCallback:")]
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_configuration_is_refused_before_the_first_step(runs: Path, name: str) -> None:
-    _, message = REFUSED[name]
-    steps, _, reason = (runs / f"{name}.txt").read_text().partition(" ")
-    assert steps == "0"
-    with pytest.raises(UnsupportedGradientError, match=f"under DeepSpeed {message}"):
-        raise UnsupportedGradientError(reason)
+deepspeed = pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install 'lightning-znorm[deepspeed]'")
 
 
 class DeepSpeedEngine(SimpleNamespace):

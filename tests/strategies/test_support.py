@@ -10,15 +10,13 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecisio
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_znorm.callbacks import strategies
-from tests.strategies import deepspeed_training, training
+from tests.strategies.scenarios import SCENARIOS
 from tests.strategies.support import NAMES, PRECISIONS, REFUSED, SUPPORT, readme_table
 
 README = Path(__file__).parents[2] / "README.md"
 SECTION = "## What works today\n"
 
-TRAINED = {(scenario.kind, scenario.precision) for scenario in training.SCENARIOS.values()} | {
-    ("DeepSpeed", scenario.precision) for scenario in deepspeed_training.SCENARIOS.values()
-}
+TRAINED = {(scenario.kind, scenario.precision) for scenario in SCENARIOS.values() if scenario.refused is None}
 REFUSES: dict[str, Callable[[str], object]] = {
     "FSDP": FSDPPrecision,
     "FSDP2, TP": lambda precision: Trainer(

@@ -1,9 +1,7 @@
-"""Two processes validate on two loaders, and train; the first writes what was logged. Run by test_classification.py."""
+"""Two processes validate on two loaders, and train. Run by test_classification.py."""
 
-import json
-import sys
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,8 @@ def loader(seed: int = 1) -> DataLoader:
     return DataLoader(TensorDataset(images, labels), batch_size=8)
 
 
-if __name__ == "__main__":
+def validate_and_train() -> tuple[list[Mapping[str, float]], list[int]]:
+    """Return what was logged of each loader, and the steps of the scheduler and of the trainer."""
     trainer = Trainer(
         max_epochs=3,
         accelerator="cpu",
@@ -40,6 +39,4 @@ if __name__ == "__main__":
     metrics = trainer.validate(task(), [loader(), loader(seed=2)], verbose=False)
     trainer.fit(task(lr_scheduler=partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1)), loader())
     (config,) = trainer.lr_scheduler_configs
-    if trainer.is_global_zero:
-        steps = [config.scheduler.total_steps, config.scheduler.last_epoch, trainer.global_step]
-        Path(sys.argv[1]).write_text(json.dumps([metrics, steps]))
+    return metrics, [config.scheduler.total_steps, config.scheduler.last_epoch, trainer.global_step]

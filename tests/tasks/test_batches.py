@@ -229,6 +229,7 @@ class TestOutputs:
     """torchvision's and transformers', of which the logits are taken."""
 
     @pytest.mark.parametrize("aux_loss", [True, False])
+    @pytest.mark.full
     def test_fcn(self, aux_loss: bool):
         network = fcn_resnet50(weights=None, weights_backbone=None, num_classes=1, aux_loss=aux_loss)
         task = segmenter(network)
@@ -241,6 +242,7 @@ class TestOutputs:
         torch.testing.assert_close(task(images), network(images)["out"])
         assert all(p.grad is None for name, p in network.named_parameters() if name.startswith("aux"))
 
+    @pytest.mark.full
     def test_lraspp_with_classes(self):
         network = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3)
         task = segmenter(network, num_classes=3, activation="softmax")
@@ -249,6 +251,7 @@ class TestOutputs:
         run.fit(task, data, data)
         assert "val/dice" in run.callback_metrics
 
+    @pytest.mark.full
     def test_auxiliary_logits_of_a_classifier(self):
         task = classifier(googlenet(weights=None, num_classes=4, init_weights=False, aux_logits=True))
         data = loader_of(torch.randn(4, 3, 32, 32), torch.arange(4))

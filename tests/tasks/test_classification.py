@@ -1,5 +1,4 @@
 import csv
-import json
 import sys
 from functools import partialmethod
 from pathlib import Path
@@ -8,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from ddp_metrics import loader, task
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LightningCLI, ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
@@ -17,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_znorm.data import DigitsDataModule
 from lightning_znorm.tasks import ClassificationTask
-from tests.processes import run_python
+from tests.distributed import run_distributed
+from tests.tasks.ddp_metrics import loader, task, validate_and_train
 from tests.trainers import trainer
 
 KEYS = {"train/loss", "val/loss", "val/accuracy"}
@@ -166,15 +165,15 @@ class TestNumbers:
         run.fit(frozen, data, data)
         assert run.callback_metrics["train/loss"].item() == pytest.approx(expected)
 
-    def test_two_processes(self, tmp_path):
-        script, result = Path(__file__).with_name("ddp_metrics.py"), tmp_path / "metrics.json"
-        process = run_python(script, result, timeout=120)
-        assert process.returncode == 0, process.stdout
-        metrics, steps = json.loads(result.read_text())
-        for number, found in enumerate(metrics):
+    def test_two_processes(self):
+        ranks = run_distributed(validate_and_train)
+        for number in range(2):
             (alone,) = trainer().validate(task(), loader(seed=number + 1), verbose=False)
-            assert found == pytest.approx({f"{name}/dataloader_idx_{number}": value for name, value in alone.items()})
-        assert steps == [6, 6, 6]  # of one cycle, whose length nobody gave
+            expected = {f"{name}/dataloader_idx_{number}": value for name, value in alone.items()}
+            for metrics, _ in ranks:
+                assert metrics[number] == pytest.approx(expected)
+        for _, steps in ranks:
+            assert steps == [6, 6, 6]  # of one cycle, whose length nobody gave
 
 
 class TestPrediction:
@@ -448,7 +447,10 @@ class TestMistakes:
             trainer().fit(ClassificationTask(network, num_classes=10), datamodule=Digits())
 
 
-@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "precision",
+    ["32-true", "bf16-mixed", *(pytest.param(name, marks=pytest.mark.full) for name in ("64-true", "bf16-true"))],
+)
 def test_learns_the_digits_in_every_precision(precision):
     torch.manual_seed(0)
     run = trainer(max_epochs=2, precision=precision)

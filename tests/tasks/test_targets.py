@@ -1,6 +1,5 @@
 """Masks and labels that cannot be are found in whichever batch they are, at once or at an epoch's end."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_znorm.tasks import ClassificationTask, SegmentationTask
 from lightning_znorm.tasks.targets import TargetCheck
-from tests.processes import run_python
+from tests.distributed import run_distributed
+from tests.tasks.ddp_targets import meet_wrong_labels
 from tests.trainers import trainer
 
 Task = ClassificationTask | SegmentationTask
@@ -370,22 +370,20 @@ class TestPredictionsOfNaN:
         assert result["val/accuracy"] == 0.5
 
 
-def test_several_processes_raise_together(tmp_path: Path) -> None:
+def test_several_processes_raise_together() -> None:
     """The same sentence on each, whichever has the batch, and none waits for the others."""
-    process = run_python(Path(__file__).with_name("ddp_targets.py"), tmp_path, timeout=120)
-    assert process.returncode == 0, process.stdout
-    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    one, other = run_distributed(meet_wrong_labels)
     assert one == other
     remedy = "and num_classes=1 allows whole numbers from 0 to 1: change num_classes or the labels."
     assert one == {
-        "training, later": [3, f"Labels run from 0 to 7 in batch 2 of training on rank 1, {remedy}"],
-        "training, first": [0, f"Labels run from -3 to 0 in batch 0 of training on rank 0, {remedy}"],
-        "validation, of uneven batches": [
+        "training, later": (3, f"Labels run from 0 to 7 in batch 2 of training on rank 1, {remedy}"),
+        "training, first": (0, f"Labels run from -3 to 0 in batch 0 of training on rank 0, {remedy}"),
+        "validation, of uneven batches": (
             0,
             f"Labels run from 0 to 2 in batch 1 of validation on rank 0 (one of 2 such batches), {remedy}",
-        ],
-        "good": [3, None],
-        "mixed": [3, None],
+        ),
+        "good": (3, None),
+        "mixed": (3, None),
     }
 
 

@@ -1,0 +1,184 @@
+"""Under every strategy and precision, each step is that of one process which sees all batches and whole gradients."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_znorm.gradients import UnsupportedGradientError
+from tests.gradients.reference import wide
+from tests.strategies.conftest import Runs
+from tests.strategies.reference import METHODS, check, gradients, mean_gradients, tolerance, updates
+from tests.strategies.scenarios import DEFAULT, PAIRWISE, PRODUCT, SCENARIOS, Scenario, name_of, pairs, selected
+from tests.strategies.training import CALLBACKS, LEARNING_RATE, STEPS
+
+
+def trained(name: str, scenario: Scenario) -> bool:
+    """Whether the scenario begins at the beginning, and gets to its end."""
+    return scenario.resumes is None and scenario.refused is None
+
+
+def test_default_tier_has_each_pair() -> None:
+    """Of strategy, precision, number of accumulated batches and optimizer, as far as they go together."""
+    every = set[Any]().union(*map(pairs, PRODUCT))
+    assert len(every) > 150
+    assert set[Any]().union(*(pairs(row) for row in PRODUCT if name_of(row) in DEFAULT)) == every
+    assert len(PAIRWISE) < len(PRODUCT) / 5
+
+
+@pytest.mark.parametrize("name", selected(trained))
+def test_steps_are_those_of_one_process(runs: Runs, name: str) -> None:
+    check(name, SCENARIOS[name], runs(name)[0])
+
+
+@pytest.mark.parametrize("name", selected(lambda name, scenario: scenario.processes > 1))
+def test_weights_are_identical_in_all_processes(runs: Runs, name: str) -> None:
+    first, *others = runs(name)
+    for other in others:
+        for ours, theirs in zip(first["weights"], other["weights"], strict=True):
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("name", selected(trained))
+def test_only_what_has_gradients_moves(runs: Runs, name: str) -> None:
+    scenario = SCENARIOS[name]
+    first, *_, last = runs(name)[0]["weights"]
+    stay = {"frozen.weight", "frozen.bias", *(["unused"] if "unused" in first else []), *scenario.frozen}
+    assert {key for key in first if torch.equal(first[key], last[key])} == stay
+
+
+@pytest.mark.parametrize("name", selected(lambda name, scenario: scenario.overflowing_batch is not None))
+def test_overflow_in_one_process_skips_the_step_in_all(runs: Runs, name: str) -> None:
+    scenario = SCENARIOS[name]
+    batch, every = scenario.overflowing_batch, scenario.accumulate
+    start = batch // every * every
+    found = runs(name)
+    for run in found:
+        before, after = run["weights"][start], run["weights"][start + every]
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        assert run["scales"][start + every] == run["scales"][start] / (1 if has_constant_scale(scenario) else 2)
+        assert not torch.equal(after["conv.weight"], run["weights"][-1]["conv.weight"])
+    if "large_scale" in name:
+        # No other step is skipped, although scaled z-scores are beyond the range of float16.
+        assert found[0]["scales"] == [2.0**16, 2.0**16, 2.0**15, 2.0**15]
+    if scenario.kind == "DeepSpeed":  # which does not leave gradients where they are looked for
+        return
+    # The scenario is what it says: where gradients are sharded, inf is in the last parameter's shard, or in all; DDP
+    # does not average before the last batch of a step.
+    sharded = scenario.kind == "FSDP" and "no_shard" not in name
+    last_only = scenario.overflowing == "last parameter" and (sharded or (batch + 1) % every != 0)
+    shards = 2  # also of four processes, under hybrid sharding
+    for rank, run in enumerate(found):
+        assert run["infinite"][batch] == (not last_only or rank % shards == shards - 1)
+        assert not any(run["infinite"][:batch])
+
+
+def has_constant_scale(scenario: Scenario) -> bool:
+    return scenario.kind == "DeepSpeed" and scenario.strategy(1, "cpu").config.get("fp16", {}).get("loss_scale") != 0
+
+
+@pytest.mark.parametrize("name", selected(lambda name, scenario: scenario.monitored))
+def test_monitor_shows_whole_true_gradients(runs: Runs, name: str) -> None:
+    scenario = SCENARIOS[name]
+    first, *others = runs(name)
+    shown = [{key: value for key, value in step.items() if key.startswith("grad")} for step in first["metrics"]]
+    for run in others:
+        for ours, theirs in zip(shown, run["metrics"], strict=True):
+            assert all(ours[key] == pytest.approx(theirs[key], nan_ok=True) for key in ours)
+    for step, weights in enumerate(first["weights"][:-1]):
+        logged = shown[step + 1]
+        if step == scenario.overflowing_batch:
+            assert logged["grad/nonfinite"] == 1
+            assert not math.isfinite(logged["grad/norm"])
+            continue
+        means = mean_gradients(scenario, weights, step, first["scales"][step])
+        assert logged["grad/nonfinite"] == 0
+        rtol = 1e-4 if scenario.computes_in is None else 0.05
+        assert logged["grad/norm"] == pytest.approx(
+            math.sqrt(sum(float(mean.square().sum()) for mean in means.values())), rel=rtol
+        )
+        assert len([key for key in logged if key.startswith("grad_sigma/")]) == len(means)
+        for key, mean in means.items():
+            size = float(mean.square().mean().sqrt())
+            own = {kind: logged[f"grad_{kind}/network.{key}"] for kind in ("mean", "sigma", "norm")}
+            assert own["mean"] == pytest.approx(float(mean.mean()), rel=rtol, abs=rtol * size)
+            assert own["norm"] == pytest.approx(float(mean.norm()), rel=rtol)
+            sigma = float(mean.std(correction=0)) if mean.numel() > 1 else 0.0
+            assert own["sigma"] == pytest.approx(sigma, rel=rtol, abs=rtol * size)
+
+
+@pytest.mark.parametrize("name", selected(trained))
+def test_untested_strategy_warns_once(runs: Runs, name: str) -> None:
+    scenario = SCENARIOS[name]
+    callback = CALLBACKS[scenario.callback].__name__
+    for rank, run in enumerate(runs(name)):
+        said = [message for message in run["warnings"] if f"{callback} has not been tested" in message]
+        if rank == 0 and scenario.kind in ("FSDP", "DeepSpeed"):
+            strategy = {"FSDP": "CPUFSDPStrategy", "DeepSpeed": "CPUDeepSpeedStrategy"}[scenario.kind]
+            assert len(said) == 1
+            assert said[0].startswith(f"{callback} has not been tested with {strategy} (tests.strategies.strategies)")
+        else:
+            assert said == []
+        # Nor does one of a step without an effect: a process may hold nothing of a gradient.
+        assert not [message for message in run["warnings"] if message.startswith((f"{callback}:", "GradientMonitor:"))]
+
+
+@pytest.mark.parametrize(
+    "name", selected(lambda name, scenario: scenario.kind == "DeepSpeed" and trained(name, scenario))
+)
+def test_number_of_collectives(runs: Runs, name: str) -> None:
+    scenario = SCENARIOS[name]
+    in_fp32 = scenario.precision == "bf16-true" and "in_fp32" in name
+    is_whole = scenario.processes == 1 or "zero0" in name or ("zero1" in name and in_fp32)
+    each = 0 if is_whole else 1 if scenario.callback == "centralization" else 2
+    before_the_step = [0] * (scenario.accumulate - 1)
+    assert runs(name)[0]["collectives"] == [*before_the_step, each] * STEPS
+
+
+@pytest.mark.parametrize("name", selected(lambda name, scenario: scenario.refused is not None))
+def test_refused_before_the_first_step(runs: Runs, name: str) -> None:
+    (run,) = runs(name)
+    assert run["weights"] == []
+    with pytest.raises(UnsupportedGradientError, match=SCENARIOS[name].refused):
+        raise UnsupportedGradientError(run["refused"])
+
+
+MISTAKEN = (
+    "ddp-bf16-mixed",
+    "fsdp-16-mixed",
+    "fsdp2-bf16-true",
+    "fsdp2-tp-bf16-true",
+    "tp-32-true-momentum",
+    "zero3-32-true",
+)
+
+
+@pytest.mark.parametrize("name", selected(lambda name, scenario: name in MISTAKEN))
+def test_mistakes_would_show(runs: Runs, name: str) -> None:
+    """The tolerance tells apart the z-score of the mean from what a process would make of its own share."""
+    scenario = SCENARIOS[name]
+    run = runs(name)[0]
+    weights = run["weights"][0]
+    shares = [gradients(scenario, weights, 0, share, run["scales"][0]) for share in range(scenario.shares)]
+    for key in ("up.weight", "tied.first.weight", "norm.weight"):
+        mean = torch.stack([share[key] for share in shares]).mean(dim=0)
+        right = METHODS["znorm"](mean)
+        halves = mean.flatten().chunk(2)  # of a tensor that is cut
+        wrong = [torch.cat([METHODS["znorm"](half) for half in halves]).view_as(mean), mean]
+        if scenario.shares > 1:
+            wrong.append(torch.stack([METHODS["znorm"](share[key]) for share in shares]).mean(dim=0))
+        allowed = tolerance(scenario, wide(weights[key]), right)
+        for mistake in wrong:
+            assert (LEARNING_RATE * (mistake - right).abs() > allowed).any()
+
+
+@pytest.mark.parametrize("name", selected(lambda name, scenario: name == "zero2-clip-offload-three"))
+def test_clipping_of_what_was_there_before_would_show(runs: Runs, name: str) -> None:
+    scenario = SCENARIOS[name]
+    grads = mean_gradients(scenario, runs(name)[0]["weights"][0], 0)
+    norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
+    ours = math.sqrt(sum(float(grad.square().sum()) for grad in updates(scenario, grads, 0).values()))
+    assert ours == pytest.approx(scenario.clip, rel=1e-4)
+    assert norm < ours * 10  # with a factor from this norm, the step would be several times as long
