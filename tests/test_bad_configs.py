@@ -216,7 +216,7 @@ def spoiled(checkpoint: Path, how: str) -> None:
         ("odd settings", "is no checkpoint of Lightning's: its hyper_parameters are no names and values."),
     ],
 )
-@pytest.mark.parametrize("command", ["fit", "test"])
+@pytest.mark.parametrize("command", ["fit", pytest.param("test", marks=pytest.mark.full)])
 def test_no_checkpoint(checkpoint, command: str, how: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     spoiled(checkpoint, how)
     said = refusal(capsys, command, "--config", DIGITS, "--ckpt_path", "spoiled.ckpt")
@@ -252,7 +252,7 @@ TWICE = {
 }
 
 
-@pytest.mark.parametrize("command", ["fit", "compare"])
+@pytest.mark.parametrize("command", ["fit", pytest.param("compare", marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", TWICE)
 def test_a_key_that_is_there_twice(command: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Or the first would be lost without a word, and a method with it."""

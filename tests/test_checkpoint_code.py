@@ -227,6 +227,7 @@ trainer:
 """
 
 
+@pytest.mark.full
 @needs_fsdp2_on_cpu
 def test_resumed_from_the_command_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("sharded.py").write_text(SHARDED)

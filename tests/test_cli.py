@@ -23,6 +23,7 @@ from lightning_znorm.cli.last_checkpoint import last_checkpoint
 from lightning_znorm.cli.trainer import CommandTrainer
 from lightning_znorm.tasks import ClassificationTask
 from tests.medical import write_lgg
+from tests.processes import run_forked, run_python
 
 DIGITS = "configs/digits/resnet20.yaml"
 ZNORM = "configs/methods/znorm.yaml"
@@ -75,7 +76,9 @@ def resolved(capsys: pytest.CaptureFixture[str], *args: str) -> dict:
     return yaml.safe_load(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("stage", ["train", "val", "test", "predict"])
+@pytest.mark.parametrize(
+    "stage", ["train", *(pytest.param(stage, marks=pytest.mark.full) for stage in ("val", "test", "predict"))]
+)
 def test_one_batch_is_not_every_batch(capsys, stage):
     """Typing may reorder Lightning's Union[int, float], by what else was imported, and then 1 is read as 1.0."""
 
@@ -268,6 +271,7 @@ class TestNoMethodIsLost:
         assert orders[0]["trainer"]["gradient_clip_val"] == 0.1
         assert callbacks(orders[0])[-1] == "ZNormCallback"
 
+    @pytest.mark.full
     def test_file_that_appends(self, capsys):
         mine = write("mine.yaml", "trainer: {callbacks+: [{class_path: LearningRateMonitor}]}")
         names = callbacks(resolved(capsys, "fit", *configs(DIGITS, ZNORM, mine)))
@@ -300,6 +304,7 @@ class TestNoMethodIsLost:
             "fit", *configs(DIGITS, ZNORM), "--trainer.callbacks+=ZNormCallback"
         )
 
+    @pytest.mark.full
     def test_twice_for_different_parameters(self, capsys):
         callback = "{{class_path: ZNormCallback, init_args: {{include: '{}'}}}}"
         both = ", ".join(map(callback.format, ("*conv*", "*fc*")))
@@ -342,6 +347,7 @@ class TestRun:
         assert predictions.shape == (360, 10)
         assert torch.allclose(predictions.sum(1), torch.ones(360))
 
+    @pytest.mark.full
     def test_best_of_a_resumed_run(self, capsys):
         """Lightning forgets the best score when the folder changes: what is best since then is said to be so."""
         main(["fit", *configs(DIGITS), *SHORT])
@@ -353,6 +359,7 @@ class TestRun:
         assert f"best checkpoint  {run}1/checkpoints/best.ckpt {since}\n" in out
         assert re.search(rf"val/accuracy     final .*   best 0\.\d+ {re.escape(since)}\n", out)
 
+    @pytest.mark.full
     def test_checkpoint_that_no_metric_chose(self, capsys):
         """Lightning calls the last one its best."""
         write("mine.yaml", "trainer: {callbacks: []}")
@@ -366,6 +373,7 @@ class TestRun:
         assert "last checkpoint  logs/digits-resnet20/version_1/checkpoints/last.ckpt\n" in out
         assert "--ckpt_path logs/digits-resnet20/version_1/checkpoints/last.ckpt\n" in out
 
+    @pytest.mark.full
     def test_last_checkpoint_of_improving_epochs_alone(self, recwarn):
         message = "writes the last checkpoint only in epochs that are among the best"
         checkpoint = "{class_path: ModelCheckpoint, init_args: {monitor: val/loss, save_last: true}}"
@@ -388,6 +396,7 @@ class TestRun:
         weights = [torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in runs]
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
+    @pytest.mark.full
     @pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty")
     @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
     def test_same_command_into_the_same_folder(self):
@@ -397,6 +406,7 @@ class TestRun:
         saved = yaml.safe_load(Path("logs/digits-resnet20/mine/config.yaml").read_text())
         assert saved["trainer"]["max_epochs"] == 2
 
+    @pytest.mark.full
     def test_loggers_that_keep_the_files_of_all_runs_in_one_folder(self):
         logger = ["--trainer.logger", "own_module.OwnLogger", "--trainer.logger.version"]  # named as the file says
         main(["fit", *configs(DIGITS), *SHORT, *logger, "one"])
@@ -412,6 +422,7 @@ class TestRun:
         main(["fit", *configs(saved)])
         assert Path(saved.replace("_0", "_1")).read_text() == Path(saved).read_text()
 
+    @pytest.mark.full
     @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
     def test_without_logger(self):
         write("config.yaml", "trainer: {logger: false}")
@@ -436,6 +447,7 @@ class TestRun:
         main(["validate", *configs(DIGITS), "--ckpt_path", checkpoint])
         assert "val/accuracy" in capsys.readouterr().out
 
+    @pytest.mark.full
     def test_resuming(self, capsys):
         main(["fit", *configs(DIGITS, ZNORM), *SHORT])
         checkpoint = "logs/digits-resnet20/version_0/checkpoints/last.ckpt"
@@ -474,12 +486,14 @@ class TestRun:
             "version_3/checkpoints/last.ckpt was trained with model.init_args.optimizer.init_args.lr 0.001" in message
         )
 
+    @pytest.mark.full
     def test_resuming_with_other_data(self):
         main(["fit", *configs(DIGITS), *SHORT])
         flags = ["--ckpt_path", "last", "--trainer.max_epochs", "2", "--data.init_args.seed", "1"]
         with pytest.warns(UserWarning, match=r"data.init_args.seed was 0 when .*last.ckpt was trained, and is 1 from"):
             main(["fit", *configs(DIGITS), *SHORT, *flags])
 
+    @pytest.mark.full
     @pytest.mark.filterwarnings("ignore:.* is NaN. all")
     def test_evaluating_with_other_settings(self):
         experiment = configs("lgg.yaml")
@@ -749,17 +763,18 @@ class TestErrors:
             monkeypatch.setenv(name, value)
         main(["fit", *configs(DIGITS, ZNORM), *SHORT])
 
+    def test_status_and_output(self, tmp_path):
+        assert run_forked(["fit", *configs("configs/cifar10/resnet56.yaml")], tmp_path / "log") == 1
+        said = (tmp_path / "log").read_text()
+        assert said.splitlines()[-1].startswith("error: No CIFAR-10 at ")
+        assert "Traceback" not in said
+
+    @pytest.mark.full
     def test_status_and_stderr(self):
-        done = subprocess.run(
-            [sys.executable, "-m", "lightning_znorm", "fit", *configs("configs/cifar10/resnet56.yaml")],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env={"OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 1
-        assert done.stderr.splitlines()[-1].startswith("error: No CIFAR-10 at ")
-        assert "Traceback" not in done.stderr
+        finished = run_python("-m", "lightning_znorm", "fit", *configs("configs/cifar10/resnet56.yaml"), timeout=120)
+        assert finished.returncode == 1
+        assert finished.stdout.splitlines()[-1].startswith("error: No CIFAR-10 at ")
+        assert "Traceback" not in finished.stdout
 
     def test_unknown_setting(self, capsys):
         with pytest.raises(SystemExit) as exit_info:

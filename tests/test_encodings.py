@@ -295,6 +295,7 @@ def test_system_whose_encoding_is_not_utf_8(folder):
     assert content["model"]["init_args"]["fault"] == NAME
 
 
+@pytest.mark.full
 def test_folder_that_such_a_system_cannot_make(folder):
     written("own.yaml", OWN)
     done = of_another_century(folder, "own.yaml")

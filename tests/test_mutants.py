@@ -106,6 +106,7 @@ def test_what_changes_nothing_is_no_mutant() -> None:
     assert not is_change("x = a", Mutation("file.py", 1, 4, 5, "call", "if"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_sample_of_the_package(seed: int) -> None:
     drawn = sample(seed, 24)
@@ -125,6 +126,7 @@ def test_a_sample_of_the_package(seed: int) -> None:
         assert all((ROOT / test).is_file() for test in tests)
 
 
+@pytest.mark.full
 def test_a_seed_is_a_list() -> None:
     first = [sample(seed, 24) for seed in SEEDS]
     assert [sample(seed, 24) for seed in SEEDS] == first
@@ -220,6 +222,7 @@ def test_reasons_are_those_of_mutants() -> None:
     assert {*REASONS} <= known
 
 
+@pytest.mark.full
 def test_list_and_only(capsys: pytest.CaptureFixture[str]) -> None:
     first, second = sample(0, 2)
     assert main(["--list", "--only", first.id, second.id.rpartition(".")[0]]) == 0

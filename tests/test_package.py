@@ -60,6 +60,7 @@ def test_price_of_the_import() -> None:
     assert min(seconds for seconds, _ in runs) < 0.15
 
 
+@pytest.mark.full
 def test_import_loads_nothing_heavy() -> None:
     loaded = set(json.loads(python(IMPORT))[1])
     assert "lightning_znorm" in loaded

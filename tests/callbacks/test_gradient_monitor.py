@@ -330,6 +330,7 @@ def test_loggers_are_called_by_names(fit) -> None:
         assert [step for step, metrics in one.rows if "grad/norm" in metrics] == [0, 1]
 
 
+@pytest.mark.full
 def test_one_row_a_step_where_the_closure_is_called_several_times(fit) -> None:
     rows, data, collected, monitor = Rows(), batches(3), Collected(), GradientMonitor(per_parameter=True)
     module = Training(optimizer=lambda own: LBFGS(own, lr=0.1, max_iter=4))

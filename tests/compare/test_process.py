@@ -256,6 +256,7 @@ class TestTimeout:
         # One that does not listen is killed: by itself it would last longer than a test may.
         assert all(is_gone(int(pid)) for pid in (tmp_path / "pids").read_text().split())
 
+    @pytest.mark.full
     def test_of_the_test_alone(self, stand_in, tmp_path):
         """A training is not repeated whose test hangs."""
         write_answers(tmp_path)
@@ -264,6 +265,7 @@ class TestTimeout:
         assert do_run(run, True).error.startswith("test was ended after 0:00:03 (--timeout).")
         assert run.fit_file.exists()
 
+    @pytest.mark.full
     def test_others_go_on(self, stand_in, tmp_path):
         write_answers(tmp_path)
         stand_in(f'case "$5" in */0/*) exec sleep 60;; esac; cp {tmp_path}/$3.json "$(dirname "$5")"')
@@ -318,6 +320,7 @@ class TestInterruptions:
         assert is_gone(int((tmp_path / "pid").read_text()))
         assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
 
+    @pytest.mark.full
     def test_again_and_again(self, stand_in, tmp_path, monkeypatch):
         """A terminal that is closed tells its programs twice, and systemd sends SIGHUP after SIGTERM."""
         monkeypatch.setattr("lightning_znorm.compare.process._SECONDS_TO_END", 2)

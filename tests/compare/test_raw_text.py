@@ -233,6 +233,7 @@ def test_a_log_that_begins_with_an_empty_line():
     assert "<pre>\n\n\nlast</pre>" in to_html([Code("\n\nlast")], "")  # HTML drops the first line break of a <pre>
 
 
+@pytest.mark.full
 @settings(max_examples=300, deadline=None)
 @given(one=ANY, other=ANY)
 def test_any_texts_side_by_side(one, other):

@@ -160,8 +160,11 @@ LAST = {"last": lambda run: ["--config", str(run / "run.yaml"), "--ckpt_path", s
 
 @pytest.mark.parametrize(
     ("command", "given"),
-    [*(("fit", given) for given in OTHERWISE.values()), *(("test", given) for given in (OTHERWISE | LAST).values())],
-    ids=[*(f"fit-{name}" for name in OTHERWISE), *(f"test-{name}" for name in OTHERWISE | LAST)],
+    [
+        pytest.param(command, given, id=f"{command}-{name}", marks=[] if name == "flag" else pytest.mark.full)
+        for command, ways in [("fit", OTHERWISE), ("test", OTHERWISE | LAST)]
+        for name, given in ways.items()
+    ],
 )
 def test_other_settings_by_hand_leave_a_study_alone(command, given):
     run = Path("out/runs/baseline-5").absolute()
@@ -206,6 +209,7 @@ def test_killed_and_resumed(tmp_path, monkeypatch):
     check_the_best_was_tested()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dies", [{"killed_in": 0}, {"killed_in": 1}], ids=["in the first epoch", "after one epoch"])
 def test_begun_again_by_hand_and_killed(dies, tmp_path, monkeypatch):
     """The report names the command. What the former training left is not gone on from, nor tested."""
@@ -232,6 +236,7 @@ def test_by_the_line_of_a_dry_run(tmp_path, monkeypatch, capfd):
     check_the_best_was_tested()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("interval", [1.0, 0.5], ids=["at its end", "in its midst"])
 def test_killed_when_training_was_over(interval, tmp_path, monkeypatch):
     """EarlyStopping had ended it: it does not go on."""
@@ -260,6 +265,7 @@ def logged(folder: Path) -> dict[tuple[str, str], str]:
     return {(row["metric"], row["epoch"]): row["value"] for row in rows}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "resumed"),
     [("checkpoints/last.ckpt", "best.ckpt"), ("fit.json", "last.ckpt"), ("logs/version_0/metrics.csv", "")],

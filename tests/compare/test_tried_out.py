@@ -80,6 +80,7 @@ def test_method_that_is_attached_to_the_optimizer():
     check_refused("attached to SGD trains under baseline.yaml, which sets nothing of the model: .*functional.attach")
 
 
+@pytest.mark.full
 def test_method_file_that_attaches():
     write_experiment("AttachingModule")
     for name in ("plain", "attached"):
@@ -91,7 +92,11 @@ def test_method_file_that_attaches():
     assert "| attached | a method attached to SGD | none |" in report
 
 
-@pytest.mark.parametrize("never", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 3}], ids=str)
+@pytest.mark.parametrize(
+    "never",
+    [{"limit_val_batches": 0}, pytest.param({"check_val_every_n_epoch": 3}, marks=pytest.mark.full)],
+    ids=str,
+)
 class TestExperimentThatDoesNotValidate:
     def test_last_checkpoint_is_tested(self, never):
         write_experiment(monitor=None, **never)

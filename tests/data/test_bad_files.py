@@ -166,6 +166,7 @@ print("read", len(list(batches)))
 """
 
 
+@pytest.mark.full
 def test_file_that_is_shortened_during_training_ends_the_process(tmp_path: Path) -> None:
     """The system does that, when memory is read that has no file behind it any more: there are no wrong images."""
     finished = run_python("-c", SHORTENED, tmp_path, timeout=120)

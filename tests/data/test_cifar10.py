@@ -235,6 +235,7 @@ class TestRealImages:
         assert (len(data.train_set), len(data.val_set), len(data.test_set)) == (45_000, 5_000, 10_000)
         assert np.bincount(data.val_set.labels).tolist() == [500] * 10
 
+    @pytest.mark.full
     def test_mean_and_std_are_those_of_the_training_images(self, real_cifar10):
         data = CIFAR10DataModule(real_cifar10)
         images, _ = data.load(train=True)

@@ -560,11 +560,13 @@ class TestRealSlices:
         assert drawn[0].isdisjoint(drawn[1] | drawn[2])
         assert drawn[1].isdisjoint(drawn[2])
 
+    @pytest.mark.full
     def test_tumour_in_each(self, data):
         for rows in (data.train_set, data.val_set, data.test_set):
             marked = np.array([rows.slices[row, 3].any() for row in rows.rows])
             assert marked.mean() == pytest.approx(0.34, abs=0.1)
 
+    @pytest.mark.full
     def test_mean_and_std(self, data):
         channels = data.train_set.slices[:, :3]
         counts = np.stack([np.bincount(channels[:, c].ravel(), minlength=256) for c in range(3)])
@@ -573,6 +575,7 @@ class TestRealSlices:
         assert data.mean == pytest.approx(mean, abs=5e-5)
         assert data.std == pytest.approx(np.sqrt(counts @ values**2 / counts.sum(1) - mean**2), abs=5e-5)
 
+    @pytest.mark.full
     def test_as_pillow_reads_it(self, data, real_lgg):
         names = data._named_test_set.names
         for row in (0, 500, 1113):

@@ -434,7 +434,7 @@ class TestLoaders:
         for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
             assert isinstance(loader.sampler, SequentialSampler)
 
-    @pytest.mark.parametrize("context", ["fork", "spawn"])
+    @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.full)])
     def test_workers_give_what_one_process_gives(self, fake_pcam, context):
         data = set_up(fake_pcam, "fit", batch_size=8)
         torch.manual_seed(0)

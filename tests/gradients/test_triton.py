@@ -34,6 +34,7 @@ def test_in_the_interpreter(chosen: str, number: int) -> None:
     assert int(passed) > number
 
 
+@pytest.mark.full
 @needs_triton
 def test_loads_and_stores_are_16_bytes_wide(tmp_path: Path) -> None:
     file = "tests.gradients.compiled_triton"

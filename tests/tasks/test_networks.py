@@ -33,6 +33,7 @@ def test_unlike_any_name():
         create_classifier("///", num_classes=10)
 
 
+@pytest.mark.full
 def test_timm_is_imported_for_its_networks_alone():
     program = """
 import sys
