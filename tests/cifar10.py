@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torchvision.datasets import CIFAR10
 
 
 def write_cifar10(root: Path, images_per_batch: int = 40, seed: int = 0) -> dict[str, str]:
@@ -39,6 +38,8 @@ def fake_cifar10(tmp_path, monkeypatch) -> Path:
 
 def put_in_place_of_cifar10(folder: Path, monkeypatch: pytest.MonkeyPatch, images_per_batch: int = 40) -> Path:
     """Write random images that torchvision takes for CIFAR-10, and return their root."""
+    from torchvision.datasets import CIFAR10  # takes seconds, which the process that hands out the tests does not need
+
     root = folder / "my data"
     sums = write_cifar10(root, images_per_batch)
     monkeypatch.setattr(CIFAR10, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)])

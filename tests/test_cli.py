@@ -385,6 +385,7 @@ class TestRun:
             write("mine.yaml", f"trainer: {{callbacks: {callbacks}}}")
             main(["fit", *configs(DIGITS, "mine.yaml"), *SHORT])  # a warning is an error
 
+    @pytest.mark.full
     def test_same_command_again(self):
         command = ["fit", *configs(DIGITS), *SHORT]
         main(command)
@@ -416,6 +417,7 @@ class TestRun:
             assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"] == epochs
             assert (run / "checkpoints/best.ckpt").is_file()
 
+    @pytest.mark.full
     def test_saved_config_runs(self):
         main(["fit", *configs(DIGITS, ZNORM), *SHORT])
         saved = "logs/digits-resnet20/version_0/config.yaml"

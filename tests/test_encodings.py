@@ -283,6 +283,7 @@ def of_another_century(folder, name):
     )
 
 
+@pytest.mark.full
 def test_system_whose_encoding_is_not_utf_8(folder):
     """As on Windows, or in a locale of another century."""
     mine = OWN.replace("lögs", "logs")

@@ -150,6 +150,7 @@ def in_module(file: str) -> Mutation:
     return Mutation(file, 1, 0, 0, "call", "")
 
 
+@pytest.mark.full
 def test_nearest_tests_come_first() -> None:
     tests = choose_tests(in_module("lightning_znorm/gradients/shards.py"))
     assert tests[0] == "tests/gradients/test_shards.py"
@@ -160,6 +161,7 @@ def test_nearest_tests_come_first() -> None:
     assert "tests/gradients/test_amp.py" not in tests
 
 
+@pytest.mark.full
 def test_names_lead_to_where_they_are_defined() -> None:
     found = imports()
     assert found.resolve(PACKAGE, "ZNormCallback") == "lightning_znorm.callbacks.znorm"

@@ -69,7 +69,7 @@ def expected(grads: Weights) -> dict[str, float]:
 @pytest.mark.parametrize("with_znorm", [False, True])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_values_and_identical_training(fit, precision: str, kind: str, accumulate: int, with_znorm: bool) -> None:
     arguments = QUIET | {"accumulate_grad_batches": accumulate}
     arguments |= {"precision": precision} if precision == "32-true" else {}
@@ -559,6 +559,7 @@ class TestHistory:
         assert twin.names == ["a", "b"]
 
 
+@pytest.mark.full
 def test_pictures_of_special_cases() -> None:
     history = SigmaHistory()
     rows = [history.register(f"layers.{number}.weight", ndim) for number, ndim in enumerate((2, 1))]

@@ -472,12 +472,11 @@ class TestWrittenByAThread:
     @pytest.mark.parametrize(
         "plugin",
         [
-            lambda: AsyncCheckpointIO(SlowIO()),
-            lambda: AsyncCheckpointIO(WrapperIO(SlowIO())),
-            lambda: WrapperIO(AsyncCheckpointIO(SlowIO())),
-            lambda: AsyncCheckpointIO(AsyncCheckpointIO(SlowIO())),
+            pytest.param(lambda: AsyncCheckpointIO(SlowIO()), id="bare"),
+            pytest.param(lambda: AsyncCheckpointIO(WrapperIO(SlowIO())), id="wraps", marks=pytest.mark.full),
+            pytest.param(lambda: WrapperIO(AsyncCheckpointIO(SlowIO())), id="wrapped", marks=pytest.mark.full),
+            pytest.param(lambda: AsyncCheckpointIO(AsyncCheckpointIO(SlowIO())), id="both", marks=pytest.mark.full),
         ],
-        ids=["bare", "wraps", "wrapped", "both"],
     )
     def test_is_waited_for(self, tmp_path: Path, plugin: Callable[[], CheckpointIO]) -> None:
         seen = []

@@ -253,7 +253,16 @@ def test_callback_is_free_after_a_failure_of_which_it_has_not_heard(fit) -> None
     assert_every_step(module, data)
 
 
-@pytest.mark.parametrize("where", ["training_step", "on_fit_start", "configure_optimizers", "on_fit_end", None])
+@pytest.mark.parametrize(
+    "where",
+    [
+        None,
+        *(
+            pytest.param(hook, marks=pytest.mark.full)
+            for hook in ("training_step", "on_fit_start", "configure_optimizers", "on_fit_end")
+        ),
+    ],
+)
 @pytest.mark.parametrize("callback_class", [ZNormCallback, GradientMonitor])
 def test_callback_does_not_keep_the_model_alive(tmp_path, callback_class, where: str | None) -> None:
     callback = callback_class()

@@ -49,6 +49,7 @@ def test_a_crash_does_not_block(tmp_path):
         pass
 
 
+@pytest.mark.full
 def test_a_child_goes_on_holding(tmp_path):
     process = hold(tmp_path / "lock", child=2)
     os.kill(process.pid, signal.SIGKILL)

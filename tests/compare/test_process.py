@@ -178,6 +178,7 @@ def test_nothing_of_a_run_lives_on(stand_in, tmp_path):
     assert is_gone(int((tmp_path / "pid").read_text()))
 
 
+@pytest.mark.full
 def test_same_run_twice_at_once(stand_in, tmp_path):
     run = run_in(tmp_path)
     write_answers(tmp_path)
@@ -415,6 +416,7 @@ def test_signal_while_nothing_can_be_shown(tmp_path):
         closed()
 
 
+@pytest.mark.full
 def test_second_interruption_kills_at_once(stand_in, tmp_path, monkeypatch):
     """Ctrl-C while what was interrupted ends."""
     monkeypatch.setattr("lightning_znorm.compare.process._SECONDS_TO_END", 1000)  # more than a test may take

@@ -111,6 +111,7 @@ def flags(root: Path) -> list[str]:
     ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number", range(len(EXPERIMENTS)))
 def test_experiments_and_methods_run(number, here, monkeypatch):
     experiment, method = EXPERIMENTS[number], METHODS[number % len(METHODS)]

@@ -199,6 +199,7 @@ def test_tests_of_other_checkpoints_are_refused():
     check_the_best_was_tested()
 
 
+@pytest.mark.full
 def test_killed_and_resumed(tmp_path, monkeypatch):
     """After the best checkpoint is there."""
     monkeypatch.chdir(tmp_path)

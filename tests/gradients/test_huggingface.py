@@ -80,7 +80,15 @@ class Recorder(transformers.TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"max_grad_norm": 0.0}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str
+    "arguments",
+    [
+        {},
+        *(
+            pytest.param(arguments, marks=pytest.mark.full)
+            for arguments in ({"max_grad_norm": 0.0}, {"gradient_accumulation_steps": 2}, {"bf16": True})
+        ),
+    ],
+    ids=str,
 )
 def test_trainer(tmp_path: Path, arguments: dict[str, Any]) -> None:
     model, recorder = Network(), Recorder()
