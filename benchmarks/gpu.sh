@@ -3,7 +3,7 @@
 #     OUT=benchmarks/results/<device> bash benchmarks/gpu.sh
 # Needs torch, torchvision, timm, lightning, pytest and hypothesis, and at most ten minutes. What fails does not keep the
 # rest from running. With the argument `strategies`, it trains under each strategy instead, DeepSpeed's too where it is
-# installed, in at most seven minutes.
+# installed, in at most ten minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:?the folder to write to}"
@@ -29,7 +29,7 @@ limit=30 run versions "$python" -c "import platform, torch, triton; print(platfo
 # Not by the project's settings: plugins of pytest that they name may be missing.
 pytest=("$python" -m pytest -c /dev/null --rootdir . -p no:cacheprovider -q -m gpu --durations=10)
 if [ "${1:-}" = strategies ]; then
-    limit=370 run strategies "${pytest[@]}" tests/strategies/test_one_gpu.py
+    limit=570 run strategies "${pytest[@]}" tests/strategies/test_one_gpu.py
     exit $status
 fi
 limit=150 run tests "${pytest[@]}" tests/gradients/test_cuda.py

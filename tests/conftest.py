@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
+
+try:
+    from xdist.scheduler import LoadScopeScheduling
+except ImportError:  # benchmarks/gpu.sh does without pytest-xdist
+    LoadScopeScheduling = object
 
 # Before torch is imported: workers that share the cores are slower with more threads than with one. A user who sets the
 # variable knows why.
@@ -47,6 +51,7 @@ THIRD_PARTY = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadgroup = False  # pytest-xdist would append groups to ids: see GroupScheduling
     for warning in THIRD_PARTY:
         config.addinivalue_line("filterwarnings", warning)
 
@@ -57,6 +62,7 @@ def named_files(config: pytest.Config) -> set[Path]:
     return {place.resolve() for place in places if place.is_file()}
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """Return the number of workers for ``-n auto``; none where all should happen in this very process."""
     if os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
@@ -124,8 +130,8 @@ def shares_fixtures(item: pytest.Item) -> bool:
     return any(fixture.baseid and fixture.scope != "function" for fixtures in used.values() for fixture in fixtures)
 
 
-# pytest-xdist 3.8 tells the groups to the process that hands out the tests by appending them to private ids, which
-# pytest 9.2 ignores. Here each worker writes them down, before it says that it has collected its tests.
+# pytest-xdist 3.8 tells the groups to the process that hands out the tests by appending them to the tests' ids, by a
+# private name which pytest 9.2 ignores. Here each worker writes them down, before it says that it has collected.
 class GroupScheduling(LoadScopeScheduling):
     """``--dist loadgroup``: hand out tests by :func:`group_of`."""
 
@@ -139,10 +145,12 @@ class GroupScheduling(LoadScopeScheduling):
         return self.groups[nodeid]
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling | None:
     return GroupScheduling(config, log) if config.getoption("dist") == "loadgroup" else None
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     if GROUPS not in node.config.stash:
         node.config.stash[GROUPS] = Path(tempfile.mkdtemp(prefix="groups-"))

@@ -49,8 +49,9 @@ def surroundings() -> dict[str, Any]:
 def leave_pids(folder: Path) -> None:
     """Start a process that outlives this one, and write down both."""
     grandchild = subprocess.Popen(["sleep", str(SLEEP)])
-    (folder / f"{rank()}.pids").write_text(f"{os.getpid()} {grandchild.pid}")
     print(f"rank {rank()} has begun")
+    (folder / f"{rank()}.new").write_text(f"{os.getpid()} {grandchild.pid}")
+    (folder / f"{rank()}.new").rename(folder / f"{rank()}.pids")
 
 
 def pass_by(folder: Path) -> str:
@@ -58,38 +59,41 @@ def pass_by(folder: Path) -> str:
     return "passed"
 
 
-def fail(folder: Path) -> None:
+def begin(folder: Path) -> None:
+    """Leave pids, and wait until both ranks have: what follows ends the one or the other."""
     leave_pids(folder)
+    sys.stdout.flush()
+    while not all((folder / f"{number}.pids").exists() for number in range(2)):
+        time.sleep(0.01)
+
+
+def fail(folder: Path) -> None:
+    begin(folder)
     if rank() == 1:
         raise ValueError("no luck")
 
 
 def be_killed(folder: Path) -> None:
-    leave_pids(folder)
-    sys.stdout.flush()
+    begin(folder)
     if rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def hang(folder: Path) -> None:
-    leave_pids(folder)
-    sys.stdout.flush()
+    begin(folder)
     if rank() == 1:
         time.sleep(SLEEP)
 
 
 def fail_or_hang(folder: Path) -> None:
-    leave_pids(folder)
-    sys.stdout.flush()
+    begin(folder)
     if rank() == 0:
         raise ValueError("no luck")
-    while not (folder / "0.pids").exists():
-        time.sleep(0.01)
     time.sleep(SLEEP)
 
 
 def return_nothing_to_pickle(folder: Path) -> Callable[[], None]:
-    leave_pids(folder)
+    begin(folder)
     return (lambda: None) if rank() == 1 else leave_pids
 
 
@@ -140,8 +144,8 @@ def test_no_process_is_left_of_those_that_pass(tmp_path: Path) -> None:
     [
         (fail, 60, ["rank 1 ended with exit code 1\n", "ValueError: no luck"]),
         (be_killed, 60, ["rank 1 was killed by signal 9\n"]),
-        (hang, 2, ["rank 1 still ran after 2 s\n", "in hang"]),
-        (fail_or_hang, 60, ["rank 0 ended with exit code 1; rank 1 still ran after 0.5 s more", "ValueError: no luck"]),
+        (hang, 5, ["rank 1 still ran after 5 s\n", "in hang"]),
+        (fail_or_hang, 60, ["rank 0 ended with exit code 1; rank 1 still ran after 1 s more", "ValueError: no luck"]),
         (return_nothing_to_pickle, 60, ["rank 1 ended with exit code 1\n", "pickle"]),
     ],
 )
@@ -152,7 +156,7 @@ def test_failure(
     timeout: float,
     expected: list[str],
 ) -> None:
-    monkeypatch.setattr(distributed, "GRACE", 0.5)
+    monkeypatch.setattr(distributed, "GRACE", 1.0)
     # To wait for a process that sleeps would take longer than a test may.
     with pytest.raises(ProcessesError) as caught:
         run_distributed(function, tmp_path, timeout=timeout)

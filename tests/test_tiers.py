@@ -191,6 +191,8 @@ def test_every_test_is_in_one_tier() -> None:
     assert full
     assert not set(default) & set(full)
     assert len(default) + len(full) == number == same_number
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {nodeid.split("::")[0] for nodeid in (*default, *full)} == files
 
 
 def commands(job: dict) -> list[str]:
@@ -203,12 +205,24 @@ def test_workflow_runs_what_is_run_here() -> None:
     assert workflow["permissions"] == {"contents": "read"}
     jobs = workflow["jobs"].values()
     assert all(job["timeout-minutes"] for job in jobs)
-    scripts = [command.split()[0] for job in jobs for command in commands(job)]
-    assert set(scripts) == {".ci/run", ".ci/versions"}
-    assert all(os.access(ROOT / script, os.X_OK) for script in scripts)
+    assert [command for job in jobs for command in commands(job)] == [".ci/run", ".ci/versions ${{ matrix.which }}"]
+    versions = workflow["jobs"]["versions"]["strategy"]["matrix"]["include"]
+    assert {row["which"] for row in versions} == {"--oldest", "--newest"}
+    assert all(os.access(ROOT / ".ci" / script, os.X_OK) for script in ("run", "versions"))
 
 
 def test_all_checks_run_both_tiers() -> None:
     script = (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert script.index("run_readme_block 2") < script.index("python -m pytest -m full")
     assert "-m 'full or not full' \"$@\"" in (ROOT / ".ci/versions").read_text(encoding="utf-8")
+
+
+def test_slowest_tests_are_told() -> None:
+    """As they were measured; that they are still the slowest is not asked of a test."""
+    section = (
+        (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The ten slowest tests of each tier")[2]
+    )
+    named = re.findall(r"^\| `(tests/\w[\w/]*\.py)::([\w:]+)[^|]*` \| [\d.]+ \|$", section, flags=re.MULTILINE)
+    assert len(named) == 20
+    for file, test in named:
+        assert f"def {test.split('::')[-1]}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {test}"

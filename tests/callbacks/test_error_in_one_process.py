@@ -15,6 +15,7 @@ from lightning_znorm import GradientTransform, ZNormCallback
 from tests.distributed import ProcessesError, is_running, run_distributed
 from tests.processes import run_python
 
+SPARSE = "the gradient of embedding.weight is sparse"
 SHAPES = "made a tensor of shape (0, 3) from a gradient of shape (16, 3)"
 
 
@@ -65,7 +66,7 @@ def train_and_leave_pid(where: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "message", "failing"),
     [
-        ("sparse", "the gradient of embedding.weight is sparse", [0, 1]),
+        ("sparse", SPARSE, [0, 1]),
         ("rank_0", SHAPES, [0]),
         ("rank_1", SHAPES, [1]),
     ],
@@ -76,16 +77,18 @@ def test_ends_all_processes(tmp_path: Path, where: str, message: str, failing: l
     summary, *outputs = str(caught.value).split("--- rank ")
     for rank in failing:
         assert f"rank {rank} ended with exit code 1" in summary
+    assert "still ran" not in summary  # no process waited for ever for one that had failed
     assert [int(output[0]) for output in outputs if message in output] == failing
     assert "trained" not in str(caught.value)
     assert not any(is_running(int((tmp_path / str(rank)).read_text())) for rank in range(2))
 
 
 @pytest.mark.full
-def test_ends_all_processes_that_lightning_starts() -> None:
-    finished = run_python(__file__, "rank_1", timeout=60)
+@pytest.mark.parametrize(("where", "message"), [("sparse", SPARSE), ("rank_0", SHAPES), ("rank_1", SHAPES)])
+def test_ends_all_processes_that_lightning_starts(where: str, message: str) -> None:
+    finished = run_python(__file__, where, timeout=60)
     assert finished.returncode != 0
-    assert SHAPES in finished.stdout
+    assert message in finished.stdout
     assert "trained" not in finished.stdout
 
 

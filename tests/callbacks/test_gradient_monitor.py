@@ -16,7 +16,7 @@ from torch.optim import LBFGS, SGD
 from torch.utils.data import DataLoader
 
 from lightning_znorm import GradientMonitor, GradientTransform, ZNormCallback
-from lightning_znorm.callbacks import gradient_monitor
+from lightning_znorm.callbacks import gradient_monitor, sigma_plots
 from lightning_znorm.callbacks.sigma_history import SigmaHistory
 from lightning_znorm.callbacks.sigma_plots import by_depth, heat_map
 from tests.callbacks.test_strategies import ThirdParty
@@ -557,6 +557,21 @@ class TestHistory:
         twin.load_state_dict(history.state_dict())
         assert torch.equal(twin.sigma.isnan(), history.sigma.isnan())
         assert twin.names == ["a", "b"]
+
+
+def test_heat_map_names_its_rows_and_its_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sigma_plots, "_picture", lambda figure: figure)
+    history = SigmaHistory()
+    rows = [history.register(f"net.{name}", ndim) for name, ndim in [("0.weight", 2), ("0.bias", 1), ("2.weight", 4)]]
+    for step in range(3):
+        history.add(step, rows, torch.tensor([1.0, 2.0, 3.0]).double(), torch.ones(3, dtype=torch.bool))
+    weights, vectors, bar = heat_map(history).axes  # type: ignore[attr-defined]
+    names = [[label.get_text() for label in axes.get_yticklabels()] for axes in (weights, vectors)]
+    assert names == [["net.0.weight", "net.2.weight"], ["net.0.bias"]]
+    assert [axes.get_title(loc="left").split(",")[0] for axes in (weights, vectors)] == ["weights", "biases and scales"]
+    assert [axes.get_xlabel() for axes in (weights, vectors, bar)] == ["", "step", ""]
+    depth = by_depth(history).axes[0]  # type: ignore[attr-defined]
+    assert [label.get_text() for label in depth.get_xticklabels()] == ["net.0.weight", "net.2.weight"]
 
 
 @pytest.mark.full

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_znorm.compare import plots
 from lightning_znorm.compare.document import Code, Grid, Heading, Points, Text, code
 from lightning_znorm.compare.findings import Findings
 from lightning_znorm.compare.html import to_html
@@ -341,6 +342,17 @@ class TestPlots:
         assert len(dashes) >= 4
         assert "2024" not in svg  # no date: the same image for the same numbers
         assert image == plot(curves, list(curves), "loss")
+
+    def test_curves_are_means_over_seeds_from_the_first_epoch_on(self, monkeypatch):
+        drawn = []
+        monkeypatch.setattr(plots, "_label", lambda axes, ends: drawn.append((axes, ends)))
+        plot({"a": {0: {0: 1.0, 1: 2.0, 2: 5.0}, 1: {0: 3.0, 1: 2.0}}}, ["a"], "loss")
+        ((axes, ends),) = drawn
+        low, high, line = axes.lines
+        assert [list(line.get_xdata()), list(line.get_ydata())] == [[1, 2, 3], [2.0, 2.0, 5.0]]
+        assert [list(edge.get_ydata()) for edge in (low, high)] == [[1.0, 2.0, 5.0], [3.0, 2.0, 5.0]]
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "loss")
+        assert ends[0][:3] == (3, 5.0, "a")
 
     def test_a_method_looks_the_same_in_every_plot(self):
         curve = {0: {0: 1.0, 1: 2.0}}

@@ -9,7 +9,7 @@ from tests.distributed import run_distributed
 from tests.strategies.scenarios import SCENARIOS, obstacle
 from tests.strategies.training import train
 
-TIMEOUT = 60.0  # seconds of one scenario, which takes half of one; the first may compile an extension of DeepSpeed's
+TIMEOUT = 60.0  # seconds of one scenario; it takes one, or a few on a busy machine
 
 Runs = Callable[[str], list[dict[str, Any]]]
 
@@ -25,7 +25,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             pytest.skip(reason)
         scenario = SCENARIOS[name]
         if scenario.kind == "DeepSpeed":
-            pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install 'lightning-znorm[deepspeed]'")
+            pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install '.[deepspeed]'")
         if scenario.resumes is not None:
             records(scenario.resumes)
         if name not in done:

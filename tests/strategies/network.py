@@ -10,7 +10,7 @@ BATCH_SIZE = 4  # of each process
 
 
 class Overflowing(torch.autograd.Function):
-    """A parameter as it is, with an infinite gradient."""
+    """A parameter as it is, the last element of whose gradient becomes infinite: in the shard of one process alone."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor) -> Tensor:
@@ -18,7 +18,9 @@ class Overflowing(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return torch.full_like(grad, torch.inf)
+        grad = grad.clone()
+        grad.view(-1)[-1] = torch.inf
+        return grad
 
 
 class Tied(nn.Module):
@@ -45,7 +47,7 @@ class Head(nn.Linear):
     """The last layer, whose bias is the last parameter.
 
     Attributes:
-        overflows: Whether the gradient of the bias becomes infinite, and no other.
+        overflows: Whether an element of the gradient of the bias becomes infinite, and no other.
     """
 
     overflows = False

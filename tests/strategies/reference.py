@@ -71,7 +71,7 @@ def updates(scenario: Scenario, grads: Weights, step: int) -> Weights:
         norm = math.sqrt(sum(float(update.square().sum()) for update in made.values()))
         assert norm > 2 * scenario.clip
         made = {name: update * scenario.clip / (norm + 1e-6) for name, update in made.items()}
-    if scenario.optimizer == "manual" and not scenario.one_optimizer and step % 2 == 0:
+    if scenario.is_manual and not scenario.one_optimizer and step % 2 == 0:
         made = {name: update for name, update in made.items() if not name.startswith("tied.")}
     return made
 
@@ -81,32 +81,35 @@ def rate(scenario: Scenario, name: str) -> float:
     return SECOND_LEARNING_RATE if scenario.optimizer == "momentum" and name.startswith("tied.") else LEARNING_RATE
 
 
-def tolerance(scenario: Scenario, weight: Tensor, change: Tensor) -> Tensor:
+def tolerance(scenario: Scenario, weight: Tensor, change: Tensor, learning_rate: float = LEARNING_RATE) -> Tensor:
     """Return how far a weight may be from the reference, element by element.
 
     Args:
         scenario: What is special about the run.
         weight: The weight before the step.
         change: What the step subtracts from it, before the learning rate; with momentum, the sum of sizes.
+        learning_rate: The weight's.
 
     Of float64 and float32 runs, some units of rounding of the largest change. In half precision, the reference rounds
-    the gradients of each process as the run does, so that autocast leaves a fraction of a unit; FSDP1 also adds
-    gradients up in half precision, tensor parallelism activations, FSDP2 over it both, and weights of half precision
-    are rounded too. From the gradients that the callback saw, a step is exact, but for the rounding of what becomes of
-    them.
+    the gradients of each process as the run does, which under autocast leaves the rounding of float32 alone; FSDP1 also
+    adds gradients up in half precision, tensor parallelism activations, FSDP2 over it both, and weights of half
+    precision are rounded too. Under DeepSpeed, a step from the gradients that the callback saw is exact, but for the
+    rounding of what becomes of them.
     """
-    if scenario.shows_gradients:
+    if scenario.kind == "DeepSpeed":
         relative = 1e-6 if scenario.steps_in is torch.float32 else 2.0**-8
-        return 2e-6 + relative * LEARNING_RATE * change.abs()
+        return 2e-6 + relative * learning_rate * change.abs()
     unit = UNIT[scenario.computes_in or scenario.weight_type]
+    if scenario.autocast and scenario.shares == scenario.processes:
+        unit = UNIT[torch.float32]
     if unit <= UNIT[torch.float32]:
         units = 128.0
     elif scenario.shares < scenario.processes:
-        units = 4.0 if scenario.shares == 1 else 8.0
+        units = 4.0 if scenario.shares == 1 or scenario.autocast else 8.0
     else:
-        units = 0.125 if scenario.autocast else 2.0
+        units = 2.0
     # Where a method leaves the change small, it is the difference of gradients that were rounded before.
-    bound = LEARNING_RATE * units * unit * change.abs().max().clamp_min(0.02)
+    bound = learning_rate * units * unit * change.abs().max().clamp_min(0.02)
     of_weights = 1 if scenario.weight_type.itemsize == 2 else 4
     return bound + of_weights * UNIT[scenario.weight_type] * weight.abs()
 
@@ -168,7 +171,11 @@ def check(name: str, scenario: Scenario, record: Record, buffers: Weights | None
             change = torch.zeros(()) if stays else buffers[own]
             expected = wide(before[key]) - rate(scenario, key) * change
             error = (wide(weight) - expected).abs()
-            allowed = torch.zeros_like(error) if stays else tolerance(scenario, wide(before[key]), sizes[own])
+            allowed = (
+                torch.zeros_like(error)
+                if stays
+                else tolerance(scenario, wide(before[key]), sizes[own], rate(scenario, own))
+            )
             assert torch.isfinite(error).all(), f"{name}, step {step}, {key}"
             worst = float((error - allowed).max())
             assert worst <= 0, (

@@ -36,7 +36,7 @@ from tests.strategies.strategies import (
     whole_parameters,
 )
 
-Optimizer = Literal["SGD", "fused", "momentum", "manual"]
+Optimizer = Literal["SGD", "fused", "momentum", "manual", "manual fused"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Scenario:
         accumulate: Number of batches in a step.
         divides_twice: Whether Lightning and the strategy both divide gradients by ``accumulate``.
         optimizer: ``"SGD"``; ``"fused"``; ``"momentum"``: with momentum, and a group of parameters with another
-            learning rate; ``"manual"``: manual optimization, with a second optimizer that skips every other step.
+            learning rate; ``"manual"``: manual optimization, with a second optimizer that skips every other step;
+            ``"manual fused"``: both of them fused.
         one_optimizer: Whether the strategy takes one optimizer only, under manual optimization too.
         clip: Norm to which gradients are clipped, after the callback.
         callback: Which one of training.py's ``CALLBACKS``.
@@ -74,6 +75,7 @@ class Scenario:
         monitored: Whether there is a GradientMonitor, whose metrics are recorded.
         overflowing_batch: Batch in which gradients of the last process, and of no other, become infinite.
         overflowing: Which gradients: that of the last parameter, or all.
+        epochs: Number of epochs, of a run from the beginning. One that resumes trains for one more.
         saves: Whether a checkpoint is saved after the run.
         resumes: Scenario from whose checkpoint this one goes on.
         without_callback: Whether it goes on without the callback.
@@ -107,6 +109,7 @@ class Scenario:
     monitored: bool = False
     overflowing_batch: int | None = None
     overflowing: Literal["last parameter", "all parameters"] = "last parameter"
+    epochs: int = 1
     saves: bool = False
     resumes: str | None = None
     without_callback: bool = False
@@ -117,6 +120,14 @@ class Scenario:
         for name in self.frozen:
             network.get_parameter(name).requires_grad_(False)
         return network
+
+    @property
+    def is_manual(self) -> bool:
+        return self.optimizer.startswith("manual")
+
+    @property
+    def is_fused(self) -> bool:
+        return self.optimizer.endswith("fused")
 
     @property
     def weight_type(self) -> torch.dtype:
@@ -258,20 +269,24 @@ CENTRALIZATION: dict[str, Any] = {"callback": "centralization"}
 CHANNELS_LAST: dict[str, Any] = {"network": {"gain_ndim": 1, "channels_last": True}}
 FUSED: dict[str, Any] = {"optimizer": "fused"}
 
+# Strides of gradients differ from those of DDP's buckets.
+STRIDED: dict[str, Any] = {"channels_last": True}
+PARTLY_USED: dict[str, Any] = {**STRIDED, "unused": True, "partly_used": True}
 OF_DDP = {
-    "ddp-channels_last": replace(DDP, precision="64-true", network={"channels_last": True}),
+    "ddp-channels_last": replace(DDP, precision="64-true", network=STRIDED),
     "ddp-centralization": replace(DDP, **CENTRALIZATION),
     "ddp-clip": replace(DDP, clip=0.5),
     "ddp-overflow": replace(DDP, **AUTOCAST_FP16, overflowing_batch=1),
+    "ddp-overflow-fused": replace(DDP, **AUTOCAST_FP16, **FUSED, network=STRIDED, overflowing_batch=1),
     "ddp-overflow-of_all-fused": replace(
         DDP, **AUTOCAST_FP16, **FUSED, overflowing_batch=1, overflowing="all parameters"
     ),
     # Of two optimizers, each would change the loss scale.
     "ddp-overflow-manual": replace(DDP, **AUTOCAST_FP16, optimizer="manual", one_optimizer=True, overflowing_batch=1),
-    "ddp-overflow-accumulate": replace(DDP, **AUTOCAST_FP16, overflowing_batch=2, accumulate=2),
+    "ddp-overflow-accumulate": replace(DDP, **AUTOCAST_FP16, network=STRIDED, overflowing_batch=2, accumulate=2),
     # Gradients are views of the buckets that DDP averages.
     **{
-        f"ddp-{name}": replace(DDP, strategy=ddp(**options), precision="64-true", **changes)
+        f"ddp-{name}": replace(DDP, strategy=ddp(**options), precision="64-true", **{"network": STRIDED, **changes})
         for name, options, changes in [
             ("bucket_view", {"gradient_as_bucket_view": True}, {}),
             ("bucket_view-accumulate", {"gradient_as_bucket_view": True}, {"accumulate": 2}),
@@ -281,19 +296,15 @@ OF_DDP = {
             *(
                 (f"find_unused{suffix}", {"find_unused_parameters": True, **options}, changes)
                 for suffix, options, changes in [
-                    ("", {}, {"network": {"unused": True, "partly_used": True}}),
-                    ("-accumulate", {}, {"network": {"unused": True, "partly_used": True}, "accumulate": 2}),
-                    (
-                        "-bucket_view",
-                        {"gradient_as_bucket_view": True},
-                        {"network": {"unused": True, "partly_used": True}},
-                    ),
+                    ("", {}, {"network": PARTLY_USED}),
+                    ("-accumulate", {}, {"network": PARTLY_USED, "accumulate": 2}),
+                    ("-bucket_view", {"gradient_as_bucket_view": True}, {"network": PARTLY_USED}),
                 ]
             ),
         ]
     },
     "ddp-bucket_view-overflow": replace(
-        DDP, strategy=ddp(gradient_as_bucket_view=True), **AUTOCAST_FP16, overflowing_batch=1
+        DDP, strategy=ddp(gradient_as_bucket_view=True), **AUTOCAST_FP16, network=STRIDED, overflowing_batch=1
     ),
 }
 
@@ -357,6 +368,7 @@ OF_FSDP1 = {
         ]
     },
     "fsdp-four": replace(FSDP1, processes=4, shares=4),
+    "fsdp-16-mixed-manual-fused": replace(FSDP1, **CAST_FP16, optimizer="manual fused"),
 }
 
 OF_DTENSORS = {
@@ -504,6 +516,8 @@ MONITORED = {
         "fsdp-flat": FLAT,
         "fsdp2": FSDP2,
         "fsdp2-tp": TWO_D,
+        "zero2": zero(2),
+        "zero3": zero(3),
     }.items()
 }
 
@@ -548,6 +562,8 @@ CHECKPOINTS = {
         for stage in range(4)
         for name, scenario in resumed(zero(stage), f"checkpoint-zero{stage}", 2).items()
     },
+    # What is saved and resumed is compared with these bit by bit.
+    **{f"checkpoint-zero{stage}-whole": replace(zero(stage), optimizer="momentum", epochs=2) for stage in range(4)},
 }
 # Their checkpoints hold the callback's state, and so they warn of its absence.
 CHECKPOINTS |= {
@@ -576,6 +592,8 @@ SCENARIOS: dict[str, Scenario] = {
     **CHECKPOINTS,
 }
 
+OF_COLLECTIVES = [name for name in OF_DEEPSPEED if name.endswith(("round_robin", "overlap", "buckets", "scatter"))]
+
 # FSDP1 does not shard what is a single process'. PyTorch then fails to accumulate gradients of another type than that
 # of the weights, and gives those of weights that are channels-last in a wrong order.
 ON_CUDA = alone(
@@ -586,6 +604,8 @@ ON_CUDA = alone(
         if own.processes <= 2
         and name not in CHECKPOINTS
         and name not in REFUSED
+        # What is added up how is no matter of one process.
+        and not (own.kind == "DeepSpeed" and (own.is_manual or own.optimizer == "momentum" or name in OF_COLLECTIVES))
         and not (own.kind == "FSDP" and ("channels_last" in own.network or (own.computes_in and own.accumulate > 1)))
     },
 )
@@ -627,8 +647,12 @@ DEFAULT = {
     "fsdp-centralization",
     "fsdp-flat-exclude",
     "fsdp-hybrid-overflow-HYBRID_SHARD",
-    "fsdp2-tp-exclude",
+    "fsdp2-include",
+    "fsdp2-monitored",
+    "fsdp2-tp-centralization",
     "tp-sing",
+    "zero3-min_ndim",
+    "zero3-monitored",
     "zero0-fp16-refused",
     "zero2-clip-offload-three",
     "zero3-16-true-overflow-accumulate",
@@ -654,7 +678,7 @@ def selected(condition: Callable[[str, Scenario], bool] = lambda name, scenario:
         pytest.param(
             name,
             marks=[
-                pytest.mark.xdist_group(scenario.resumes or name),
+                pytest.mark.xdist_group(scenario.resumes or name.replace("-whole", "-save")),
                 *([] if name in DEFAULT else [pytest.mark.full]),
             ],
         )

@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import (
 
 from tests.strategies.network import Frozen, Network, Tied
 
-INIT_SCALE = 2.0**10  # the usual one overflows in float16, in which FSDP adds gradients up
+FSDP_INIT_SCALE = 2.0**10  # the usual one overflows in float16, in which FSDP adds gradients up
 
 Weights = dict[str, Tensor]
 MakeStrategy = Callable[[int, str], Any]
@@ -38,12 +38,12 @@ MakeStrategy = Callable[[int, str], Any]
 
 
 def scaler(device: str) -> MixedPrecision:
-    return MixedPrecision("16-mixed", device, scaler=torch.amp.GradScaler(device, init_scale=INIT_SCALE))
+    return MixedPrecision("16-mixed", device, scaler=torch.amp.GradScaler(device))
 
 
 def sharded_scaler(device: str) -> FSDPPrecision:
     plugin = FSDPPrecision("16-mixed")
-    plugin.scaler = ShardedGradScaler(device, init_scale=INIT_SCALE)
+    plugin.scaler = ShardedGradScaler(device, init_scale=FSDP_INIT_SCALE)
     return plugin
 
 
@@ -51,7 +51,7 @@ def sharded_scaler(device: str) -> FSDPPrecision:
 
 
 def ddp(**options: Any) -> MakeStrategy:
-    return lambda processes, device: DDPStrategy(**options)
+    return lambda processes, device: DDPStrategy(**options) if options else "ddp"
 
 
 def whole_parameters(module: LightningModule) -> Weights:
@@ -168,7 +168,8 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
-        # An extension that adds up in shared memory, for CPUs alone: its compiler would run longer than all scenarios.
+        # An extension for CPUs alone, which adds up in shared memory: its compiler takes longer than all scenarios.
+        # Without it the process group adds up, as on GPUs.
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         self.set_world_ranks()
         self._init_deepspeed_distributed()

@@ -11,6 +11,7 @@ from tests.strategies.conftest import Runs
 from tests.strategies.reference import check
 from tests.strategies.scenarios import SCENARIOS, Scenario, selected
 from tests.strategies.strategies import Weights
+from tests.strategies.training import STEPS
 
 Momentum = Callable[[str], Weights]
 
@@ -50,6 +51,16 @@ def test_goes_on(runs: Runs, momentum: Momentum, name: str) -> None:
     for key, weight in saved["weights"][-1].items():
         assert torch.equal(weight, resumed["weights"][0][key]), key
     check(name, scenario, resumed, momentum(scenario.resumes))
+
+
+@pytest.mark.parametrize("name", selected(lambda name, scenario: scenario.epochs == 2))
+def test_goes_on_as_if_it_had_not_ended(runs: Runs, name: str) -> None:
+    saved, resumed = (runs(name.replace("whole", end)) for end in ("save", "resume-2"))
+    for whole, first, second in zip(runs(name), saved, resumed, strict=True):
+        assert len(whole["weights"]) == 2 * STEPS + 1
+        for start, part in ((0, first), (STEPS, second)):
+            for ours, theirs in zip(whole["weights"][start : start + STEPS + 1], part["weights"], strict=True):
+                assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 @pytest.mark.parametrize("name", selected(resumed))

@@ -1,15 +1,18 @@
 """Where DDP keeps gradients, and the ways in which Lightning starts its processes."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.distributed import run_distributed
 from tests.processes import run_python
 from tests.strategies.conftest import Runs
 from tests.strategies.reference import check
 from tests.strategies.scenarios import SCENARIOS, Scenario, selected
-from tests.strategies.start_methods import SCENARIO
+from tests.strategies.start_methods import SCENARIO, Written
+from tests.strategies.training import train
 
 
 def averages_in_place(name: str, scenario: Scenario) -> bool:
@@ -19,8 +22,7 @@ def averages_in_place(name: str, scenario: Scenario) -> bool:
 
 @pytest.mark.parametrize("name", selected(averages_in_place))
 def test_gradients_stay_where_ddp_keeps_them(runs: Runs, name: str) -> None:
-    strategy = SCENARIOS[name].strategy(2, "cpu")
-    bucket_view = strategy._ddp_kwargs.get("gradient_as_bucket_view", False)
+    bucket_view = "bucket" in name
     for record in runs(name):
         assert record["moved"] == []
         # The scenario is what it says: with bucket views, gradients share the storage of their bucket.
@@ -38,6 +40,20 @@ def test_used_by_one_process_and_by_none(runs: Runs, name: str) -> None:
     start, end = record["weights"][0], record["weights"][-1]
     assert torch.equal(start["unused"], end["unused"])
     assert not torch.equal(start["of_last"], end["of_last"])
+
+
+def fork_two(folder: Path) -> None:
+    """Let Lightning fork the processes, as in a process that nothing has launched."""
+    for key in list(os.environ):
+        if key.startswith(("TORCHELASTIC_", "MASTER_")) or key.endswith(("RANK", "WORLD_SIZE")):
+            del os.environ[key]
+    train(SCENARIO, folder, Written(SCENARIO, folder), strategy="ddp_fork")
+
+
+def test_forked_by_lightning(tmp_path: Path) -> None:
+    run_distributed(fork_two, tmp_path, processes=1)
+    for rank in range(2):
+        check(SCENARIO, SCENARIOS[SCENARIO], torch.load(tmp_path / f"{rank}.pt", weights_only=True))
 
 
 @pytest.mark.full

@@ -13,7 +13,7 @@ from lightning_znorm.functional import zscore_grads_
 from lightning_znorm.gradients import UnsupportedGradientError
 from lightning_znorm.gradients.deepspeed import _ENGINE_NEEDS, DeepSpeedSource
 
-deepspeed = pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install 'lightning-znorm[deepspeed]'")
+deepspeed = pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install '.[deepspeed]'")
 
 
 class DeepSpeedEngine(SimpleNamespace):

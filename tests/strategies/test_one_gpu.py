@@ -17,7 +17,13 @@ from tests.strategies.scenarios import ON_CUDA
 
 pytestmark = pytest.mark.gpu
 
-KINDS = sorted({scenario.kind for scenario in ON_CUDA.values()})
+# Each part by a program of its own, in which CUDA is started once.
+PARTS = {
+    f"{kind}, {start}": names[start : start + 25]
+    for kind in sorted({scenario.kind for scenario in ON_CUDA.values()})
+    for names in [[name for name, scenario in ON_CUDA.items() if scenario.kind == kind]]
+    for start in range(0, len(names), 25)
+}
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +32,14 @@ def all_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_steps_are_those_of_one_process(tmp_path: Path, kind: str) -> None:
-    if kind == "DeepSpeed":
-        pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install 'lightning-znorm[deepspeed]'")
-    names = [name for name, scenario in ON_CUDA.items() if scenario.kind == kind]
-    # A program of its own: DeepSpeed has been told to use the CPU in the processes of the other scenarios.
-    finished = run_python("-m", "tests.strategies.training", tmp_path, *names, timeout=240)
+@pytest.mark.full
+@pytest.mark.parametrize("part", PARTS)
+def test_steps_are_those_of_one_process(tmp_path: Path, part: str) -> None:
+    if part.startswith("DeepSpeed"):
+        pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install '.[deepspeed]'")
+    names = PARTS[part]
+    # Not forked from where the other scenarios are: there DeepSpeed has been told to use the CPU.
+    finished = run_python("-m", "tests.strategies.training", tmp_path, *names, timeout=200)
     assert finished.returncode == 0, finished.stdout
     records = torch.load(tmp_path / "records.pt", weights_only=True)
     wrong = {}

@@ -52,7 +52,7 @@ class Training(LightningModule):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        self.automatic_optimization = self.scenario.optimizer != "manual"
+        self.automatic_optimization = not self.scenario.is_manual
         self.network = self.scenario.make_network()
         self.weights: list[Weights] = []
         self.model_weights: list[Weights] = []
@@ -99,8 +99,8 @@ class Training(LightningModule):
             for optimizer in optimizers:
                 optimizer.zero_grad()
             self.manual_backward(loss)
-            for number_of, optimizer in enumerate(optimizers):
-                if number_of == 0 or batch % 2 == 1:
+            for index, optimizer in enumerate(optimizers):
+                if index == 0 or batch % 2 == 1:
                     optimizer.step()
         return loss
 
@@ -110,12 +110,12 @@ class Training(LightningModule):
         tied = set(self.network.tied.parameters())
         params = [param for param in module.parameters() if param.requires_grad]
         parts = [[param for param in params if (param in tied) == second] for second in (False, True)]
-        if scenario.optimizer == "manual" and not scenario.one_optimizer:
-            return [torch.optim.SGD(part, LEARNING_RATE) for part in parts]
+        if scenario.is_manual and not scenario.one_optimizer:
+            return [torch.optim.SGD(part, LEARNING_RATE, fused=scenario.is_fused) for part in parts]
         if scenario.optimizer == "momentum":
             groups = [{"params": parts[0]}, {"params": parts[1], "lr": SECOND_LEARNING_RATE}]
             return [torch.optim.SGD(groups, LEARNING_RATE, momentum=MOMENTUM)]
-        return [torch.optim.SGD(params, LEARNING_RATE, fused=scenario.optimizer == "fused")]
+        return [torch.optim.SGD(params, LEARNING_RATE, fused=scenario.is_fused)]
 
     def on_after_backward(self) -> None:
         grads = self.own_gradients()
@@ -237,7 +237,7 @@ def train(name: str, directory: Path, module: Training | None = None, strategy: 
             accumulate_grad_batches=scenario.accumulate,
             gradient_clip_val=scenario.clip,
             use_distributed_sampler=False,  # each process gets all numbers of batches, and makes its own images
-            max_epochs=1 if scenario.resumes is None else 2,
+            max_epochs=scenario.epochs + (scenario.resumes is not None),
             callbacks=callbacks_of(scenario, module),
             log_every_n_steps=1,
             default_root_dir=directory,
@@ -260,16 +260,16 @@ def train(name: str, directory: Path, module: Training | None = None, strategy: 
     return record
 
 
-def train_all(names: Sequence[str], directory: Path) -> dict[str, dict[str, Any] | str]:
-    """Train in one scenario after the other, and return what this process saw in each, or the error that ended it."""
+def train_all(names: Sequence[str], directory: Path) -> None:
+    """Train in one scenario after the other, and write down what this process saw in each, or why it failed."""
     records: dict[str, dict[str, Any] | str] = {}
     for name in names:
         try:
             records[name] = train(name, directory)
         except Exception as error:
             records[name] = f"{type(error).__name__}: {error}"
-    return records
+        torch.save(records, directory / "records.pt")  # at once: what follows may end the process
 
 
 if __name__ == "__main__":
-    torch.save(train_all(sys.argv[2:], Path(sys.argv[1])), Path(sys.argv[1]) / "records.pt")
+    train_all(sys.argv[2:], Path(sys.argv[1]))
