@@ -143,7 +143,7 @@ def _join(launched: Sequence[ForkServerProcess], timeout: float, folder: Path) -
 
 
 def _kill(process: ForkServerProcess) -> None:
-    """Kill a process and its session, in which is what it started: in groups of their own, if a compiler's."""
+    """Kill a process and all of its session. What a compiler starts has groups of its own, but stays in the session."""
     for pid in _session(process.pid or 0):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -185,7 +185,8 @@ def _work(rank: int, processes: int, port: int, folder: Path, timeout: float, ca
     os.dup2(log, 1)
     os.dup2(log, 2)
     faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
-    # Lightning's Trainer, where it is done, sets the signal back to what Python knows of, which is to die of it.
+    # And by itself, in case that the signal would kill it: a Trainer of Lightning's that ends resets the handlers of
+    # signals to those that Python knows of.
     faulthandler.dump_traceback_later(timeout, file=log)
     os.environ |= {
         "RANK": str(rank),

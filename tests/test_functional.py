@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from timm.optim import Lookahead, create_optimizer_v2
 from torch import Tensor, nn
 
@@ -63,6 +64,20 @@ def test_steps_by_the_z_score_until_removed() -> None:
     before = weight.detach().clone()
     optimizer.step()
     torch.testing.assert_close(weight.data, before - LR)
+
+
+def test_fabric() -> None:
+    """Attached before the optimizer is handed over."""
+    weight, expected = weight_and_reference()
+    module = nn.Module()
+    module.weight = weight
+    optimizer = torch.optim.SGD(module.parameters(), lr=LR)
+    attach(optimizer, ZScore(EPS))
+    fabric = Fabric(accelerator="cpu", devices=1)
+    module, optimizer = fabric.setup(module, optimizer)
+    fabric.backward(loss_of(module.weight))
+    optimizer.step()
+    torch.testing.assert_close(module.weight.data.double(), expected, rtol=0, atol=1e-6)
 
 
 def test_another_method() -> None:

@@ -1,4 +1,4 @@
-"""Two processes draw and write masks. Run by test_mask_overlay.py."""
+"""Two processes draw and write masks. Called by test_mask_overlay.py."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Trains in two processes until a gradient is NaN, in the part of one of them. Run by test_nonfinite.py."""
+"""Trains in two processes until a gradient is NaN, in the part of one of them. Called by test_nonfinite.py."""
 
 from typing import Any
 

@@ -341,7 +341,9 @@ sys.exit(main({args!r}))
 
 def test_terminal_that_is_closed(stand_in, tmp_path):
     """As that of an ssh session: its programs are told by SIGHUP, and can show nothing any more."""
-    pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
+    pty, fcntl, termios = (
+        pytest.importorskip(name, reason="needs a terminal of Unix") for name in ("pty", "fcntl", "termios")
+    )
     stand_in(f"echo $$ > {tmp_path}/pid; exec sleep 60")
     args = ["--config", "x", "--methods", "a.yaml", "--output", str(tmp_path / "out")]
     program = IN_A_TERMINAL.format(python=sys.executable, args=args)
@@ -491,7 +493,7 @@ def test_json_is_whole_or_absent(tmp_path):
 
 def test_file_that_does_not_fit(tmp_path):
     """The former one stays, nothing else does, and the error says which file it is."""
-    resource = pytest.importorskip("resource")
+    resource = pytest.importorskip("resource", reason="needs limits of Unix")
     write_json(tmp_path / "x.json", {"a": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))

@@ -20,7 +20,7 @@ from lightning_znorm.compare.ray import ray_cluster
 from lightning_znorm.compare.study import Run, StudyError
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
-cluster_utils = pytest.importorskip("ray.cluster_utils")
+cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs Ray's cluster: pip install '.[ray]'")
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 

@@ -161,7 +161,9 @@ LAST = {"last": lambda run: ["--config", str(run / "run.yaml"), "--ckpt_path", s
 @pytest.mark.parametrize(
     ("command", "given"),
     [
-        pytest.param(command, given, id=f"{command}-{name}", marks=[] if name == "flag" else pytest.mark.full)
+        pytest.param(
+            command, given, id=f"{command}-{name}", marks=[] if (command, name) == ("fit", "flag") else pytest.mark.full
+        )
         for command, ways in [("fit", OTHERWISE), ("test", OTHERWISE | LAST)]
         for name, given in ways.items()
     ],

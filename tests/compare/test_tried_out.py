@@ -105,6 +105,7 @@ class TestExperimentThatDoesNotValidate:
         assert Path(read_json(Path("out/runs/baseline-0/test.json"))["checkpoint"]["path"]).name == "last.ckpt"
         assert not [row for row in table.rows if row.metric.startswith("val/")]
 
+    @pytest.mark.full
     def test_one_of_several_methods(self, never):
         """All are tested at the last checkpoint."""
         write_experiment(monitor=None)

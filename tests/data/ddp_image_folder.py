@@ -1,4 +1,4 @@
-"""Two processes train on an image folder. Run by test_image_folder.py."""
+"""Two processes train on an image folder. Called by test_image_folder.py."""
 
 from pathlib import Path
 

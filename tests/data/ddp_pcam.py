@@ -1,4 +1,4 @@
-"""Two processes train on patches. Run by test_pcam.py."""
+"""Two processes train on patches. Called by test_pcam.py."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Normalizes gradients that are DTensors in four processes. Run by test_dtensor.py."""
+"""Normalizes gradients that are DTensors in four processes. Called by test_dtensor.py."""
 
 import logging
 import warnings

@@ -1,4 +1,4 @@
-"""Two processes score different numbers of batches. Run by test_mask_metric.py."""
+"""Two processes score different numbers of batches. Called by test_mask_metric.py."""
 
 import os
 import warnings

@@ -1,4 +1,4 @@
-"""Two processes validate on two loaders, and train. Run by test_classification.py."""
+"""Two processes validate on two loaders, and train. Called by test_classification.py."""
 
 from collections.abc import Mapping
 from functools import partial

@@ -1,4 +1,4 @@
-"""Two processes meet labels that cannot be. Run by test_targets.py."""
+"""Two processes meet labels that cannot be. Called by test_targets.py."""
 
 import os
 from typing import Any
