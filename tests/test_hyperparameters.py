@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_znorm import data as data_modules
 from lightning_znorm import tasks
 from lightning_znorm.data import CIFAR10DataModule, DigitsDataModule, LGGDataModule, PCamDataModule
-from lightning_znorm.hyperparameters import not_loadable, plain_value, plain_values
+from lightning_znorm.hyperparameters import not_loadable, plain_value, plain_values, python_scalars
 from lightning_znorm.tasks import ClassificationTask, SegmentationTask
 from tests.data.jpegs import write_image_folder
 from tests.trainers import trainer
@@ -82,6 +82,15 @@ DATA: dict[str, dict[str, Any]] = {
         "cache_dir": "cache",
     },
 }
+
+
+def test_what_holds_no_number_of_numpy_is_the_same_object() -> None:
+    """As what refers to it elsewhere in the checkpoint expects."""
+    shared = [1, {"a": (2.0, "b")}]
+    content = {"x": shared, "y": shared}
+    assert python_scalars(content) is content
+    assert content == {"x": [1, {"a": (2.0, "b")}], "y": [1, {"a": (2.0, "b")}]}
+    assert content["x"] is content["y"] is shared
 
 
 class Activation(str, enum.Enum):

@@ -22,7 +22,10 @@ HERE = Path(__file__).parent
 @needs_triton
 @pytest.mark.parametrize(
     ("chosen", "number"),
-    [("methods_with_segments or layouts or counts", 5), pytest.param("test", 70, marks=pytest.mark.full)],
+    [
+        ("methods_with_segments or layouts or counts or (boundaries and float32)", 8),
+        pytest.param("test", 70, marks=pytest.mark.full),
+    ],
     ids=["some", "all"],
 )
 def test_in_the_interpreter(chosen: str, number: int) -> None:
@@ -32,6 +35,18 @@ def test_in_the_interpreter(chosen: str, number: int) -> None:
     assert finished.returncode == 0, finished.stdout
     (passed,) = re.findall(r"(\d+) passed", finished.stdout)
     assert int(passed) > number
+
+
+@needs_triton
+def test_programs_take_several_narrow_rows_but_one_tensor() -> None:
+    """A choice of speed alone: what is computed is the same."""
+    from lightning_znorm.gradients.kernels import pointer_table
+
+    cpu = torch.device("cpu")
+    rows, tensors = (pointer_table._Layout(sizes, torch.float32, cpu) for sizes in ([torch.Size([64, 4])], [256]))
+    assert (rows.constants["BY_ROW"], tensors.constants["BY_ROW"]) == (True, False)
+    assert rows.long > tensors.long
+    assert (rows.entries, tensors.entries) == (64, 1)
 
 
 @pytest.mark.full
