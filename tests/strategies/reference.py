@@ -105,7 +105,7 @@ def tolerance(scenario: Scenario, weight: Tensor, change: Tensor, learning_rate:
     if unit <= UNIT[torch.float32]:
         units = 128.0
     elif scenario.shares < scenario.processes:
-        units = 4.0 if scenario.shares == 1 or scenario.autocast else 8.0
+        units = 4.0 if scenario.shares == 1 else 8.0
     else:
         units = 2.0
     # Where a method leaves the change small, it is the difference of gradients that were rounded before.

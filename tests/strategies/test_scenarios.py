@@ -166,6 +166,7 @@ MISTAKEN = (
     "ddp-bf16-mixed",
     "fsdp-16-mixed",
     "fsdp2-bf16-true",
+    "fsdp2-tp-bf16-mixed",
     "fsdp2-tp-bf16-true",
     "tp-32-true-momentum",
     "zero2-bf16-mixed-fused",
