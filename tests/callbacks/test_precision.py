@@ -9,6 +9,7 @@ from torch.optim import Adam
 
 from lightning_znorm import GradientCentralizationCallback, GradientTransform, ZNormCallback
 from tests.callbacks.training import LR, OPTIMIZERS, Training, amp, assert_every_step, assert_weights, batches, stepped
+from tests.dtypes import fused_sgd_is_right
 from tests.gradients.reference import centralized, zscore
 
 pytestmark = pytest.mark.filterwarnings("ignore:GradScaler is going to stop passing itself:FutureWarning")
@@ -27,15 +28,6 @@ PRECISIONS: dict[str, tuple[Callable[[], dict[str, Any]], float]] = {
 }
 # With a large eps a wrong scale shows; with the usual one, a wrong place for it.
 EPS = pytest.mark.parametrize("eps", [1e-10, 0.3])
-
-
-def fused_sgd_is_right(dtype: torch.dtype) -> bool:
-    """Whether torch's own fused SGD can step in this type on the CPU; that of torch 2.6 cannot in half precision."""
-    weights = [torch.zeros(30, dtype=dtype, requires_grad=True) for _ in range(2)]
-    for weight, fused in zip(weights, (False, True), strict=True):
-        weight.grad = torch.linspace(-1, 1, 30).to(dtype)
-        torch.optim.SGD([weight], lr=0.1, fused=fused).step()
-    return torch.allclose(*weights, rtol=0.02)
 
 
 @EPS

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from tests.dtypes import fused_sgd_is_right
 from tests.fsdp import FSDP1_GATHERS_STATE_ON_CPU, FSDP2_RUNS_ON_CPU
 from tests.strategies.network import Network
 from tests.strategies.strategies import (
@@ -666,6 +667,10 @@ def obstacle(name: str) -> str | None:
         return "FSDP2 calls methods that a CPU's streams do not have in this torch (2.6): install a newer one"
     if name.startswith(("checkpoint-fsdp-save", "checkpoint-fsdp-resume")) and not FSDP1_GATHERS_STATE_ON_CPU:
         return "FSDP1 crashes on a CPU when it gathers a checkpoint in this torch (2.6): install a newer one"
+    if scenario.is_fused and scenario.weight_type.itemsize == 2 and not fused_sgd_is_right(scenario.weight_type):
+        return (
+            f"torch {torch.__version__} is wrong with fused SGD in half precision on a CPU: install a newer one"
+        )
     return None
 
 
