@@ -668,9 +668,7 @@ def obstacle(name: str) -> str | None:
     if name.startswith(("checkpoint-fsdp-save", "checkpoint-fsdp-resume")) and not FSDP1_GATHERS_STATE_ON_CPU:
         return "FSDP1 crashes on a CPU when it gathers a checkpoint in this torch (2.6): install a newer one"
     if scenario.is_fused and scenario.weight_type.itemsize == 2 and not fused_sgd_is_right(scenario.weight_type):
-        return (
-            f"torch {torch.__version__} is wrong with fused SGD in half precision on a CPU: install a newer one"
-        )
+        return f"torch {torch.__version__} is wrong with fused SGD in half precision on a CPU: install a newer one"
     return None
 
 
