@@ -67,7 +67,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """Return the number of workers for ``-n auto``; none where all should happen in this very process."""
     if os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
         return None  # pytest-xdist reads it
-    if all(Path(config.invocation_params.dir, str(argument).split("::")[0]).is_file() for argument in config.args):
+    places = [Path(config.invocation_params.dir, str(argument).split("::")[0]) for argument in config.args]
+    # Of a path that is not there, workers would say nothing.
+    if all(place.is_file() for place in places) or not all(place.exists() for place in places):
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_WORKERS)

@@ -179,7 +179,11 @@ def _last_words(folder: Path, processes: int) -> str:
 def _work(rank: int, processes: int, port: int, folder: Path, timeout: float, call: bytes) -> None:
     """Call the pickled function as one rank, and leave its result or its traceback in the folder."""
     os.setsid()
-    if sys.platform == "linux":  # to be killed with the forkserver, which ends when the process of the tests does
+    # The forkserver ends when all copies of this end of a pipe are closed, as the process of the tests closes its own by
+    # ending. Each process inherits a copy.
+    with suppress(AttributeError, OSError, TypeError):
+        os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
+    if sys.platform == "linux":  # and this process ends with the forkserver
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)

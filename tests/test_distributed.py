@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import forkserver, get_start_method
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,50 @@ def test_function_that_cannot_be_imported_there(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(answer, "__qualname__", "found_here_alone")
     with pytest.raises(ProcessesError, match=r"AttributeError: .*found_here_alone"):
         run_distributed(answer, 1)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_no_process_outlives_that_of_the_tests(tmp_path: Path, name: str) -> None:
+    """Although one of them hangs."""
+    program = "\n".join(
+        [
+            "import sys",
+            "from pathlib import Path",
+            "from tests.distributed import run_distributed",
+            "from tests.test_distributed import hang",
+            "run_distributed(hang, Path(sys.argv[1]))",
+        ]
+    )
+    environment = {**os.environ, "PYTHONPATH": str(distributed.ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=environment)
+    try:
+        while len(list(tmp_path.glob("*.pids"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        (server,) = (child for child in children(process.pid) if "forkserver" in command_of(child))
+    finally:
+        process.send_signal(getattr(signal, name))
+        process.wait()
+    # What they had started themselves is no longer anyone's to kill.
+    ranks = [int(path.read_text().split()[0]) for path in tmp_path.glob("*.pids")]
+    end = time.monotonic() + 20
+    while any(map(is_running, [server, *ranks])) and time.monotonic() < end:
+        time.sleep(0.05)
+    try:
+        assert not [pid for pid in [server, *ranks] if is_running(pid)]
+    finally:
+        for pid in (int(pid) for path in tmp_path.glob("*.pids") for pid in path.read_text().split()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 @pytest.mark.full

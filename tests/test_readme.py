@@ -1,5 +1,7 @@
-"""Every code block of the README runs."""
+"""Every code block of the README runs, and its table of options is so."""
 
+import ast
+import inspect
 import re
 import shlex
 import shutil
@@ -15,7 +17,7 @@ from torch import nn
 from lightning_znorm import ZNormCallback
 from lightning_znorm.cli import main
 from lightning_znorm.compare.process import Processes
-from lightning_znorm.functional import transform_grads_
+from lightning_znorm.functional import transform_grads_, zscore_grads_
 from tests.compare.captured import capture_here
 from tests.processes import run_forked
 
@@ -139,3 +141,19 @@ def test_yaml(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     file.write_text(yaml.safe_dump(settings), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     main(["fit", "--config", str(file), "--trainer.accelerator", "cpu"])
+
+
+def test_options_have_the_defaults_of_the_table() -> None:
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (`[^`]+`(?:, `[^`]+`)*) \| ", TEXT, flags=re.MULTILINE)
+    told = {
+        name: ast.literal_eval(default)
+        for names, defaults in rows
+        for name, default in zip(re.findall("`(.+?)`", names), re.findall("`(.+?)`", defaults), strict=True)
+    }
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(ZNormCallback).parameters.items()
+        if name != "allow_untested_strategy"  # of "What works today"
+    }
+    assert told == defaults
+    assert inspect.signature(zscore_grads_).parameters["eps"].default == defaults["eps"]

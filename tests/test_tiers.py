@@ -132,6 +132,7 @@ def test_groups(project: pytest.Pytester) -> None:
         (["checks/inner"], 3, 3),
         (["checks/inner", "checks/test_outer.py"], 3, 3),
         (["checks/test_outer.py"], 3, 0),
+        (["checks/inner", "checks/test_mistyped.py"], 3, 0),
         (["checks/test_outer.py::TestLong::test_alone", "checks/inner/test_inner.py"], 3, 0),
     ],
     ids=str,

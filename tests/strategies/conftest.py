@@ -35,9 +35,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
                 )
             except AssertionError as error:
                 done[name] = error
+                raise
         found = done[name]
         if isinstance(found, AssertionError):
-            raise found
+            raise AssertionError(f"{name} failed: see the first test that asked for it")
         return found
 
     records.directory = directory  # type: ignore[attr-defined]
