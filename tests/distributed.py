@@ -179,8 +179,8 @@ def _last_words(folder: Path, processes: int) -> str:
 def _work(rank: int, processes: int, port: int, folder: Path, timeout: float, call: bytes) -> None:
     """Call the pickled function as one rank, and leave its result or its traceback in the folder."""
     os.setsid()
-    # The forkserver ends when all copies of this end of a pipe are closed, as the process of the tests closes its own by
-    # ending. Each process inherits a copy.
+    # The forkserver ends when all copies of this end of a pipe are closed. The process of the tests closes its own by
+    # ending, and each process here has inherited one.
     with suppress(AttributeError, OSError, TypeError):
         os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
     if sys.platform == "linux":  # and this process ends with the forkserver
