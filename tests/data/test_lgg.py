@@ -393,6 +393,7 @@ class TestNormalized:
 class TestAugment:
     def test_image_and_mask_alike_in_training_alone(self, tmp_path):
         write_lgg(tmp_path, patients=12, slices=6)
+        torch.manual_seed(0)  # of 54 draws from 8, one in 200 has fewer than 8
         data, module = LGGDataModule(tmp_path, augment=True, batch_size=100), Segmenter()
         run = trainer(num_sanity_val_steps=0)
         run.fit(module, datamodule=data)
