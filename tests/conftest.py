@@ -127,7 +127,7 @@ def group_of(item: pytest.Item) -> str:
 
 def shares_fixtures(item: pytest.Item) -> bool:
     """Whether a fixture of ours lives longer than the test."""
-    used: dict[str, Iterable[Any]] = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009
+    used: dict[str, Iterable[Any]] = item._fixtureinfo.name2fixturedefs
     # Those of pytest and of its plugins have no place of their own.
     return any(fixture.baseid and fixture.scope != "function" for fixtures in used.values() for fixture in fixtures)
 

@@ -123,7 +123,7 @@ def _join(launched: Sequence[ForkServerProcess], timeout: float, folder: Path) -
     while pending:
         ended = wait(list(pending), max(0.0, end - time.monotonic()))
         for sentinel in ended:
-            rank = pending.pop(sentinel)  # type: ignore[index]
+            rank = pending.pop(sentinel)
             launched[rank].join()
             code = launched[rank].exitcode
             if code:
@@ -182,7 +182,7 @@ def _work(rank: int, processes: int, port: int, folder: Path, timeout: float, ca
     # The forkserver ends when all copies of this end of a pipe are closed. The process of the tests closes its own by
     # ending, and each process here has inherited one.
     with suppress(AttributeError, OSError, TypeError):
-        os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
+        os.close(forkserver._forkserver._forkserver_alive_fd)
     if sys.platform == "linux":  # and this process ends with the forkserver
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

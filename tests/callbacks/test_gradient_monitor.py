@@ -565,12 +565,12 @@ def test_heat_map_names_its_rows_and_its_axis(monkeypatch: pytest.MonkeyPatch) -
     rows = [history.register(f"net.{name}", ndim) for name, ndim in [("0.weight", 2), ("0.bias", 1), ("2.weight", 4)]]
     for step in range(3):
         history.add(step, rows, torch.tensor([1.0, 2.0, 3.0]).double(), torch.ones(3, dtype=torch.bool))
-    weights, vectors, bar = heat_map(history).axes  # type: ignore[attr-defined]
+    weights, vectors, bar = heat_map(history).axes
     names = [[label.get_text() for label in axes.get_yticklabels()] for axes in (weights, vectors)]
     assert names == [["net.0.weight", "net.2.weight"], ["net.0.bias"]]
     assert [axes.get_title(loc="left").split(",")[0] for axes in (weights, vectors)] == ["weights", "biases and scales"]
     assert [axes.get_xlabel() for axes in (weights, vectors, bar)] == ["", "step", ""]
-    depth = by_depth(history).axes[0]  # type: ignore[attr-defined]
+    depth = by_depth(history).axes[0]
     assert [label.get_text() for label in depth.get_xticklabels()] == ["net.0.weight", "net.2.weight"]
 
 

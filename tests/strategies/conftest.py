@@ -15,9 +15,14 @@ Runs = Callable[[str], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the checkpoints of scenarios are."""
+    return tmp_path_factory.mktemp("strategies")
+
+
+@pytest.fixture(scope="session")
+def runs(directory: Path) -> Runs:
     """Return what each process saw in a scenario, which is trained when it is asked for first, and then once."""
-    directory = tmp_path_factory.mktemp("strategies")
     done: dict[str, list[dict[str, Any]] | AssertionError] = {}
 
     def records(name: str) -> list[dict[str, Any]]:
@@ -41,14 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             raise AssertionError(f"{name} failed: see the first test that asked for it")
         return found
 
-    records.directory = directory  # type: ignore[attr-defined]
     return records
-
-
-@pytest.fixture(scope="session")
-def directory(runs: Runs) -> Path:
-    """Where the checkpoints of scenarios are."""
-    return runs.directory  # type: ignore[attr-defined]
 
 
 @pytest.fixture(autouse=True)

@@ -256,7 +256,16 @@ OF_PRODUCT = {name_of(row): scenario for row, scenario in PRODUCT.items()}
 
 # What else there is
 
-NOT_MATRICES = ("gain", "conv.bias", "up.bias", "norm.weight", "norm.bias", "tied.first.bias", "tied.second.bias", "head.bias")  # fmt: skip # noqa: E501
+NOT_MATRICES = (
+    "gain",
+    "conv.bias",
+    "up.bias",
+    "norm.weight",
+    "norm.bias",
+    "tied.first.bias",
+    "tied.second.bias",
+    "head.bias",
+)
 TIED = ("tied.first.weight", "tied.first.bias", "tied.second.weight", "tied.second.bias")
 CHOICES: dict[str, dict[str, Any]] = {
     "min_ndim": {"options": {"min_ndim": 2}, "leaves": NOT_MATRICES},

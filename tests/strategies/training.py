@@ -47,7 +47,17 @@ class Training(LightningModule):
         collectives: Number of collectives that the callback called, in each of its hooks before a step.
     """
 
-    RECORDED = ("weights", "model_weights", "scales", "metrics", "infinite", "moved", "storages", "gradients", "collectives")  # fmt: skip # noqa: E501
+    RECORDED = (
+        "weights",
+        "model_weights",
+        "scales",
+        "metrics",
+        "infinite",
+        "moved",
+        "storages",
+        "gradients",
+        "collectives",
+    )
 
     def __init__(self, name: str) -> None:
         super().__init__()
