@@ -27,13 +27,13 @@ def main(elements: int, dtype: torch.dtype) -> None:
     for chunk in gradient.split(CHUNK):
         square += (chunk.double() - mean).square_().sum().item()
     std = (square / elements) ** 0.5
-    places = torch.cat([torch.randint(elements, (100_000,), generator=generator), torch.tensor([0, elements - 1])])
-    expected = (gradient[places].double() - mean) / std
+    slots = torch.cat([torch.randint(elements, (100_000,), generator=generator), torch.tensor([0, elements - 1])])
+    expected = (gradient[slots].double() - mean) / std
     start = time.perf_counter()
     zscore_grads_(parameter)
     seconds = time.perf_counter() - start
     # Of one rounding to the type, relative to the largest value.
-    error = ((gradient[places].double() - expected).abs() / expected.abs().clamp_min(1)).max().item()
+    error = ((gradient[slots].double() - expected).abs() / expected.abs().clamp_min(1)).max().item()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     size = elements * gradient.element_size() / 2**30
     name = str(dtype).removeprefix("torch.")

@@ -17,8 +17,9 @@ from lightning_znorm.gradients import (
     GradientMethod,
     UnsupportedGradientError,
     ZScore,
-    transform_places_,
+    transform_gradients_,
 )
+from lightning_znorm.gradients.adapters.plain import optimizer_slots
 from lightning_znorm.gradients.amp import check_grad_scaler, scale_of, unscales_in_step
 from lightning_znorm.gradients.arguments import checked_flag, shown
 from lightning_znorm.gradients.errors import untested_torch
@@ -31,8 +32,7 @@ from lightning_znorm.gradients.optimizers import (
     takes_two_steps,
     wrapped_by,
 )
-from lightning_znorm.gradients.places import NumberedPlaces
-from lightning_znorm.gradients.sources import optimizer_places
+from lightning_znorm.gradients.slots import UnnamedSlots
 
 __all__ = ["attach", "centralize_grads_", "transform_grads_", "zscore_grads_"]
 
@@ -101,7 +101,7 @@ def centralize_grads_(parameters: Tensor | Iterable[Tensor], error_if_nonfinite:
     Gradients with fewer than two dimensions stay as they are. So does that of an ``(out, 1)`` weight, whose rows are
     single elements: the authors' code sets it to zero, so that such a weight never trains.
 
-    The authors' optimizers subtract the mean in several places: their SGD from the gradient with the L2 penalty in it,
+    The authors' optimizers subtract the mean in several slots: their SGD from the gradient with the L2 penalty in it,
     before momentum (in one version after it, which comes to the same), and so their ``Adam_GC`` and their later Adam
     with ``gc_loc=True``; their AdamW from the gradient alone, as here; their later Adam, by default (``gc_loc=False``),
     from the finished update. So, without an L2 penalty, all but the last centre what is centred here. With one, this
@@ -172,10 +172,10 @@ def transform_grads_(
     if not isinstance(parameters, Iterable):
         raise TypeError(f"give a parameter, or several such as model.parameters(), got {shown(parameters)}")
     error_if_nonfinite = checked_flag("error_if_nonfinite", error_if_nonfinite)
-    places = NumberedPlaces([parameters] if isinstance(parameters, Tensor) else parameters)
-    transform_places_(places, method)
+    slots = UnnamedSlots([parameters] if isinstance(parameters, Tensor) else parameters)
+    transform_gradients_(slots, method)
     if error_if_nonfinite:
-        check_finite(places)
+        check_finite(slots)
 
 
 def attach(
@@ -237,7 +237,7 @@ def attach(
     replaced = _check_optimizer(optimizer)
     if unscales_in_step(optimizer) or any(group.get("fused") for group in optimizer.param_groups):
         check_grad_scaler()
-    known = optimizer_places(optimizer).parameters
+    known = optimizer_slots(optimizer).parameters
     warned_of_no_gradient = has_run = False
 
     def transform(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -251,10 +251,10 @@ def attach(
             )
         if is_nested_step(optimizer):
             return
-        places = optimizer_places(optimizer)
-        _check_parameters(optimizer, known, places.parameters)
-        transform_places_(places, method, _loss_scale(optimizer, kwargs))
-        if not warned_of_no_gradient and all(parameter.grad is None for parameter in places.parameters):
+        slots = optimizer_slots(optimizer)
+        _check_parameters(optimizer, known, slots.parameters)
+        transform_gradients_(slots, method, _loss_scale(optimizer, kwargs))
+        if not warned_of_no_gradient and all(parameter.grad is None for parameter in slots.parameters):
             warned_of_no_gradient = True
             warnings.warn(
                 f"{type(optimizer).__name__} steps, and none of its parameters has a gradient for the attached {name}: "
@@ -265,7 +265,7 @@ def attach(
         # An optimizer that takes the scaler itself looks for inf and NaN itself, and skips the step.
         if error_if_nonfinite and kwargs.get("grad_scaler") is None:
             found_inf = getattr(optimizer, "found_inf", None)  # what the scaler hands to fused optimizers
-            check_finite(places, () if found_inf is None else (found_inf,))
+            check_finite(slots, () if found_inf is None else (found_inf,))
 
     _attached.add(optimizer)
     # Where the step is compiled, the hook is not: it looks at the call stack, and has kernels of its own.

@@ -16,13 +16,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_znorm.callbacks.step_watch import StepWatch
-from lightning_znorm.callbacks.strategies import check_strategy, gradient_source
+from lightning_znorm.callbacks.strategies import check_strategy, gradient_adapter
 from lightning_znorm.gradients import GradientMethod
+from lightning_znorm.gradients.adapters.plain import GradientAdapter
 from lightning_znorm.gradients.amp import is_unscaled, unscales_in_step
 from lightning_znorm.gradients.arguments import checked_flag
-from lightning_znorm.gradients.places import Place
 from lightning_znorm.gradients.selection import ParameterFilter
-from lightning_znorm.gradients.sources import GradientSource
+from lightning_znorm.gradients.slots import GradientSlot
 
 
 @dataclass(eq=False)
@@ -31,17 +31,17 @@ class ModelState:
 
     Attributes:
         wrapped: The strategy's model, by which to see whether it has set up another one.
-        source: Where its gradients are.
+        adapter: Where its gradients are.
         watch: Sees whether steps have an effect.
         has_lazy: Whether there are lazy layers that have not been used yet.
-        choice: Which places take part, of those that have been asked for.
+        choice: Which slots take part, of those that have been asked for.
     """
 
     wrapped: Any
-    source: GradientSource
+    adapter: GradientAdapter
     watch: StepWatch
     has_lazy: bool
-    choice: dict[Place, bool] = field(default_factory=dict)
+    choice: dict[GradientSlot, bool] = field(default_factory=dict)
 
 
 class GradientCallback(Callback, ABC):
@@ -95,8 +95,8 @@ class GradientCallback(Callback, ABC):
         optimizer: Optimizer,
         scaler: GradScaler | None,
         repeated: bool,
-    ) -> Iterable[Place] | None:
-        """Do something with the gradients: see :meth:`_places`.
+    ) -> Iterable[GradientSlot] | None:
+        """Do something with the gradients: see :meth:`_slots`.
 
         Args:
             trainer: The trainer.
@@ -107,22 +107,22 @@ class GradientCallback(Callback, ABC):
             repeated: Whether an earlier step has used them.
 
         Returns:
-            The places that have a gradient, or ``None`` if it has not looked.
+            The slots that have a gradient, or ``None`` if it has not looked.
         """
 
     def _is_served(self, optimizer: Optimizer) -> bool:
         """Whether something else does to an optimizer's gradients what this callback is for."""
         return False
 
-    def _check_places(self, trainer: pl.Trainer, source: GradientSource, places: Iterable[Place]) -> None:
+    def _check_slots(self, trainer: pl.Trainer, adapter: GradientAdapter, slots: Iterable[GradientSlot]) -> None:
         """Look at parameters before their first step, those of lazy layers once they are there.
 
         Raises:
             ValueError: If patterns on names meet a parameter without one.
         """
-        if not source.unnamed or not self._filter.needs_names:
+        if not adapter.unnamed or not self._filter.needs_names:
             return
-        if unnamed := [place for place in places if place in source.unnamed]:
+        if unnamed := [slot for slot in slots if slot in adapter.unnamed]:
             raise ValueError(
                 f"{self._name}: include={self._filter.include} and exclude={self._filter.exclude} are patterns on the "
                 f"names of the LightningModule's parameters, and an optimizer steps {len(unnamed)} that it does not "
@@ -153,7 +153,7 @@ class GradientCallback(Callback, ABC):
         model = self._model_of(trainer, pl_module)
         model.watch.start(trainer.optimizers)
         for optimizer in trainer.optimizers:
-            self._check_places(trainer, model.source, _not_lazy(model.source.places_of(optimizer)))
+            self._check_slots(trainer, model.adapter, _not_lazy(model.adapter.slots_of(optimizer)))
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -199,7 +199,7 @@ class GradientCallback(Callback, ABC):
             returned_none = automatic and not self._backward_in_batch and not repeated
             if returned_none or not unscales_in_step(optimizer):
                 return
-        if not model.source.is_complete():
+        if not model.adapter.is_complete():
             return
         found = self._before_step(trainer, model, optimizer, scaler, repeated)
         self._used_up = True
@@ -255,23 +255,23 @@ class GradientCallback(Callback, ABC):
         """The model as the strategy has set it up last; outside a run, it is not kept."""
         wrapped = trainer.strategy.model
         model = self._model
-        if model is not None and model.wrapped is wrapped and model.source.module is pl_module:
+        if model is not None and model.wrapped is wrapped and model.adapter.module is pl_module:
             return model
         if trainer.state.fn != "fit":
             self._check_strategy(trainer)
-        source = gradient_source(trainer.strategy, pl_module, self._name)
-        has_lazy = self._check_filter(source)
-        self._check_places(trainer, source, _not_lazy(source.places()))
+        adapter = gradient_adapter(trainer.strategy, pl_module, self._name)
+        has_lazy = self._check_filter(adapter)
+        self._check_slots(trainer, adapter, _not_lazy(adapter.slots()))
         watch = StepWatch(
             self._name,
             self._verb,
             self._way_out,
             self._filter,
-            source,
+            adapter,
             self._is_served,
             is_finetuned=any(map(_finetunes, getattr(trainer, "callbacks", ()))),
         )
-        model = ModelState(wrapped, source, watch, has_lazy)
+        model = ModelState(wrapped, adapter, watch, has_lazy)
         if trainer is self._trainer:
             if self._model is not None:  # in the middle of a training
                 self._model.watch.close()
@@ -279,27 +279,27 @@ class GradientCallback(Callback, ABC):
             self._model = model
         return model
 
-    def _check_filter(self, source: GradientSource) -> bool:
+    def _check_filter(self, adapter: GradientAdapter) -> bool:
         """Raise for a filter that does not fit the model; return whether lazy layers may change that."""
-        places = list(source.places())
+        slots = list(adapter.slots())
         try:
-            self._filter.check(places)
+            self._filter.check(slots)
         except ValueError as error:
             raise ValueError(f"{self._name}: {error}") from None
-        return any(place.ndim is None for place in places)
+        return any(slot.ndim is None for slot in slots)
 
-    def _places(self, trainer: pl.Trainer, model: ModelState, optimizer: Optimizer) -> list[Place]:
+    def _slots(self, trainer: pl.Trainer, model: ModelState, optimizer: Optimizer) -> list[GradientSlot]:
         """Where the gradients are that the optimizer is about to use, and that take part."""
-        places = list(model.source.places_of(optimizer))
+        slots = list(model.adapter.slots_of(optimizer))
         choice = model.choice
-        if new := [place for place in places if place not in choice]:
+        if new := [slot for slot in slots if slot not in choice]:
             if model.has_lazy:
-                model.has_lazy = self._check_filter(model.source)
-            choice |= {place: self._filter.matches(place) for place in new}
-            self._check_places(trainer, model.source, _not_lazy(new))
+                model.has_lazy = self._check_filter(model.adapter)
+            choice |= {slot: self._filter.matches(slot) for slot in new}
+            self._check_slots(trainer, model.adapter, _not_lazy(new))
             # A lazy layer that has not been used yet is asked for again.
-            model.choice = {place: is_chosen for place, is_chosen in choice.items() if place.ndim is not None}
-        return [place for place in places if choice[place]]
+            model.choice = {slot: is_chosen for slot, is_chosen in choice.items() if slot.ndim is not None}
+        return [slot for slot in slots if choice[slot]]
 
 
 def _warn_of_other_package(callback: str) -> None:
@@ -313,9 +313,9 @@ def _warn_of_other_package(callback: str) -> None:
         )
 
 
-def _not_lazy(places: Iterable[Place]) -> list[Place]:
-    """The places of parameters that are there, of which alone it is known whether they take part."""
-    return [place for place in places if place.ndim is not None]
+def _not_lazy(slots: Iterable[GradientSlot]) -> list[GradientSlot]:
+    """The slots of parameters that are there, of which alone it is known whether they take part."""
+    return [slot for slot in slots if slot.ndim is not None]
 
 
 def _skips_backward(trainer: pl.Trainer) -> bool:

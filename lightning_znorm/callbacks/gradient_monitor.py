@@ -22,8 +22,8 @@ from lightning_znorm.callbacks.step_watch import unwrapped
 from lightning_znorm.gradients import GradientMethod, ZScore
 from lightning_znorm.gradients.amp import scale_of
 from lightning_znorm.gradients.arguments import checked_flag, checked_number, shown
-from lightning_znorm.gradients.measure import measure_places
-from lightning_znorm.gradients.places import Place
+from lightning_znorm.gradients.measure import measure_gradients
+from lightning_znorm.gradients.slots import GradientSlot
 from lightning_znorm.gradients.summary import GradientSummary
 
 
@@ -176,10 +176,10 @@ class GradientMonitor(GradientCallback):
             self._history = SigmaHistory()
         model = self._model_of(trainer, pl_module)
         owners = _owners(trainer, model)
-        for place in model.source.places():  # in the model's order, which an optimizer's need not be
-            if self._filter.matches(place):
-                for number in owners[place.names[0]] or [0]:
-                    self._history.register(_row(place, owners, number), place.ndim or 0)
+        for slot in model.adapter.slots():  # in the model's order, which an optimizer's need not be
+            if self._filter.matches(slot):
+                for number in owners[slot.names[0]] or [0]:
+                    self._history.register(_row(slot, owners, number), slot.ndim or 0)
         self._steps_before, self._has_warned = _step(trainer), False
         if not self._history.steps and not _is_trial(trainer):
             self._warn_of_few_steps(trainer)
@@ -215,7 +215,7 @@ class GradientMonitor(GradientCallback):
         optimizer: Optimizer,
         scaler: GradScaler | None,
         repeated: bool,
-    ) -> Iterable[Place] | None:
+    ) -> Iterable[GradientSlot] | None:
         logs = trainer._logger_connector.should_update_logs or _is_trial(trainer)
         if repeated or not logs or not self._is_training(trainer):
             return None
@@ -224,27 +224,27 @@ class GradientMonitor(GradientCallback):
         if number in self._shown:
             return None
         self._shown.add(number)
-        places, stats = measure_places(
-            self._places(trainer, model, optimizer), model.source.loss_scale() if scaler is None else scale_of(scaler)
+        slots, stats = measure_gradients(
+            self._slots(trainer, model, optimizer), model.adapter.loss_scale() if scaler is None else scale_of(scaler)
         )
         summary = GradientSummary(stats, self.eps)
         step = _step(trainer)
         owners = _owners(trainer, model)
-        rows = [self._history.register(_row(place, owners, number), place.ndim or 0) for place in places]
+        rows = [self._history.register(_row(slot, owners, number), slot.ndim or 0) for slot in slots]
         ratio = self._history.add(step, rows, summary.sigma, summary.is_finite)
         infix = f"/{number}" if len(optimizers) > 1 else ""
         metrics = {f"{self.prefix}{infix}/{name}": value for name, value in self._aggregates(summary, ratio).items()}
         if self.per_parameter:
             for name, values in _of_each(summary, ratio).items():
-                for place, value in zip(places, values.tolist(), strict=True):
-                    own = place.names[0]
+                for slot, value in zip(slots, values.tolist(), strict=True):
+                    own = slot.names[0]
                     metrics[f"{self.prefix}_{name}{infix if len(owners[own]) > 1 else ''}/{own}"] = value
         trainer.callback_metrics.update(
             {name: torch.tensor(value, dtype=torch.float32) for name, value in metrics.items()}
         )
         for logger in trainer.loggers:
             logger.log_metrics(metrics=metrics, step=step)  # by the names that Lightning's own calls use
-        return places
+        return slots
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -319,15 +319,15 @@ def _owners(trainer: pl.Trainer, model: ModelState) -> defaultdict[str, list[int
     """
     owners: defaultdict[str, list[int]] = defaultdict(list)
     for number, optimizer in enumerate(map(unwrapped, trainer.optimizers)):
-        for place in model.source.places_of(optimizer):
-            if number not in owners[place.names[0]]:
-                owners[place.names[0]].append(number)
+        for slot in model.adapter.slots_of(optimizer):
+            if number not in owners[slot.names[0]]:
+                owners[slot.names[0]].append(number)
     return owners
 
 
-def _row(place: Place, owners: defaultdict[str, list[int]], number: int) -> str:
+def _row(slot: GradientSlot, owners: defaultdict[str, list[int]], number: int) -> str:
     """What a parameter is called in the pictures."""
-    name = place.names[0]
+    name = slot.names[0]
     return f"{name} (optimizer {number})" if len(owners[name]) > 1 else name
 
 

@@ -17,14 +17,14 @@ from lightning_znorm.callbacks.gradient_callback import GradientCallback, ModelS
 from lightning_znorm.callbacks.gradient_monitor import GradientMonitor
 from lightning_znorm.callbacks.overlap import is_same_method, shared_names
 from lightning_znorm.functional import is_attached
-from lightning_znorm.gradients import GradientMethod, transform_places_
+from lightning_znorm.gradients import GradientMethod, transform_gradients_
+from lightning_znorm.gradients.adapters.plain import GradientAdapter
 from lightning_znorm.gradients.amp import found_inf, take_over_scale_
 from lightning_znorm.gradients.arguments import checked_flag
 from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.methods import describe
 from lightning_znorm.gradients.optimizers import takes_two_steps, wrapped_by
-from lightning_znorm.gradients.places import Place
-from lightning_znorm.gradients.sources import GradientSource
+from lightning_znorm.gradients.slots import GradientSlot
 
 
 class GradientTransform(GradientCallback):
@@ -179,19 +179,19 @@ class GradientTransform(GradientCallback):
         return any(map(is_attached, (optimizer, *wrapped_by(optimizer))))
 
     @override
-    def _check_places(self, trainer: pl.Trainer, source: GradientSource, places: Iterable[Place]) -> None:
+    def _check_slots(self, trainer: pl.Trainer, adapter: GradientAdapter, slots: Iterable[GradientSlot]) -> None:
         """Look also at what callbacks before this one do to the same parameters.
 
         Raises:
             MisconfigurationException: If it is the same.
         """
-        places = list(places)
-        super()._check_places(trainer, source, places)
+        slots = list(slots)
+        super()._check_slots(trainer, adapter, slots)
         callbacks: Any = getattr(trainer, "callbacks", ())
         for other in takewhile(lambda callback: callback is not self, callbacks):
             if not isinstance(other, GradientTransform):
                 continue
-            shared = shared_names(self._filter, other._filter, places)
+            shared = shared_names(self._filter, other._filter, slots)
             if not shared:
                 continue
             listed = shared[0] + (f" and {len(shared) - 1} more" if len(shared) > 1 else "")
@@ -216,16 +216,16 @@ class GradientTransform(GradientCallback):
         optimizer: Optimizer,
         scaler: GradScaler | None,
         repeated: bool,
-    ) -> Iterable[Place] | None:
-        loss_scale = model.source.loss_scale() if scaler is None else take_over_scale_(scaler, optimizer)
-        places = self._places(trainer, model, optimizer)
+    ) -> Iterable[GradientSlot] | None:
+        loss_scale = model.adapter.loss_scale() if scaler is None else take_over_scale_(scaler, optimizer)
+        slots = self._slots(trainer, model, optimizer)
         if repeated:
-            for place in places:
-                place.drop()
+            for slot in slots:
+                slot.clear()
             return None
-        grads = transform_places_(places, self.method, loss_scale)
+        grads = transform_gradients_(slots, self.method, loss_scale)
         # Where the optimizer divides by a scale itself, it also looks for inf and NaN itself, and skips the step.
         if self.error_if_nonfinite and loss_scale is None:
             own_scaler = getattr(trainer.precision_plugin, "scaler", None)
-            check_finite(model.source.places_of(optimizer), found_inf(own_scaler, optimizer), trainer.global_step)
-        return (place for place, grad in zip(places, grads, strict=True) if grad is not None)
+            check_finite(model.adapter.slots_of(optimizer), found_inf(own_scaler, optimizer), trainer.global_step)
+        return (slot for slot, grad in zip(slots, grads, strict=True) if grad is not None)

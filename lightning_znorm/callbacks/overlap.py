@@ -5,13 +5,13 @@ from functools import partial
 from typing import Any
 
 from lightning_znorm.gradients import AffineMethod, GradientMethod
-from lightning_znorm.gradients.places import Place
 from lightning_znorm.gradients.selection import ParameterFilter
+from lightning_znorm.gradients.slots import GradientSlot
 
 
-def shared_names(first: ParameterFilter, second: ParameterFilter, places: Iterable[Place]) -> list[str]:
+def shared_names(first: ParameterFilter, second: ParameterFilter, slots: Iterable[GradientSlot]) -> list[str]:
     """The names of the parameters that two filters choose, one for each parameter."""
-    return [place.names[0] for place in places if first.matches(place) and second.matches(place)]
+    return [slot.names[0] for slot in slots if first.matches(slot) and second.matches(slot)]
 
 
 def is_same_method(first: GradientMethod, second: GradientMethod) -> bool:

@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_znorm.functional import attached_optimizers
+from lightning_znorm.gradients.adapters.plain import GradientAdapter, clean_name
 from lightning_znorm.gradients.optimizers import is_nested_step
-from lightning_znorm.gradients.places import ParameterPlace, Place
 from lightning_znorm.gradients.selection import ParameterFilter
-from lightning_znorm.gradients.sources import GradientSource, clean_name
+from lightning_znorm.gradients.slots import GradientSlot, ParameterSlot
 
 FIRST_STEPS = 10
 """So many steps of an optimizer without an effect are no accident; fewer, if the epoch ends before."""
@@ -70,7 +70,7 @@ class StepWatch:
         verb: What the callback does, such as "transformed".
         way_out: What to do about steps that bypass Lightning.
         choice: Which parameters take part.
-        source: Where their gradients are.
+        adapter: Where their gradients are.
         is_served: Whether an optimizer that bypasses Lightning gets what the callback does in another way.
         is_finetuned: Whether parameters that do not train now are going to.
     """
@@ -81,7 +81,7 @@ class StepWatch:
         verb: str,
         way_out: str,
         choice: ParameterFilter,
-        source: GradientSource,
+        adapter: GradientAdapter,
         is_served: Callable[[Optimizer], bool],
         is_finetuned: bool,
     ) -> None:
@@ -90,7 +90,7 @@ class StepWatch:
         self._verb = verb
         self._way_out = way_out
         self._choice = choice
-        self._source = source
+        self._adapter = adapter
         self._is_served = is_served
         self._is_finetuned = is_finetuned
         self._steps: dict[Any, _Steps] = {}
@@ -98,7 +98,7 @@ class StepWatch:
         self._unmet = list(choice.include)
         # By the parameter's id, in this epoch: those for which Lightning's hook has not been called; which of them have
         # had a gradient; and which have been written in a batch.
-        self._unstepped: dict[int, ParameterPlace] = {}
+        self._unstepped: dict[int, ParameterSlot] = {}
         self._had_gradient: set[int] = set()
         self._written: set[int] = set()
         self._versions: dict[int, int] = {}
@@ -107,7 +107,7 @@ class StepWatch:
     def start(self, optimizers: Iterable[Any]) -> None:
         """Watch the optimizers of a training, and warn if they step nothing."""
         self.watch(optimizers)
-        if not any(True for optimizer in self._steps for _ in self._source.places_of(optimizer)):
+        if not any(True for optimizer in self._steps for _ in self._adapter.slots_of(optimizer)):
             self._unmet = []
             if not self._is_finetuned:
                 self._warn(
@@ -144,26 +144,26 @@ class StepWatch:
         self._had_gradient, self._written = set(), set()
         self._unstepped = {}
         if self._looks_for_written:
-            own = (place for place in self._source.places() if self._choice.matches(place))
-            for place in (*own, *self._places_of(*self._steps)):
-                if isinstance(place, ParameterPlace) and _counts_writes(place):
-                    self._unstepped[id(place.parameter)] = place
+            own = (slot for slot in self._adapter.slots() if self._choice.matches(slot))
+            for slot in (*own, *self._slots_of(*self._steps)):
+                if isinstance(slot, ParameterSlot) and _counts_writes(slot):
+                    self._unstepped[id(slot.parameter)] = slot
 
     def start_batch(self) -> None:
         """Begin a batch, before which parameters may have been written by others than optimizers."""
-        self._versions = {number: place.parameter._version for number, place in self._unstepped.items()}
+        self._versions = {number: slot.parameter._version for number, slot in self._unstepped.items()}
 
     def end_batch(self) -> None:
         """Look at which parameters have been written in a batch."""
         self.look_for_gradients()
-        for number, place in self._unstepped.items():
-            if self._versions.get(number, place.parameter._version) != place.parameter._version:
+        for number, slot in self._unstepped.items():
+            if self._versions.get(number, slot.parameter._version) != slot.parameter._version:
                 self._written.add(number)
 
     def look_for_gradients(self) -> None:
         """Take note of gradients before something uses them."""
-        for number, place in self._unstepped.items():
-            if place.parameter.grad is not None:
+        for number, slot in self._unstepped.items():
+            if slot.parameter.grad is not None:
                 self._had_gradient.add(number)
 
     def end_epoch(self) -> None:
@@ -175,11 +175,11 @@ class StepWatch:
         served = [one for one in (*self._steps, *attached_optimizers()) if self._is_served(one)]
         for optimizer in (*told, *served):
             missed -= {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        places = [place for number, place in self._unstepped.items() if number in missed]
-        if places and self._looks_for_written:
+        slots = [slot for number, slot in self._unstepped.items() if number in missed]
+        if slots and self._looks_for_written:
             self._looks_for_written = False
             self._warn(
-                f"{_count(len(places), 'parameter')} ({_listed([place.names[0] for place in places], 1)}) changed in "
+                f"{_count(len(slots), 'parameter')} ({_listed([slot.names[0] for slot in slots], 1)}) changed in "
                 "this epoch without a step that Lightning knows of. Nothing is amiss if they are bounded, averaged or "
                 "copied from others; but if an optimizer changed them, it did so with gradients that were not "
                 f"{self._verb}. {self._way_out}"
@@ -189,14 +189,14 @@ class StepWatch:
         """Take note that Lightning has called its hook."""
         steps = self._steps.get(optimizer)
         if steps is None or not steps.is_hooked_in_epoch:  # one that has been put in within the epoch is not known yet
-            for place in self._source.places_of(optimizer):
-                if isinstance(place, ParameterPlace):
-                    self._unstepped.pop(id(place.parameter), None)
+            for slot in self._adapter.slots_of(optimizer):
+                if isinstance(slot, ParameterSlot):
+                    self._unstepped.pop(id(slot.parameter), None)
         if steps is not None:
             steps.is_hooked = steps.is_hooked_in_epoch = steps.is_ever_hooked = True
         self.look_for_gradients()
 
-    def search(self, optimizer: Any, found: Iterable[Place], may_miss_backwards: bool) -> None:
+    def search(self, optimizer: Any, found: Iterable[GradientSlot], may_miss_backwards: bool) -> None:
         """Take note of what has been found before a step.
 
         Args:
@@ -216,7 +216,7 @@ class StepWatch:
         else:
             steps.is_settled = True
             # Not those that the module does not register, which may be copies with gradients of the step before.
-            names = [place.names for place in found if place not in self._source.unnamed]
+            names = [slot.names for slot in found if slot not in self._adapter.unnamed]
             self._unmet = [
                 pattern for pattern in self._unmet if not any(self._choice.includes(own, pattern) for own in names)
             ]
@@ -254,7 +254,7 @@ class StepWatch:
         if not self._unmet or all(steps.searched < least for steps in self._steps.values()):
             return
         # An optimizer that has not stepped often enough may still find what a pattern is about.
-        waiting = _names(self._places_of(*(one for one, steps in self._steps.items() if steps.searched < least)))
+        waiting = _names(self._slots_of(*(one for one, steps in self._steps.items() if steps.searched < least)))
         for pattern in list(self._unmet):
             self._check_pattern(pattern, waiting)
 
@@ -264,7 +264,7 @@ class StepWatch:
         for optimizer, steps in self._steps.items():
             if steps.missed and not steps.is_reported:
                 steps.is_reported = True
-                if self._places_of(optimizer) and not self._is_served(optimizer):
+                if self._slots_of(optimizer) and not self._is_served(optimizer):
                     names.append(steps.name)
                     times = max(times, steps.missed)
         if names:
@@ -275,22 +275,22 @@ class StepWatch:
             )
 
     def _check_optimizer(self, optimizer: Any, steps: _Steps) -> None:
-        chosen = self._places_of(optimizer)
+        chosen = self._slots_of(optimizer)
         reason = self._reason(chosen)
         if reason is not None:
             self._unmet, self._looks_for_written = [], False
             self._warn(
                 f"in the first {_count(steps.searched, 'step')} of {steps.name}, none of its "
-                f"{_count(len(chosen), 'chosen parameter')} ({_listed([place.names[0] for place in chosen], 1)}) had a "
+                f"{_count(len(chosen), 'chosen parameter')} ({_listed([slot.names[0] for slot in chosen], 1)}) had a "
                 f"gradient before the step that could be {self._verb}. {reason}"
             )
         steps.is_settled = reason is not None or not chosen
 
     def _check_pattern(self, pattern: str, waiting: set[str]) -> None:
         chosen = [
-            place
-            for place in self._source.places()
-            if self._choice.matches(place) and self._choice.includes(place.names, pattern)
+            slot
+            for slot in self._adapter.slots()
+            if self._choice.matches(slot) and self._choice.includes(slot.names, pattern)
         ]
         reason = self._reason(chosen)
         if chosen and (reason is None or waiting & _names(chosen)):
@@ -301,17 +301,17 @@ class StepWatch:
             searched = max(steps.searched for steps in self._steps.values())
             self._warn(
                 f"in the first {_count(searched, 'step')}, none of the {_count(len(chosen), 'parameter')} that are "
-                f"chosen by the pattern {pattern!r} ({_listed([place.names[0] for place in chosen], 1)}) had a "
+                f"chosen by the pattern {pattern!r} ({_listed([slot.names[0] for slot in chosen], 1)}) had a "
                 f"gradient before the step that could be {self._verb}. {reason}"
             )
 
-    def _reason(self, chosen: Sequence[Place]) -> str | None:
+    def _reason(self, chosen: Sequence[GradientSlot]) -> str | None:
         """Why parameters have no gradients; ``None`` if they are no reason to warn, because they train later."""
-        named = self._source.module.named_parameters(remove_duplicate=False)
+        named = self._adapter.module.named_parameters(remove_duplicate=False)
         frozen = {clean_name(name) for name, parameter in named if not parameter.requires_grad}
-        stepped = _names(place for optimizer in self._steps for place in self._source.places_of(optimizer))
-        are_frozen = [not frozen.isdisjoint(place.names) for place in chosen]
-        are_left_out = [stepped.isdisjoint(place.names) for place in chosen]
+        stepped = _names(slot for optimizer in self._steps for slot in self._adapter.slots_of(optimizer))
+        are_frozen = [not frozen.isdisjoint(slot.names) for slot in chosen]
+        are_left_out = [stepped.isdisjoint(slot.names) for slot in chosen]
         if not all(one or other for one, other in zip(are_frozen, are_left_out, strict=True)):
             return f"{_OUT_OF_REACH} If the optimizer is an ordinary one, the loss does not depend on these parameters."
         if not chosen or self._is_finetuned:
@@ -323,23 +323,23 @@ class StepWatch:
             what = left_out_text
         else:
             what = f"{frozen_text} or {left_out_text}"
-        if all(are_left_out) and self._source.unnamed:
+        if all(are_left_out) and self._adapter.unnamed:
             return f"They are {what}, but others are that the LightningModule does not register. {_OUT_OF_REACH}"
         return f"They are {what}: choose parameters that train, unless these do later."
 
     def _has_gradients(self) -> bool:
         """Whether the model has gradients, of whatever parameter."""
-        return any(parameter.grad is not None for parameter in self._source.module.parameters())
+        return any(parameter.grad is not None for parameter in self._adapter.module.parameters())
 
     def _has_chosen_gradients(self, optimizer: Any) -> bool:
         """Whether an optimizer has gradients of chosen parameters; taken for granted where they are sharded."""
-        places = self._places_of(optimizer)
-        return any(not isinstance(place, ParameterPlace) or place.parameter.grad is not None for place in places)
+        slots = self._slots_of(optimizer)
+        return any(not isinstance(slot, ParameterSlot) or slot.parameter.grad is not None for slot in slots)
 
-    def _places_of(self, *optimizers: Any) -> list[Place]:
-        """The chosen places of optimizers."""
-        places = (place for optimizer in optimizers for place in self._source.places_of(optimizer))
-        return [place for place in places if self._choice.matches(place)]
+    def _slots_of(self, *optimizers: Any) -> list[GradientSlot]:
+        """The chosen slots of optimizers."""
+        slots = (slot for optimizer in optimizers for slot in self._adapter.slots_of(optimizer))
+        return [slot for slot in slots if self._choice.matches(slot)]
 
     def _warn(self, message: str) -> None:
         rank_zero_warn(f"{self._callback}: {message}")
@@ -352,13 +352,13 @@ def unwrapped(optimizer: Any) -> Any:
     return optimizer.optimizer if is_wrapper else optimizer
 
 
-def _counts_writes(place: ParameterPlace) -> bool:
+def _counts_writes(slot: ParameterSlot) -> bool:
     """Whether a parameter trains, and torch counts how often it has been written."""
-    return place.ndim is not None and place.parameter.requires_grad and not place.parameter.is_inference()
+    return slot.ndim is not None and slot.parameter.requires_grad and not slot.parameter.is_inference()
 
 
-def _names(places: Iterable[Place]) -> set[str]:
-    return {name for place in places for name in place.names}
+def _names(slots: Iterable[GradientSlot]) -> set[str]:
+    return {name for slot in slots for name in slot.names}
 
 
 def _count(number: int, noun: str) -> str:

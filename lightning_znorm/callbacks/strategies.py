@@ -7,10 +7,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_znorm.gradients import AffineMethod, GradientMethod
+from lightning_znorm.gradients.adapters.plain import GradientAdapter
 from lightning_znorm.gradients.amp import check_grad_scaler
 from lightning_znorm.gradients.methods import describe
-from lightning_znorm.gradients.places import dtensor_support
-from lightning_znorm.gradients.sources import GradientSource
+from lightning_znorm.gradients.slots import dtensor_support
 
 # By name, because lightning.pytorch and pytorch_lightning each have their own classes. Not by isinstance, because
 # DeepSpeedStrategy is a DDPStrategy, and a subclass could do anything with the gradients.
@@ -44,7 +44,7 @@ def check_strategy(strategy: Any, callback: str, method: GradientMethod, allow_u
         )
 
 
-def gradient_source(strategy: Any, module: LightningModule, callback: str) -> GradientSource:
+def gradient_adapter(strategy: Any, module: LightningModule, callback: str) -> GradientAdapter:
     """Where a strategy keeps the gradients of a module, once it has set up its model.
 
     Raises:
@@ -56,21 +56,21 @@ def gradient_source(strategy: Any, module: LightningModule, callback: str) -> Gr
         check_grad_scaler()
     family = _family(strategy)
     if family == "FSDPStrategy":
-        from lightning_znorm.gradients.fsdp1 import FSDP1Source
+        from lightning_znorm.gradients.adapters.fsdp1 import FSDP1Adapter
 
-        return FSDP1Source(module, strategy.model)
+        return FSDP1Adapter(module, strategy.model)
     if family == "DeepSpeedStrategy":
         if strategy.model is None or strategy.model is module:
             raise RuntimeError(
                 f"{callback}.on_before_optimizer_step was called, and {type(strategy).__name__} has no engine for the "
                 "model, where its gradients would be: step optimizers between `on_fit_start` and `on_fit_end` only"
             )
-        from lightning_znorm.gradients.deepspeed import DeepSpeedSource
+        from lightning_znorm.gradients.adapters.deepspeed import DeepSpeedAdapter
 
-        return DeepSpeedSource(module, strategy.model)
+        return DeepSpeedAdapter(module, strategy.model)
     if family == "ModelParallelStrategy":
         dtensor_support()
-    return GradientSource(module)
+    return GradientAdapter(module)
 
 
 def _family(strategy: Any) -> str | None:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_znorm.gradients.errors import NonFiniteGradientError, UnsupportedGradientError
 from lightning_znorm.gradients.kernels.sharded import reachable_device
-from lightning_znorm.gradients.places import Place
 from lightning_znorm.gradients.shards import Shard
+from lightning_znorm.gradients.slots import GradientSlot
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -19,16 +19,16 @@ _NAMED = 5  # so many parameters are named in the message
 
 
 @torch.no_grad()
-def check_finite(places: Iterable[Place], found_inf: Iterable[Tensor] = (), step: int | None = None) -> None:
+def check_finite(slots: Iterable[GradientSlot], found_inf: Iterable[Tensor] = (), step: int | None = None) -> None:
     """Raises if gradients that an optimizer is about to use hold an inf or NaN.
 
     One pass over the gradients, and one wait for the device. Where gradients are sharded, the processes that hold their
     parts exchange a number for each parameter and all come to the same answer, so that none is left waiting: they must
-    call this with the same places in the same order. Gradients that cannot be normalized, such as sparse ones, are
+    call this with the same slots in the same order. Gradients that cannot be normalized, such as sparse ones, are
     passed over.
 
     Args:
-        places: Where the gradients are.
+        slots: Where the gradients are.
         found_inf: What a ``GradScaler`` has found in these gradients, scalar tensors that are the same on all
             processes; if one is not zero, the scaler is going to skip the step, and nothing is raised.
         step: Number of the step, for the message.
@@ -40,16 +40,16 @@ def check_finite(places: Iterable[Place], found_inf: Iterable[Tensor] = (), step
     parts: list[Tensor | None] = []
     groups: dict[ProcessGroup, None] = {}
     device: torch.device | None = None
-    for place in places:
+    for slot in slots:
         try:
-            found = place.find()
+            found = slot.read()
         except UnsupportedGradientError:
             continue
         if isinstance(found, Shard):
             groups |= dict.fromkeys(found.holders)
         if device is None and found is not None:
             device = found.device
-        names.append(place.names[0])
+        names.append(slot.names[0])
         parts.append(found.local if isinstance(found, Shard) else found)
     if device is None:
         return

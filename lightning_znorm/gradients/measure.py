@@ -6,36 +6,38 @@ import torch
 from torch import Tensor
 
 from lightning_znorm.gradients.kernels import measure_shards
-from lightning_znorm.gradients.places import Place, find_all
 from lightning_znorm.gradients.shards import Shard, whole_shard
+from lightning_znorm.gradients.slots import GradientSlot, read_gradients
 from lightning_znorm.gradients.statistics import ROUNDING_UNITS, Statistics
 
 
 @torch.no_grad()
-def measure_places(places: Iterable[Place], loss_scale: Tensor | None = None) -> tuple[list[Place], Statistics]:
-    """Takes the statistics of the whole gradients at some places, and brings them to the host in one copy.
+def measure_gradients(
+    slots: Iterable[GradientSlot], loss_scale: Tensor | None = None
+) -> tuple[list[GradientSlot], Statistics]:
+    """Takes the statistics of the whole gradients at some slots, and brings them to the host in one copy.
 
-    Where gradients are sharded, all processes that hold a part must call this with the same places in the same order:
+    Where gradients are sharded, all processes that hold a part must call this with the same slots in the same order:
     they exchange two small sums for each process group, however many gradients there are.
 
     Args:
-        places: Where the gradients are.
+        slots: Where the gradients are.
         loss_scale: Factor by which they are larger than the true ones, a scalar tensor; the statistics are those of
             the true ones.
 
     Returns:
-        The places that have a gradient, and its statistics: an entry for each, in their order, in float64 on the CPU. A
+        The slots that have a gradient, and its statistics: an entry for each, in their order, in float64 on the CPU. A
         deviation within the rounding of the mean is zero. An inf or NaN anywhere in a gradient, or squared deviations
         that overflow in the gradient's type, leave a mean or a deviation that is not finite.
 
     Raises:
         UnsupportedGradientError: If a gradient is sparse, of 8 bits, or cannot be put together from the processes.
     """
-    places = list(places)
-    found: dict[Shard, Place] = {}
-    for place, grad in zip(places, find_all(places), strict=True):
+    slots = list(slots)
+    found: dict[Shard, GradientSlot] = {}
+    for slot, grad in zip(slots, read_gradients(slots), strict=True):
         if grad is not None and grad.shape.numel() > 0:
-            found[grad if isinstance(grad, Shard) else whole_shard(grad)] = place
+            found[grad if isinstance(grad, Shard) else whole_shard(grad)] = slot
     if not found:
         return [], Statistics(*(torch.zeros(0, dtype=torch.float64) for _ in range(3)))
     shards, mean, m2 = measure_shards(found)
@@ -51,7 +53,7 @@ def measure_places(places: Iterable[Place], loss_scale: Tensor | None = None) ->
     count = torch.tensor([float(shard.shape.numel()) for shard in shards], dtype=torch.float64)
     rounding = ROUNDING_UNITS * torch.tensor([_unit(shard) for shard in shards], dtype=torch.float64) * mean.abs()
     m2 = m2.masked_fill((m2 / count).sqrt() <= rounding, 0.0)
-    # Back into the order of the places.
+    # Back into the order of the slots.
     number = {shard: index for index, shard in enumerate(shards)}
     order = torch.tensor([number[shard] for shard in found])
     return list(found.values()), Statistics(count[order], mean[order], m2[order])

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from lightning_znorm.gradients.arguments import checked_count, checked_patterns
-from lightning_znorm.gradients.places import Place
+from lightning_znorm.gradients.slots import GradientSlot
 
 
 class ParameterFilter:
@@ -30,10 +30,10 @@ class ParameterFilter:
         self.exclude = checked_patterns("exclude", exclude)
         self.min_ndim = checked_count("min_ndim", min_ndim)
 
-    def matches(self, place: Place) -> bool:
+    def matches(self, slot: GradientSlot) -> bool:
         """Whether a parameter is chosen; a shared one is, if one of its names is included and none excluded."""
-        large = place.ndim is None or place.ndim >= self.min_ndim
-        return large and _any_match(place.names, self.include) and not _any_match(place.names, self.exclude)
+        large = slot.ndim is None or slot.ndim >= self.min_ndim
+        return large and _any_match(slot.names, self.include) and not _any_match(slot.names, self.exclude)
 
     def includes(self, names: Iterable[str], pattern: str) -> bool:
         """Whether one of the names of a parameter matches an ``include`` pattern."""
@@ -44,14 +44,14 @@ class ParameterFilter:
         """Whether the choice depends on the names of parameters: the default patterns choose whatever they are."""
         return "*" not in self.include or bool(self.exclude)
 
-    def check(self, places: Iterable[Place]) -> None:
+    def check(self, slots: Iterable[GradientSlot]) -> None:
         """Raises for a filter that does not fit a model.
 
         Raises:
             ValueError: If a pattern matches no parameter at all, or no parameter is chosen.
         """
-        places = list(places)
-        names = [name for place in places for name in place.names]
+        slots = list(slots)
+        names = [name for slot in slots for name in slot.names]
         for pattern in [*self.include, *self.exclude]:
             if not _any_match(names, [pattern]):
                 nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
@@ -59,7 +59,7 @@ class ParameterFilter:
                     f"the pattern {pattern!r} matches none of the model's {len(names)} parameters; "
                     f"the nearest names are {', '.join(nearest)}"
                 )
-        if not any(self.matches(place) for place in places):
+        if not any(self.matches(slot) for slot in slots):
             raise ValueError(
                 f"include={self.include}, exclude={self.exclude} and min_ndim={self.min_ndim} together leave none of "
                 f"the model's {len(names)} parameters"

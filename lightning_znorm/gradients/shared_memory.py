@@ -15,7 +15,7 @@ from lightning_znorm.gradients.errors import UnsupportedGradientError
 from lightning_znorm.gradients.shards import Shard
 
 if TYPE_CHECKING:
-    from lightning_znorm.gradients.places import Place
+    from lightning_znorm.gradients.slots import GradientSlot
 
 
 def may_share_memory(wholes: Sequence[Tensor], shards: Sequence[Shard]) -> bool:
@@ -40,7 +40,7 @@ def may_share_memory(wholes: Sequence[Tensor], shards: Sequence[Shard]) -> bool:
 
 
 def each_memory_once(
-    places: Iterable["Place"], grads: Sequence[Tensor | Shard | None]
+    slots: Iterable["GradientSlot"], grads: Sequence[Tensor | Shard | None]
 ) -> tuple[list[Tensor], list[Shard]]:
     """The whole gradients and the shards to rewrite, if no element is to be rewritten twice.
 
@@ -48,8 +48,8 @@ def each_memory_once(
     them.
 
     Args:
-        places: Where the gradients are, to name them.
-        grads: The gradients at these places.
+        slots: Where the gradients are, to name them.
+        grads: The gradients at these slots.
 
     Raises:
         UnsupportedGradientError: If other gradients have elements in common.
@@ -66,13 +66,13 @@ def each_memory_once(
         if first == number:
             continue
         if not _are_the_same(grads[first], grad):
-            raise _overlap(places, first, number)
+            raise _overlap(slots, first, number)
         # All ranks need an entry of the statistics for each shard, so the second one is rewritten elsewhere.
         once[number] = replace(grad, local=tensor.clone()) if isinstance(grad, Shard) else None
     for layouts in by_storage.values():
         if len(layouts) > 1 and (pair := _overlapping(tuple(layouts))):
             first, second = (list(layouts.values())[index] for index in pair)
-            raise _overlap(places, first, second)
+            raise _overlap(slots, first, second)
     return [grad for grad in once if isinstance(grad, Tensor)], [grad for grad in once if isinstance(grad, Shard)]
 
 
@@ -161,8 +161,8 @@ def _are_the_same(first: Tensor | Shard | None, second: Tensor | Shard | None) -
     )
 
 
-def _overlap(places: Iterable["Place"], first: int, second: int) -> UnsupportedGradientError:
-    names = [place.names[0] for place in places]
+def _overlap(slots: Iterable["GradientSlot"], first: int, second: int) -> UnsupportedGradientError:
+    names = [slot.names[0] for slot in slots]
     return UnsupportedGradientError(
         f"the gradients of {names[first]} and {names[second]} overlap in memory, so that what a method makes of one "
         "would change the other: give each memory of its own first (`parameter.grad = parameter.grad.clone()`)"

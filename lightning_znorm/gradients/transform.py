@@ -8,27 +8,27 @@ from torch import Tensor
 from lightning_znorm.gradients.errors import UnsupportedGradientError
 from lightning_znorm.gradients.kernels import affine_shards_, affine_wholes_
 from lightning_znorm.gradients.methods import AffineMethod, GradientMethod, describe
-from lightning_znorm.gradients.places import NumberedPlaces, Place, find_all
 from lightning_znorm.gradients.shards import Shard, whole_shard
 from lightning_znorm.gradients.shared_memory import each_memory_once, may_share_memory
+from lightning_znorm.gradients.slots import GradientSlot, UnnamedSlots, read_gradients
 
 
 @torch.no_grad()
-def transform_places_(
-    places: Iterable[Place], method: GradientMethod, loss_scale: Tensor | None = None
+def transform_gradients_(
+    slots: Iterable[GradientSlot], method: GradientMethod, loss_scale: Tensor | None = None
 ) -> list[Tensor | Shard | None]:
-    """Replaces the gradients at some places by the method's, in place.
+    """Replaces the gradients at some slots by the method's, in place.
 
-    Where gradients are sharded, all processes that hold a part must call this with the same places in the same order.
+    Where gradients are sharded, all processes that hold a part must call this with the same slots in the same order.
 
     Args:
-        places: Where the gradients are.
+        slots: Where the gradients are.
         method: An affine method, or a function from a gradient to its replacement.
         loss_scale: Factor by which the gradients are larger than the true ones because the optimizer will divide by it,
             a scalar tensor.
 
     Returns:
-        What was found at each place, in their order: ``None`` where there is no gradient.
+        What was found at each slot, in their order: ``None`` where there is no gradient.
 
     Raises:
         TypeError: If the method is none.
@@ -37,15 +37,15 @@ def transform_places_(
             if a function returns anything but a tensor of its argument's shape.
     """
     name = describe(method)
-    if not isinstance(places, NumberedPlaces):
-        places = list(places)
-    grads = find_all(places)
+    if not isinstance(slots, UnnamedSlots):
+        slots = list(slots)
+    grads = read_gradients(slots)
     wholes = [grad for grad in grads if isinstance(grad, Tensor)]
     shards = [grad for grad in grads if isinstance(grad, Shard)] if len(wholes) < len(grads) else []
     if may_share_memory(wholes, shards):
-        wholes, shards = each_memory_once(places, grads)
+        wholes, shards = each_memory_once(slots, grads)
     if shards and not isinstance(method, AffineMethod):
-        name_of_first = next(place.names[0] for place, grad in zip(places, grads, strict=True) if grad is shards[0])
+        name_of_first = next(slot.names[0] for slot, grad in zip(slots, grads, strict=True) if grad is shards[0])
         raise UnsupportedGradientError(
             f"the gradient of {name_of_first} is sharded over processes, and {name} is a function of whole "
             "gradients: write it as an AffineMethod, which works with their statistics"
@@ -58,8 +58,8 @@ def transform_places_(
             affine_wholes_(wholes, method, loss_scale)
         if shards:
             affine_shards_(shards, method, loss_scale)
-            for place in places:
-                place.rewritten()
+            for slot in slots:
+                slot.on_rewritten()
         return grads
     for grad in wholes:
         if grad.numel() == 0:

@@ -164,7 +164,7 @@ def test_share_below_the_threshold(fit) -> None:
 
 
 def test_nothing_is_measured_at_other_steps(fit) -> None:
-    with patch.object(gradient_monitor, "measure_places", wraps=gradient_monitor.measure_places) as calls:
+    with patch.object(gradient_monitor, "measure_gradients", wraps=gradient_monitor.measure_gradients) as calls:
         fit(Training(), batches(7), GradientMonitor(), log_every_n_steps=3)
         assert calls.call_count == 2
         with pytest.warns(UserWarning, match="log_every_n_steps=0 logs no step"):
@@ -201,7 +201,7 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 def test_shows_gradients_as_they_were_wherever_it_stands(fit, order: str) -> None:
     data, collected, module, own = batches(4), Collected(), Training(), ORDERS[order]()
-    with patch.object(gradient_monitor, "measure_places", wraps=gradient_monitor.measure_places) as calls:
+    with patch.object(gradient_monitor, "measure_gradients", wraps=gradient_monitor.measure_gradients) as calls:
         made = fit(module, data, *own, collected, **QUIET)
     assert calls.call_count == len(data)
     assert [callback for callback in made.callbacks if callback in own] == own

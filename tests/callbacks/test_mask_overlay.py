@@ -57,10 +57,10 @@ class TestDrawing:
     def test_truth_and_prediction_stand_in_their_panels(self, size: int):
         factor = -(-LEAST_SIZE // size)
         case = Case(torch.randn(3, size, size), square(size, 10, 20, 30), square(size, 40, 50, 20), "case 0")
-        places = Outlines(grid([case])).of(ORANGE)
+        slots = Outlines(grid([case])).of(ORANGE)
         panel = size * factor + GAP
-        truth = places[places[:, 1] < GAP + 2 * panel]
-        preds = places[places[:, 1] >= GAP + 2 * panel]
+        truth = slots[slots[:, 1] < GAP + 2 * panel]
+        preds = slots[slots[:, 1] >= GAP + 2 * panel]
         for drawn, number, (top, left, side) in ((truth, 1, (10, 20, 30)), (preds, 2, (40, 50, 20))):
             origin = np.array([LINE, GAP + number * panel])
             assert (drawn.min(axis=0) - origin == factor * np.array([top, left])).all()

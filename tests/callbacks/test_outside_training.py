@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_znorm import GradientMonitor, ZNormCallback
-from lightning_znorm.callbacks.strategies import gradient_source
+from lightning_znorm.callbacks.strategies import gradient_adapter
 from tests.callbacks.conftest import QUIET
 from tests.callbacks.training import (
     OPTIMIZERS,
@@ -33,7 +33,7 @@ ADAPTED = batches(2, seed=1)  # of which steps outside training are taken
 
 
 class Adapting(Training):
-    """Takes steps on other batches at given places, and writes down the weights before and after each.
+    """Takes steps on other batches at given points, and writes down the weights before and after each.
 
     Args:
         where: Names of hooks.
@@ -175,7 +175,7 @@ def test_strategy_that_has_no_engine_is_named_with_the_hook() -> None:
     for lightning_module in (None, module):
         strategy._lightning_module, strategy._model = lightning_module, None
         with pytest.raises(RuntimeError, match=r"ZNormCallback\.on_before_optimizer_step was called, and DeepSpeedStr"):
-            gradient_source(strategy, module, "ZNormCallback")
+            gradient_adapter(strategy, module, "ZNormCallback")
 
 
 def test_model_that_is_set_up_anew(fit) -> None:

@@ -15,8 +15,8 @@ from lightning_znorm.functional import centralize_grads_, transform_grads_, zsco
 from lightning_znorm.gradients import SING, NonFiniteGradientError, Statistics, measure
 from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.kernels import measure_shards
-from lightning_znorm.gradients.measure import measure_places
-from lightning_znorm.gradients.places import NumberedPlaces
+from lightning_znorm.gradients.measure import measure_gradients
+from lightning_znorm.gradients.slots import UnnamedSlots
 from lightning_znorm.gradients.summary import GradientSummary
 from tests.dtypes import default_is_never_read
 from tests.gradients.reference import wide
@@ -39,8 +39,8 @@ def parameters(dtype: torch.dtype = torch.float32, shift: float = 0.3) -> list[n
 
 
 def measured(params: list[nn.Parameter], loss_scale: Tensor | None = None) -> Statistics:
-    places, stats = measure_places(NumberedPlaces(params), loss_scale)
-    assert [int(place.names[0].removeprefix("parameter ")) for place in places] == [
+    slots, stats = measure_gradients(UnnamedSlots(params), loss_scale)
+    assert [int(slot.names[0].removeprefix("parameter ")) for slot in slots] == [
         i for i, p in enumerate(params) if p.grad is not None and p.grad.numel() > 0
     ]
     return stats
@@ -80,12 +80,12 @@ def test_torchs_default_type_is_never_read(dtype: torch.dtype) -> None:
     with default_is_never_read():
         GradientSummary(measured(params, scale))
         assert len(measured([params[1]]).count) == 0
-        check_finite(NumberedPlaces(params))
+        check_finite(UnnamedSlots(params))
         for transform in (zscore_grads_, centralize_grads_, lambda own: transform_grads_(own, SING())):
             transform(params)
     params[2].grad[0, 0, 0, 0] = math.inf
     with default_is_never_read(), pytest.raises(NonFiniteGradientError, match="parameter 2 "):
-        check_finite(NumberedPlaces(params))
+        check_finite(UnnamedSlots(params))
 
 
 def test_large_mean_costs_no_digits() -> None:

@@ -13,7 +13,7 @@ from lightning_znorm import GradientMonitor, GradientTransform, SINGCallback, ZN
 from lightning_znorm.functional import attach, centralize_grads_, transform_grads_, zscore_grads_
 from lightning_znorm.gradients import SING, UnsupportedGradientError
 from lightning_znorm.gradients.finite import check_finite
-from lightning_znorm.gradients.places import NumberedPlaces
+from lightning_znorm.gradients.slots import UnnamedSlots
 from tests.callbacks.training import Training, batches
 
 REFUSED = [torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.uint8, torch.bool]
@@ -94,7 +94,7 @@ def test_frozen_ones_are_none_of_it() -> None:
 
 
 def test_the_look_for_nan_passes_them_over() -> None:
-    check_finite(NumberedPlaces([with_gradient(torch.float8_e4m3fn), with_gradient(torch.float32)]))
+    check_finite(UnnamedSlots([with_gradient(torch.float8_e4m3fn), with_gradient(torch.float32)]))
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_znorm.functional import zscore_grads_
 from lightning_znorm.gradients import UnsupportedGradientError
-from lightning_znorm.gradients.deepspeed import _ENGINE_NEEDS, DeepSpeedSource
+from lightning_znorm.gradients.adapters.deepspeed import _ENGINE_NEEDS, DeepSpeedAdapter
 
 deepspeed = pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install '.[deepspeed]'")
 
@@ -75,23 +75,23 @@ NVME = SimpleNamespace(device="nvme")
 )
 def test_feature_is_refused(made: SimpleNamespace, message: str) -> None:
     with pytest.raises(UnsupportedGradientError, match=message):
-        DeepSpeedSource(nn.Linear(2, 2), made)
+        DeepSpeedAdapter(nn.Linear(2, 2), made)
 
 
 @pytest.mark.parametrize("cls", ["DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer"])
 def test_another_layout_of_the_optimizer_is_refused(cls: str) -> None:
     message = f"DeepSpeed {version('deepspeed')} keeps gradients otherwise.*{cls} has no .*groups"
     with pytest.raises(UnsupportedGradientError, match=message):
-        DeepSpeedSource(nn.Linear(2, 2), engine(optimizer=instance_of(cls)))
+        DeepSpeedAdapter(nn.Linear(2, 2), engine(optimizer=instance_of(cls)))
 
 
 @pytest.mark.parametrize("name", [*SETTINGS, "optimizer", "basic_optimizer"])
 def test_engine_that_does_not_tell_a_setting_is_refused(name: str) -> None:
-    DeepSpeedSource(nn.Linear(2, 2), engine())
+    DeepSpeedAdapter(nn.Linear(2, 2), engine())
     made = engine()
     delattr(made, name)
     with pytest.raises(UnsupportedGradientError, match=f"DeepSpeed .* keeps .* DeepSpeedEngine has no {name}"):
-        DeepSpeedSource(nn.Linear(2, 2), made)
+        DeepSpeedAdapter(nn.Linear(2, 2), made)
 
 
 def test_settings_of_a_plain_engine_are_those_that_are_needed() -> None:
@@ -115,7 +115,7 @@ def test_settings_of_a_plain_engine_are_those_that_are_needed() -> None:
 def test_optimizer_by_another_name_is_refused(module: str, stage: int, name: str) -> None:
     made = engine(optimizer=instance_of(name, module, param_groups=[]), zero_optimization_stage=lambda: stage)
     with pytest.raises(UnsupportedGradientError, match=f"DeepSpeed's {name} keeps gradients where they are not found"):
-        DeepSpeedSource(nn.Linear(2, 2), made)
+        DeepSpeedAdapter(nn.Linear(2, 2), made)
 
 
 # What a plain optimizer of each stage holds of a model of one layer.
@@ -152,11 +152,11 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(("name", "lacking"), [(name, key) for name, own in OPTIMIZERS.items() for key in own])
 def test_optimizer_without_what_is_needed_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, lacking: str) -> None:
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 1)
-    DeepSpeedSource(LAYER, engine(optimizer=instance_of(name, **OPTIMIZERS[name])))
+    DeepSpeedAdapter(LAYER, engine(optimizer=instance_of(name, **OPTIMIZERS[name])))
     made = instance_of(name, **OPTIMIZERS[name])
     delattr(made, lacking)
     with pytest.raises(UnsupportedGradientError, match=f"{name} has no {lacking}"):
-        DeepSpeedSource(LAYER, engine(optimizer=made))
+        DeepSpeedAdapter(LAYER, engine(optimizer=made))
 
 
 @pytest.mark.parametrize("lacking", ["ds_numel", "ds_process_group", "ds_shape", "partition_numel"])
@@ -168,10 +168,10 @@ def test_parameter_of_stage_3_without_what_is_needed_is_refused(monkeypatch: pyt
     vars(model.weight).update(own)
     cls = "DeepSpeedZeroOptimizer_Stage3"
     optimizer = instance_of(cls, **OPTIMIZERS[cls] | {"fp16_groups": [[model.weight]]})
-    DeepSpeedSource(model, engine(optimizer=optimizer))
+    DeepSpeedAdapter(model, engine(optimizer=optimizer))
     delattr(model.weight, lacking)
     with pytest.raises(UnsupportedGradientError, match=f"Parameter has no {lacking}"):
-        DeepSpeedSource(model, engine(optimizer=optimizer))
+        DeepSpeedAdapter(model, engine(optimizer=optimizer))
 
 
 def test_parameter_of_stage_3_is_told_by_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, _common_utils, _fla
 
 from lightning_znorm.functional import zscore_grads_
 from lightning_znorm.gradients import UnsupportedGradientError
-from lightning_znorm.gradients.fsdp1 import FSDP1Source
+from lightning_znorm.gradients.adapters.fsdp1 import FSDP1Adapter
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:FSDP is switching to use `NO_SHARD`", "ignore:The `NO_SHARD` sharding strategy is deprecated"
@@ -31,11 +31,11 @@ def test_one_gradient_of_a_flat_one_is_dropped(use_orig_params: bool) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
     wrapped(torch.randn(4, 3)).square().sum().backward()
-    places = {place.names: place for place in FSDP1Source(model, wrapped).places()}
-    assert list(places) == [("0.weight",), ("0.bias",), ("1.weight",), ("1.bias",)]
-    before = {names: _elements(place) for names, place in places.items()}
+    slots = {slot.names: slot for slot in FSDP1Adapter(model, wrapped).slots()}
+    assert list(slots) == [("0.weight",), ("0.bias",), ("1.weight",), ("1.bias",)]
+    before = {names: _elements(slot) for names, slot in slots.items()}
     assert all(elements.any() for elements in before.values())
-    places["0.bias",].drop()
+    slots["0.bias",].clear()
     optimizer = torch.optim.SGD(wrapped.parameters(), 0.1)
     weights = _weights(wrapped)
     optimizer.step()
@@ -116,7 +116,7 @@ class Without:
 @pytest.mark.parametrize(("owner", "name"), [(owner, name) for owner, names in NEEDED.items() for name in names])
 def test_what_is_needed_and_missing_is_named(monkeypatch: pytest.MonkeyPatch, owner: str, name: str) -> None:
     model, wrapped = _trained(True)
-    assert len(list(FSDP1Source(model, wrapped).places())) == 4
+    assert len(list(FSDP1Adapter(model, wrapped).slots())) == 4
     lacking: dict[str, str | None] = dict.fromkeys(NEEDED) | {owner: name}
     handle = wrapped._handle
     assert handle is not None
@@ -125,17 +125,17 @@ def test_what_is_needed_and_missing_is_named(monkeypatch: pytest.MonkeyPatch, ow
     wrapper = Without(wrapped, lacking["wrapper"], _handle=Without(handle, lacking["handle"], flat_param=flat))
     monkeypatch.setattr(FullyShardedDataParallel, "fsdp_modules", lambda module: [wrapper])
     with pytest.raises(UnsupportedGradientError, match=f"PyTorch .* keeps gradients otherwise .* has no {name}"):
-        FSDP1Source(model, wrapped)
+        FSDP1Adapter(model, wrapped)
 
 
 def test_model_that_is_not_wrapped_is_refused() -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(UnsupportedGradientError, match="no FullyShardedDataParallel is found in the Linear"):
-        FSDP1Source(model, model)
+        FSDP1Adapter(model, model)
 
 
-def _elements(place) -> torch.Tensor:
-    found = place.find()
+def _elements(slot) -> torch.Tensor:
+    found = slot.read()
     return (found if isinstance(found, torch.Tensor) else found.local).clone()
 
 

@@ -249,7 +249,7 @@ def _addresses(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     return table
 
 
-# Gradients mostly come back to the same few places. On another stream, a copy might not have arrived.
+# Gradients mostly come back to the same few addresses. On another stream, a copy might not have arrived.
 @lru_cache(maxsize=64)
 def _uploaded(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     on_host = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")

@@ -46,7 +46,7 @@ def is_dtensor(tensor: Tensor | None) -> TypeGuard[DTensor]:
 
 
 def find_dtensor(parameter: Tensor, name: str) -> Tensor | Shard | None:
-    """The gradient of a parameter of which one or the other is a DTensor: see :meth:`Place.find`.
+    """The gradient of a parameter of which one or the other is a DTensor: see :meth:`GradientSlot.find`.
 
     Raises:
         UnsupportedGradientError: If it stands for something that the processes have yet to work out together, other

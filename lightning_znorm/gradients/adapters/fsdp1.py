@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from lightning_znorm.gradients.adapters.plain import GradientAdapter, clean_name
 from lightning_znorm.gradients.errors import UnsupportedGradientError, missing, untested_torch
-from lightning_znorm.gradients.places import Place
 from lightning_znorm.gradients.shards import FlatShard, Shard
-from lightning_znorm.gradients.sources import GradientSource, clean_name
+from lightning_znorm.gradients.slots import GradientSlot
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 
-class FSDP1Place(Place):
+class FSDP1Place(GradientSlot):
     """A parameter that is part of a flat one.
 
     Args:
@@ -48,7 +48,7 @@ class FSDP1Place(Place):
     def ndim(self) -> int | None:  # noqa: D102
         return len(self._shape)
 
-    def find(self) -> Tensor | Shard | None:  # noqa: D102
+    def read(self) -> Tensor | Shard | None:  # noqa: D102
         own = self._parameter
         if own is not None and self._is_whole:
             return own.grad
@@ -69,7 +69,7 @@ class FSDP1Place(Place):
             in_rows=self._in_rows,
         )
 
-    def drop(self) -> None:  # noqa: D102
+    def clear(self) -> None:  # noqa: D102
         if self._parameter is not None:
             self._parameter.grad = None
         elif self._flat_parameter.grad is not None and self._interval.in_shard:
@@ -78,7 +78,7 @@ class FSDP1Place(Place):
             grad.narrow(0, self._interval.offset_in_shard or 0, self._interval.numel_in_shard or 0).zero_()
 
 
-class FSDP1Source(GradientSource):
+class FSDP1Adapter(GradientAdapter):
     """The gradients of a model that is wrapped, at any depth, in ``FullyShardedDataParallel``.
 
     Args:
@@ -95,7 +95,7 @@ class FSDP1Source(GradientSource):
         self._wrapped = wrapped
         self._handles()
 
-    def _read(self) -> dict[Tensor, list[Place]]:
+    def _read(self) -> dict[Tensor, list[GradientSlot]]:
         index = super()._read()
         prefixes = {module: f"{name}." if name else "" for name, module in self.module.named_modules()}
         for handle in self._handles():

@@ -16,7 +16,7 @@ from lightning_znorm.gradients.shards import Shard
 from lightning_znorm.gradients.shared_memory import has_internal_overlap
 
 
-class Place(ABC):
+class GradientSlot(ABC):
     """Where one gradient is found, at each step anew.
 
     Attributes:
@@ -32,22 +32,22 @@ class Place(ABC):
         """Number of dimensions of the whole parameter; ``None`` while a lazy layer waits for its first batch."""
 
     @abstractmethod
-    def find(self) -> Tensor | Shard | None:
+    def read(self) -> Tensor | Shard | None:
         """The gradient as it is now: whole, or in part, or ``None`` if the parameter has none on any process.
 
         Raises:
             UnsupportedGradientError: If it cannot be normalized.
         """
 
-    def rewritten(self) -> None:  # noqa: B027
+    def on_rewritten(self) -> None:  # noqa: B027
         """Is called once the gradient has been rewritten, for those who keep what they have computed of it before."""
 
     @abstractmethod
-    def drop(self) -> None:
+    def clear(self) -> None:
         """Removes the gradient, so that the step leaves the parameter as it is."""
 
 
-class ParameterPlace(Place):
+class ParameterSlot(GradientSlot):
     """A parameter whose gradient is in its ``grad``: a tensor that is whole on every process, or a DTensor.
 
     Args:
@@ -63,7 +63,7 @@ class ParameterPlace(Place):
     def ndim(self) -> int | None:  # noqa: D102
         return None if is_lazy(self.parameter) else self.parameter.ndim
 
-    def find(self) -> Tensor | Shard | None:  # noqa: D102
+    def read(self) -> Tensor | Shard | None:  # noqa: D102
         parameter = self.parameter
         if vars(parameter) and _is_sharded(parameter):
             raise UnsupportedGradientError(
@@ -102,12 +102,12 @@ class ParameterPlace(Place):
             grad = parameter.grad = grad.clone(memory_format=torch.contiguous_format)
         return grad
 
-    def drop(self) -> None:  # noqa: D102
+    def clear(self) -> None:  # noqa: D102
         self.parameter.grad = None
 
 
-class NumberedPlaces:
-    """The places of parameters that have no names: iterable, and made only then, as most steps need none.
+class UnnamedSlots:
+    """The slots of parameters that have no names: iterable, and made only then, as most steps need none.
 
     Args:
         groups: The parameters; one that occurs twice counts once.
@@ -128,12 +128,12 @@ class NumberedPlaces:
         # By identity, because a tensor takes its time to give its hash.
         self.parameters = list({id(parameter): parameter for parameter in every}.values())
 
-    def __iter__(self) -> Iterator[ParameterPlace]:
+    def __iter__(self) -> Iterator[ParameterSlot]:
         names: dict[int, str] = {}
         for name, parameter in self._named():
             names.setdefault(id(parameter), name)
         for parameter in self.parameters:
-            yield ParameterPlace((names[id(parameter)],), parameter)
+            yield ParameterSlot((names[id(parameter)],), parameter)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for number, group in enumerate(self._groups):
@@ -142,26 +142,26 @@ class NumberedPlaces:
                 yield f"parameter {index}{of_group}", parameter
 
 
-def find_all(places: Sequence[Place] | NumberedPlaces) -> list[Tensor | Shard | None]:
-    """The gradients as they are now, in the order of their places; sums that DTensors stand for are taken before.
+def read_gradients(slots: Sequence[GradientSlot] | UnnamedSlots) -> list[Tensor | Shard | None]:
+    """The gradients as they are now, in the order of their slots; sums that DTensors stand for are taken before.
 
     Raises:
         UnsupportedGradientError: If one of them cannot be normalized.
     """
-    if isinstance(places, NumberedPlaces):
-        parameters, all_in_parameters = places.parameters, True
+    if isinstance(slots, UnnamedSlots):
+        parameters, all_in_parameters = slots.parameters, True
     else:
-        parameters = [place.parameter for place in places if isinstance(place, ParameterPlace)]
-        all_in_parameters = set(map(type, places)) <= {ParameterPlace}
+        parameters = [slot.parameter for slot in slots if isinstance(slot, ParameterSlot)]
+        all_in_parameters = set(map(type, slots)) <= {ParameterSlot}
     if all_in_parameters and (grads := _ordinary_grads(parameters)) is not None:
         return grads
     if any(_is_distributed(parameter.grad) for parameter in parameters):
         dtensor_support().replicate_partial_grads_(parameters)
-    return [place.find() for place in places]
+    return [slot.read() for slot in slots]
 
 
 def _ordinary_grads(parameters: Sequence[Tensor]) -> list[Tensor | Shard | None] | None:
-    """The gradients of parameters, if no place needs to look at one of them; ``None`` otherwise.
+    """The gradients of parameters, if no slot needs to look at one of them; ``None`` otherwise.
 
     In most steps this is all there is to find, and models have hundreds of parameters: asking one thing of all of them
     takes a third of the time of asking all things of each.
@@ -240,7 +240,7 @@ def dtensor_support() -> ModuleType:
         UnsupportedGradientError: If this release of torch lacks what it needs.
     """
     try:
-        from lightning_znorm.gradients import dtensor
+        from lightning_znorm.gradients.adapters import dtensor
     except ImportError as error:
         raise untested_torch(str(error)) from error
     dtensor.check_dtensors()

@@ -13,10 +13,9 @@ from torch.distributed.fsdp import FlatParameter
 from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
 from torch.distributed.tensor import DTensor, Placement
 
-from lightning_znorm import gradients
-from lightning_znorm.gradients import ZScore, transform_places_
+from lightning_znorm.gradients import ZScore, adapters, transform_gradients_, transform_places_
 from lightning_znorm.gradients.errors import UnsupportedGradientError
-from lightning_znorm.gradients.places import NumberedPlaces, ParameterPlace, dtensor_support, find_all
+from lightning_znorm.gradients.slots import ParameterSlot, UnnamedSlots, dtensor_support, read_gradients
 
 
 def param(grad: Tensor | None, shape: tuple[int, ...] = (2, 3)) -> nn.Parameter:
@@ -25,8 +24,8 @@ def param(grad: Tensor | None, shape: tuple[int, ...] = (2, 3)) -> nn.Parameter:
     return made
 
 
-def named(params: list[nn.Parameter]) -> list[ParameterPlace]:
-    return [ParameterPlace((f"layer{index}",), p) for index, p in enumerate(params)]
+def named(params: list[nn.Parameter]) -> list[ParameterSlot]:
+    return [ParameterSlot((f"layer{index}",), p) for index, p in enumerate(params)]
 
 
 class Subclass(Tensor):
@@ -44,22 +43,22 @@ ORDINARY = {
 def test_ordinary_gradients_are_found_without_places(monkeypatch: pytest.MonkeyPatch) -> None:
     params = [param(torch.randn(2, 3)), param(None), param(torch.randn(3, 2).t())]
 
-    def refuse(place: ParameterPlace) -> None:
-        pytest.fail(f"{place.names} was looked at")
+    def refuse(slot: ParameterSlot) -> None:
+        pytest.fail(f"{slot.names} was looked at")
 
-    places = named(params)
-    monkeypatch.setattr(ParameterPlace, "find", refuse)
-    for together in (places, NumberedPlaces(params)):
-        for found, own in zip(find_all(together), params, strict=True):
+    slots = named(params)
+    monkeypatch.setattr(ParameterSlot, "read", refuse)
+    for together in (slots, UnnamedSlots(params)):
+        for found, own in zip(read_gradients(together), params, strict=True):
             assert found is own.grad
 
 
 def test_a_place_of_its_own_kind_finds_for_itself() -> None:
-    class Elsewhere(ParameterPlace):
-        def find(self) -> Tensor:
+    class Elsewhere(ParameterSlot):
+        def read(self) -> Tensor:
             return torch.ones(2)
 
-    found, other = find_all([Elsewhere(("weight",), param(torch.randn(2, 3))), *named([param(None)])])
+    found, other = read_gradients([Elsewhere(("weight",), param(torch.randn(2, 3))), *named([param(None)])])
     assert isinstance(found, Tensor)
     assert found.tolist() == [1, 1]
     assert other is None
@@ -67,7 +66,7 @@ def test_a_place_of_its_own_kind_finds_for_itself() -> None:
 
 def test_places_may_come_one_by_one() -> None:
     params = [param(torch.tensor([[1.0, 1, 1], [3, 3, 3]])), param(None)]
-    transform_places_((place for place in named(params)), ZScore())
+    transform_gradients_((slot for slot in named(params)), ZScore())
     assert params[0].grad is not None
     assert params[0].grad.tolist() == [[-1, -1, -1], [1, 1, 1]]
 
@@ -75,14 +74,14 @@ def test_places_may_come_one_by_one() -> None:
 @pytest.mark.parametrize("also", ORDINARY)
 def test_all_at_once_are_those_found_one_by_one(also: str) -> None:
     params = [param(torch.randn(2, 3)), param(ORDINARY[also]())]
-    for places in (named(params), NumberedPlaces(params)):
-        for found, own in zip(find_all(places), params, strict=True):
+    for slots in (named(params), UnnamedSlots(params)):
+        for found, own in zip(read_gradients(slots), params, strict=True):
             assert found is own.grad
 
 
 def test_one_whose_elements_share_memory_is_copied() -> None:
     params = [param(torch.randn(2, 3)), param(torch.randn(2, 1).expand(2, 3))]
-    found = find_all(NumberedPlaces(params))
+    found = read_gradients(UnnamedSlots(params))
     assert isinstance(found[1], Tensor)
     assert found[1].is_contiguous()
     assert found[1] is params[1].grad
@@ -123,29 +122,29 @@ def flat() -> nn.Parameter:
 def test_refused_by_name(make: Callable[[], nn.Parameter], message: str) -> None:
     params = [param(torch.randn(2, 3)), make()]
     params[0].tag = "an attribute that says nothing of gradients"  # type: ignore[attr-defined]
-    find_all(named(params[:1]))
+    read_gradients(named(params[:1]))
     message = f"gradient of (parameter 1|layer1) {message}"
-    for places in (named(params), NumberedPlaces(params)):
+    for slots in (named(params), UnnamedSlots(params)):
         with pytest.raises(UnsupportedGradientError, match=message):
-            find_all(places)
+            read_gradients(slots)
 
 
 def test_numbers_are_those_of_the_first_occurrence() -> None:
     first, second, third = (param(torch.randn(2, 3)) for _ in range(3))
-    assert [place.names for place in NumberedPlaces([first, first, second])] == [("parameter 0",), ("parameter 2",)]
-    places = NumberedPlaces([first, second], [second, third], are_an_optimizers=True)
-    assert [place.names for place in places] == [
+    assert [slot.names for slot in UnnamedSlots([first, first, second])] == [("parameter 0",), ("parameter 2",)]
+    slots = UnnamedSlots([first, second], [second, third], are_an_optimizers=True)
+    assert [slot.names for slot in slots] == [
         ("parameter 0 of group 0",),
         ("parameter 1 of group 0",),
         ("parameter 1 of group 1",),
     ]
-    assert [place.parameter for place in places] == [first, second, third]
-    assert len(find_all(places)) == 3
+    assert [slot.parameter for slot in slots] == [first, second, third]
+    assert len(read_gradients(slots)) == 3
 
 
 def test_what_is_not_a_tensor_is_named() -> None:
     with pytest.raises(TypeError, match=r"parameter 1 is not a tensor but a tuple: give model.parameters\(\)"):
-        NumberedPlaces([param(None), ("weight", param(None))])  # type: ignore[list-item]
+        UnnamedSlots([param(None), ("weight", param(None))])  # type: ignore[list-item]
 
 
 @pytest.fixture
@@ -168,13 +167,13 @@ def untried_dtensors() -> Iterator[None]:
 )
 def test_what_is_missing_of_dtensors_is_named(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> None:
     """Before anything is changed; a release of torch that lacks it would otherwise have shards taken for wholes."""
-    monkeypatch.delitem(sys.modules, "lightning_znorm.gradients.dtensor", raising=False)
-    monkeypatch.delattr(gradients, "dtensor", raising=False)
+    monkeypatch.delitem(sys.modules, "lightning_znorm.gradients.adapters.dtensor", raising=False)
+    monkeypatch.delattr(adapters, "dtensor", raising=False)
     params = [param(torch.tensor([1.0, 5.0]), (2,)), param(torch.zeros(2, 3).as_subclass(ShardedTensor))]
     with monkeypatch.context() as patch:
         patch.delattr(owner, name)
         with pytest.raises(UnsupportedGradientError, match=f"PyTorch .* keeps gradients otherwise .*{name}"):
-            transform_places_(named(params), ZScore())
+            transform_gradients_(named(params), ZScore())
     assert params[0].grad is not None
     assert params[0].grad.tolist() == [1, 5]
 
@@ -187,3 +186,11 @@ def test_placements_tell_what_they_stand_for(monkeypatch: pytest.MonkeyPatch, ki
     monkeypatch.setattr(module, kind, lambda *args: SimpleNamespace())
     with pytest.raises(UnsupportedGradientError, match=f"has no {name}"):
         dtensor_support()
+
+
+def test_former_name_warns_and_works() -> None:
+    weight = param(torch.tensor([2.0, 6.0]), (2,))
+    with pytest.warns(FutureWarning, match="transform_places_ is now called transform_gradients_: version 0.2 removes"):
+        transform_places_(named([weight]), ZScore())
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [-1, 1]

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from lightning_znorm.gradients.adapters.plain import GradientAdapter
 from lightning_znorm.gradients.errors import UnsupportedGradientError, missing
-from lightning_znorm.gradients.places import ParameterPlace, Place
 from lightning_znorm.gradients.shards import FlatShard, Shard
-from lightning_znorm.gradients.sources import GradientSource
+from lightning_znorm.gradients.slots import GradientSlot, ParameterSlot
 
 
-class DeepSpeedSource(GradientSource):
+class DeepSpeedAdapter(GradientAdapter):
     """The gradients of a DeepSpeed engine, where its step will read them, after their reduction.
 
     DeepSpeed's own access to them, ``safe_get_full_grad`` and ``safe_set_full_grad``, gathers every gradient, and is
@@ -37,18 +37,20 @@ class DeepSpeedSource(GradientSource):
         _check_features(engine)
         self._engine = engine
         self._memory = _memory_of(engine.optimizer, engine.zero_optimization_stage())
-        names = {parameter: places[0].names for parameter, places in self._read().items()}
+        names = {parameter: slots[0].names for parameter, slots in self._read().items()}
         # A parameter that is frozen, or that the optimizer was not given, takes no step.
-        self._places: dict[Tensor, Place] = {parameter: _Unstepped(own, parameter) for parameter, own in names.items()}
-        self._stepped: list[Place] = []
+        self._slots: dict[Tensor, GradientSlot] = {
+            parameter: _Unstepped(own, parameter) for parameter, own in names.items()
+        }
+        self._stepped: list[GradientSlot] = []
         for group, parameters in enumerate(self._memory.groups()):
             for number, parameter in enumerate(parameters):
                 own = names.get(parameter, (f"parameter {number} of group {group}",))
-                place = self._memory.place(own, parameter, group, number)
-                self._places[parameter] = place
-                self._stepped.append(place)
+                slot = self._memory.slot(own, parameter, group, number)
+                self._slots[parameter] = slot
+                self._stepped.append(slot)
                 if parameter not in names:
-                    self.unnamed.add(place)
+                    self.unnamed.add(slot)
 
     def is_complete(self) -> bool:  # noqa: D102
         return bool(self._engine.is_gradient_accumulation_boundary())
@@ -58,16 +60,16 @@ class DeepSpeedSource(GradientSource):
             return None
         return torch.tensor(float(self._engine.optimizer.loss_scale), dtype=torch.float32)
 
-    def places(self) -> Iterator[Place]:  # noqa: D102
-        yield from self._places.values()
+    def slots(self) -> Iterator[GradientSlot]:  # noqa: D102
+        yield from self._slots.values()
 
-    def places_of(self, optimizer: Optimizer) -> Iterator[Place]:
+    def slots_of(self, optimizer: Optimizer) -> Iterator[GradientSlot]:
         """Those of the parameters that the engine steps: it has one optimizer, whose parameters are flattened ones."""
         self._memory.refresh()
         yield from self._stepped
 
 
-class _Unstepped(Place):
+class _Unstepped(GradientSlot):
     """A parameter of which the engine has no gradient."""
 
     def __init__(self, names: tuple[str, ...], parameter: Tensor) -> None:
@@ -84,10 +86,10 @@ class _Unstepped(Place):
     def ndim(self) -> int | None:
         return len(self.shape)
 
-    def find(self) -> Tensor | Shard | None:
+    def read(self) -> Tensor | Shard | None:
         return None
 
-    def drop(self) -> None:
+    def clear(self) -> None:
         pass
 
 
@@ -98,10 +100,10 @@ class _WholePlace(_Unstepped):
         super().__init__(names, parameter)
         self._gradient = gradient
 
-    def find(self) -> Tensor | Shard | None:
+    def read(self) -> Tensor | Shard | None:
         return self._gradient.view(self.shape)
 
-    def drop(self) -> None:
+    def clear(self) -> None:
         self._gradient.zero_()
 
 
@@ -132,7 +134,7 @@ class _PartPlace(_Unstepped):
         self._local = local
         self._keep_norm = keep_norm
 
-    def find(self) -> Tensor | Shard | None:
+    def read(self) -> Tensor | Shard | None:
         if not self._parameter.requires_grad:
             return None
         return FlatShard(
@@ -143,14 +145,14 @@ class _PartPlace(_Unstepped):
             group=self._group,
         )
 
-    def rewritten(self) -> None:
+    def on_rewritten(self) -> None:
         if self._local is not None and self._keep_norm is not None:
             self._keep_norm(self._local())
 
-    def drop(self) -> None:
+    def clear(self) -> None:
         if self._local is not None:
             self._local().zero_()
-            self.rewritten()
+            self.on_rewritten()
 
 
 class _Memory(ABC):
@@ -171,11 +173,11 @@ class _Memory(ABC):
         """The parameters that are stepped, in the same order on all processes."""
 
     @abstractmethod
-    def place(self, names: tuple[str, ...], parameter: Tensor, group: int, number: int) -> Place:
-        """The place of one of them."""
+    def slot(self, names: tuple[str, ...], parameter: Tensor, group: int, number: int) -> GradientSlot:
+        """The slot of one of them."""
 
     def refresh(self) -> None:
-        """Looks up what a backward pass has made anew, before the places are asked for their gradients."""
+        """Looks up what a backward pass has made anew, before the slots are asked for their gradients."""
         return
 
 
@@ -185,8 +187,8 @@ class _InParameters(_Memory):
     def groups(self) -> list[list[Tensor]]:
         return [[p for p in group["params"] if p.requires_grad] for group in self.optimizer.param_groups]
 
-    def place(self, names: tuple[str, ...], parameter: Tensor, group: int, number: int) -> Place:
-        return ParameterPlace(names, parameter)
+    def slot(self, names: tuple[str, ...], parameter: Tensor, group: int, number: int) -> GradientSlot:
+        return ParameterSlot(names, parameter)
 
 
 class _InHalfParameters(_InParameters):
@@ -206,7 +208,7 @@ class _BF16(_Memory):
     def groups(self) -> list[list[Tensor]]:
         return [list(group) for group in self.optimizer.bf16_groups]
 
-    def place(self, names: tuple[str, ...], parameter: Tensor, group: int, number: int) -> Place:
+    def slot(self, names: tuple[str, ...], parameter: Tensor, group: int, number: int) -> GradientSlot:
         return _WholePlace(names, parameter, self.optimizer.fp32_groups_gradients[group][number])
 
 
@@ -277,7 +279,7 @@ class _Zero12(_Zero):
             for group, parts in self.optimizer.averaged_gradients.items()
         }
 
-    def place(self, names: tuple[str, ...], parameter: Tensor, group: int, number: int) -> Place:
+    def slot(self, names: tuple[str, ...], parameter: Tensor, group: int, number: int) -> GradientSlot:
         process_group = self.optimizer.real_dp_process_group[group]
         index = self._numbers[group].get(parameter)
         if index is None:
@@ -323,7 +325,7 @@ class _Zero3(_Zero):
     def groups(self) -> list[list[Tensor]]:
         return [list(group) for group in self.optimizer.fp16_groups]
 
-    def place(self, names: tuple[str, ...], parameter: Any, group: int, number: int) -> Place:
+    def slot(self, names: tuple[str, ...], parameter: Any, group: int, number: int) -> GradientSlot:
         _check(parameter, "ds_numel", "ds_process_group", "ds_shape", "partition_numel")
         process_group = parameter.ds_process_group
         size = parameter.partition_numel()

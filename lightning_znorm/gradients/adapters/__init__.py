@@ -1,0 +1,1 @@
+"""How each strategy keeps gradients: one file a strategy."""
