@@ -164,7 +164,7 @@ def test_nearest_tests_come_first() -> None:
 @pytest.mark.full
 def test_names_lead_to_where_they_are_defined() -> None:
     found = imports()
-    assert found.resolve(PACKAGE, "ZNormCallback") == "lightning_znorm.callbacks.znorm"
+    assert found.resolve(PACKAGE, "ZNormCallback") == "lightning_znorm.callbacks.methods"
     assert found.resolve("lightning_znorm.gradients", "ZScore") == "lightning_znorm.gradients.methods"
     assert found.resolve("lightning_znorm.cli", "main") == "lightning_znorm.cli"
     # By a class path, by what it patches, and by a program that it starts.

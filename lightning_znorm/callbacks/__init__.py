@@ -1,13 +1,11 @@
-"""Lightning callbacks that transform or show gradients, show masks, and keep the last checkpoint."""
+"""Lightning callbacks that transform or show gradients, draw or write masks, and keep the last checkpoint."""
 
-from lightning_znorm.callbacks.gradient_centralization import GradientCentralizationCallback
-from lightning_znorm.callbacks.gradient_monitor import GradientMonitor
-from lightning_znorm.callbacks.gradient_transform import GradientTransform
 from lightning_znorm.callbacks.last_checkpoint import LastCheckpoint
 from lightning_znorm.callbacks.mask_overlay import MaskOverlay
 from lightning_znorm.callbacks.mask_writer import MaskWriter
-from lightning_znorm.callbacks.sing import SINGCallback
-from lightning_znorm.callbacks.znorm import ZNormCallback
+from lightning_znorm.callbacks.methods import GradientCentralizationCallback, SINGCallback, ZNormCallback
+from lightning_znorm.callbacks.monitor import GradientMonitor
+from lightning_znorm.callbacks.transform import GradientTransform
 
 __all__ = [
     "GradientCentralizationCallback",

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_znorm.callbacks.steps import unwrapped
 from lightning_znorm.functional import attached_optimizers
 from lightning_znorm.gradients.adapters.plain import GradientAdapter, clean_name
 from lightning_znorm.gradients.optimizers import is_nested_step
@@ -343,13 +344,6 @@ class StepWatch:
 
     def _warn(self, message: str) -> None:
         rank_zero_warn(f"{self._callback}: {message}")
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """Return the optimizer that Lightning's hook is given, out of a wrapper that the user may have made."""
-    # By name, because lightning.pytorch and pytorch_lightning each have a class of their own.
-    is_wrapper = any(cls.__name__ == "LightningOptimizer" for cls in type(optimizer).__mro__)
-    return optimizer.optimizer if is_wrapper else optimizer
 
 
 def _counts_writes(slot: ParameterSlot) -> bool:

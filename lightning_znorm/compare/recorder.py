@@ -25,14 +25,16 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_znorm.callbacks import GradientTransform
-from lightning_znorm.callbacks.step_watch import unwrapped
+from lightning_znorm.callbacks.measurement import GradientMeter, logged_step
+from lightning_znorm.callbacks.steps import StepTracker
+from lightning_znorm.callbacks.strategies import check_strategy, gradient_adapter
 from lightning_znorm.compare.checkpoints import STOPPED, BestCheckpoint, monitored_value
 from lightning_znorm.compare.files import read_json, write_json
 from lightning_znorm.compare.results import GRADIENT_NORM, LOGGED_EPOCHS, STEP_SECONDS, TRAIN_SECONDS, count_numbers
 from lightning_znorm.compare.study import Run
 from lightning_znorm.functional import attached_optimizers
-from lightning_znorm.gradients.amp import is_unscaled
-from lightning_znorm.metrics.dtypes import widest_float
+from lightning_znorm.gradients import UnsupportedGradientError, ZScore
+from lightning_znorm.gradients.adapters.plain import GradientAdapter
 from lightning_znorm.tasks.random_state import random_state, set_random_state
 
 
@@ -42,8 +44,9 @@ class Recorder(Callback):
     Logged, beside what the experiment logs:
 
     - ``compare/gradient_norm``: norm of all gradients that an optimizer is about to use, before the callbacks that come
-      after this one (a gradient method) and before clipping; every ``log_every_n_steps`` steps, and only with
-      strategies that keep whole gradients on each device.
+      after this one (a gradient method) and before clipping; every ``log_every_n_steps`` steps, measured as
+      :class:`~lightning_znorm.GradientMonitor` does. A warning says why, where gradients cannot be measured: under an
+      unknown strategy, or if they are sparse.
     - ``compare/step_seconds``: mean time of the epoch's training batches, with loading and without validation.
     - ``compare/train_seconds``: time of all training batches up to now, over all attempts at the run.
 
@@ -70,7 +73,8 @@ class Recorder(Callback):
         self._epoch_batches = 0
         self._clock: float | None = None
         self._first_numbers: dict[str, Any] | None = None
-        self._has_whole_tensors = False
+        self._tracker, self._meter = StepTracker(), GradientMeter()
+        self._adapter: GradientAdapter | None = None
         self._weights: str | None = None
         self._optimizers: list[str] = []
         self._methods: dict[str, list[str]] = {}
@@ -125,7 +129,6 @@ class Recorder(Callback):
         # The first iterator over the training data is made between here and the start of the epoch, later ones after
         # the start of theirs.
         self._reseed()
-        self._has_whole_tensors = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
         if trainer.is_global_zero:  # of a former training in this folder, if it was begun again by hand
             for name in ("fit.json", "test.json"):
                 (self.folder / name).unlink(missing_ok=True)
@@ -135,13 +138,17 @@ class Recorder(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._epoch == 0 and self._has_whole_tensors and trainer.is_global_zero:
+        self._tracker, self._adapter = StepTracker(), self._measurable(trainer, pl_module)
+        self._tracker.start_training()
+        # Other strategies keep parts of the weights on each process.
+        has_whole_weights = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        if self._epoch == 0 and has_whole_weights and trainer.is_global_zero:
             self._weights = _fingerprint(pl_module)
         if self._epoch == 0:
             self._optimizers = [_described(optimizer) for optimizer in trainer.optimizers]
         for logger in trainer.loggers:
             if trainer.is_global_zero and isinstance(logger, CSVLogger):
-                write_json(Path(logger.log_dir) / "attempt.json", {"step": _batches(trainer)})
+                write_json(Path(logger.log_dir) / "attempt.json", {"step": logged_step(trainer)})
         self._write_progress(trainer)
         self._first_numbers = random_state(pl_module.device)
 
@@ -161,18 +168,49 @@ class Recorder(Callback):
         if self._clock is None:
             self._clock = time.perf_counter()
         self._epoch_batches += 1
+        self._tracker.start_batch()
+        self._meter.start_batch()
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if not self._has_whole_tensors or not trainer._logger_connector.should_update_logs:
+        if self._adapter is None:
             return
-        norm = _gradient_norm(trainer, optimizer)
-        if norm is not None:
-            optimizers = [unwrapped(each) for each in trainer.optimizers]
-            name = f"{GRADIENT_NORM}-{optimizers.index(optimizer)}" if len(optimizers) > 1 else GRADIENT_NORM
-            _log(trainer, {name: norm}, _batches(trainer))
+        adapter = self._adapter
+        step = self._tracker.before_step(
+            trainer, pl_module, optimizer, adapter, lambda: list(adapter.slots_of(optimizer))
+        )
+        if step is None:
+            return
+        try:
+            measurement = self._meter.measure(step)
+        except UnsupportedGradientError as error:
+            self._adapter = None
+            rank_zero_warn(f"The curve of gradient norms ends here, as they cannot be measured: {error}")
+            return
+        if measurement is not None and measurement.slots:
+            suffix = "" if measurement.optimizer is None else f"-{measurement.optimizer}"
+            _log(trainer, {f"{GRADIENT_NORM}{suffix}": measurement.norm}, measurement.step)
+
+    @override
+    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        self._tracker.zero_grad()
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._tracker.backward()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._tracker.end_batch()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._tracker.end_training()
+        self._adapter = None  # so that the callback does not keep the model alive
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -188,7 +226,7 @@ class Recorder(Callback):
         times = {TRAIN_SECONDS: self._seconds}
         if self._epoch_batches:
             times[STEP_SECONDS] = self._epoch_seconds / self._epoch_batches
-        _log(trainer, times, _batches(trainer) - 1)
+        _log(trainer, times, logged_step(trainer) - 1)
         self._logged_epochs = [*self._logged_epochs, trainer.current_epoch]
         self._write_progress(trainer)
 
@@ -236,6 +274,17 @@ class Recorder(Callback):
             }
             write_json(self.folder / "test.json", {"checkpoint": self._tested, "metrics": metrics})
 
+    def _measurable(self, trainer: pl.Trainer, module: pl.LightningModule) -> GradientAdapter | None:
+        """Return what knows where the gradients are; ``None``, with a warning, if they cannot be measured."""
+        callbacks: Any = getattr(trainer, "callbacks", ())
+        trusted = any(getattr(callback, "allow_untested_strategy", False) for callback in callbacks)
+        try:
+            check_strategy(trainer.strategy, "compare", ZScore(), allow_untested=trusted)
+            return gradient_adapter(trainer.strategy, module, "compare")
+        except (MisconfigurationException, UnsupportedGradientError) as error:
+            rank_zero_warn(f"There will be no curve of gradient norms: {error}")
+            return None
+
     def _other_settings(self, trainer: pl.Trainer) -> str:
         """What was typed beside the run's own settings and checkpoints; empty if nothing was."""
         own = os.path.realpath(self.folder / "run.yaml")
@@ -273,11 +322,6 @@ class Recorder(Callback):
             epochs, steps = trainer.max_epochs or -1, trainer.max_steps
             share = max(self._epoch / epochs if epochs > 0 else 0, trainer.global_step / steps if steps > 0 else 0)
             write_json(self.folder / "progress.json", {"epoch": self._epoch, "share": min(share, 1.0)})
-
-
-def _batches(trainer: pl.Trainer) -> int:
-    """The step under which Lightning logs."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def _log(trainer: pl.Trainer, metrics: dict[str, Any], step: int) -> None:
@@ -325,26 +369,6 @@ def _fingerprint(module: pl.LightningModule) -> str:
         if not is_lazy(parameter):
             digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
-
-
-def _gradient_norm(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients or any(gradient.is_sparse for gradient in gradients):
-        return None
-    norms = [_norm(gradient.detach()) for gradient in gradients]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device, norms[0].dtype) for each in norms]))
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is not None and scaler.is_enabled() and not is_unscaled(scaler, optimizer):
-        norm = norm / scaler._get_scale_async()
-    return norm
-
-
-def _norm(gradient: Tensor) -> Tensor:
-    # In half precision the norm of a large layer overflows; in single precision a CPU's sum has three digits.
-    wide = torch.promote_types(gradient.dtype, widest_float(gradient.device))
-    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=wide)
-    return norm
 
 
 def _surroundings(trainer: pl.Trainer) -> dict[str, Any]:

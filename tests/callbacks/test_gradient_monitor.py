@@ -16,9 +16,9 @@ from torch.optim import LBFGS, SGD
 from torch.utils.data import DataLoader
 
 from lightning_znorm import GradientMonitor, GradientTransform, ZNormCallback
-from lightning_znorm.callbacks import gradient_monitor, sigma_plots
-from lightning_znorm.callbacks.sigma_history import SigmaHistory
-from lightning_znorm.callbacks.sigma_plots import by_depth, heat_map
+from lightning_znorm.callbacks import measurement, monitor_plots
+from lightning_znorm.callbacks.monitor_history import SigmaHistory
+from lightning_znorm.callbacks.monitor_plots import by_depth, heat_map
 from tests.callbacks.test_strategies import ThirdParty
 from tests.callbacks.training import LR, OPTIMIZERS, ManualTraining, Training, Weights, amp, batches, loss_of, network
 from tests.dtypes import DEFAULTS, default_dtype
@@ -164,7 +164,7 @@ def test_share_below_the_threshold(fit) -> None:
 
 
 def test_nothing_is_measured_at_other_steps(fit) -> None:
-    with patch.object(gradient_monitor, "measure_gradients", wraps=gradient_monitor.measure_gradients) as calls:
+    with patch.object(measurement, "measure_gradients", wraps=measurement.measure_gradients) as calls:
         fit(Training(), batches(7), GradientMonitor(), log_every_n_steps=3)
         assert calls.call_count == 2
         with pytest.warns(UserWarning, match="log_every_n_steps=0 logs no step"):
@@ -201,7 +201,7 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 def test_shows_gradients_as_they_were_wherever_it_stands(fit, order: str) -> None:
     data, collected, module, own = batches(4), Collected(), Training(), ORDERS[order]()
-    with patch.object(gradient_monitor, "measure_gradients", wraps=gradient_monitor.measure_gradients) as calls:
+    with patch.object(measurement, "measure_gradients", wraps=measurement.measure_gradients) as calls:
         made = fit(module, data, *own, collected, **QUIET)
     assert calls.call_count == len(data)
     assert [callback for callback in made.callbacks if callback in own] == own
@@ -560,7 +560,7 @@ class TestHistory:
 
 
 def test_heat_map_names_its_rows_and_its_axis(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sigma_plots, "_picture", lambda figure: figure)
+    monkeypatch.setattr(monitor_plots, "_picture", lambda figure: figure)
     history = SigmaHistory()
     rows = [history.register(f"net.{name}", ndim) for name, ndim in [("0.weight", 2), ("0.bias", 1), ("2.weight", 4)]]
     for step in range(3):

@@ -12,15 +12,19 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from study_module import NoisyGradients, ScriptedModule, StudyData, StudyModule
 
-from lightning_znorm import LastCheckpoint, ZNormCallback
+from lightning_znorm import GradientMonitor, LastCheckpoint, ZNormCallback
+from lightning_znorm.callbacks.measurement import GradientMeter
+from lightning_znorm.callbacks.steps import Step
 from lightning_znorm.compare.checkpoints import MONITORED, BestCheckpoint, read_checkpoint
 from lightning_znorm.compare.files import DamagedError
-from lightning_znorm.compare.recorder import Recorder, _fingerprint, _gradient_norm
+from lightning_znorm.compare.recorder import Recorder, _fingerprint
 from lightning_znorm.compare.results import read_fit, read_run
 from lightning_znorm.compare.study import Run
+from lightning_znorm.gradients.adapters.plain import GradientAdapter
 
 MONITOR = ("val/accuracy", "max")
 
@@ -145,9 +149,61 @@ def test_gradient_norm_in_any_precision(dtype):
     weights = [torch.nn.Parameter(torch.zeros(300, 300, dtype=dtype)), torch.nn.Parameter(torch.zeros(7, dtype=dtype))]
     for weight in weights:
         weight.grad = torch.full_like(weight, 300.0)
-    trainer = SimpleNamespace(precision_plugin=SimpleNamespace())
-    norm = _gradient_norm(trainer, torch.optim.SGD(weights))
-    assert float(norm) == pytest.approx(300 * (300 * 300 + 7) ** 0.5, rel=1e-6)
+    optimizer, adapter = torch.optim.SGD(weights), GradientAdapter(torch.nn.ParameterList(weights))
+    trainer = SimpleNamespace(
+        optimizers=[optimizer],
+        fast_dev_run=False,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=5)),
+        _logger_connector=SimpleNamespace(should_update_logs=True),
+    )
+    step = Step(
+        trainer,
+        optimizer,
+        adapter,
+        lambda: list(adapter.slots_of(optimizer)),
+        grad_scaler=None,
+        is_repeat=False,
+        is_training=True,
+    )
+    measurement = GradientMeter().measure(step)
+    assert measurement.step == 5
+    assert measurement.norm == pytest.approx(300 * (300 * 300 + 7) ** 0.5, rel=1e-6)
+
+
+class SparseModule(StudyModule):
+    """Has gradients that cannot be measured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(3, 1, sparse=True)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + self.embedding(torch.tensor([1])).sum()
+
+
+def test_a_curve_that_cannot_be_measured_is_said_to_be_missing(tmp_path):
+    with pytest.warns(UserWarning, match="curve of gradient norms ends here.*embedding.weight is sparse") as caught:
+        run = train(tmp_path, module=SparseModule())
+    assert len([one for one in caught if "curve of gradient norms" in str(one.message)]) == 1
+    assert logged(run, "compare/gradient_norm") == []
+    assert logged(run, "compare/train_seconds") != []
+
+
+class OtherStrategy(SingleDeviceStrategy):
+    """Might do anything with gradients."""
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_no_curve_under_a_strategy_that_nobody_trusts(trusted, tmp_path):
+    with pytest.warns(UserWarning, match="OtherStrategy") as caught:
+        run = train(
+            tmp_path,
+            GradientMonitor(allow_untested_strategy=True) if trusted else Callback(),
+            strategy=OtherStrategy(torch.device("cpu")),
+        )
+    said = [one for one in caught if "There will be no curve of gradient norms" in str(one.message)]
+    assert len(said) == (0 if trusted else 1)
+    assert (logged(run, "compare/gradient_norm") != []) == trusted
 
 
 def test_times(tmp_path, monkeypatch):

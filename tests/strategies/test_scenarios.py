@@ -123,6 +123,20 @@ def test_monitor_shows_whole_true_gradients(runs: Runs, name: str) -> None:
             assert own["sigma"] == pytest.approx(sigma, rel=rtol, abs=rtol * size)
 
 
+@pytest.mark.parametrize("name", selected(lambda name, scenario: scenario.monitored))
+def test_a_study_records_the_norm_of_whole_gradients(runs: Runs, name: str) -> None:
+    scenario = SCENARIOS[name]
+    first = runs(name)[0]
+    assert len(first["norms"]) == len(first["weights"]) - 1
+    for step, (weights, recorded) in enumerate(zip(first["weights"], first["norms"], strict=False)):
+        if step == scenario.overflowing_batch:
+            assert not math.isfinite(recorded)
+            continue
+        means = mean_gradients(scenario, weights, step, first["scales"][step])
+        norm = math.sqrt(sum(float(mean.square().sum()) for mean in means.values()))
+        assert recorded == pytest.approx(norm, rel=1e-4 if scenario.computes_in is None else 0.05)
+
+
 @pytest.mark.parametrize("name", selected(trained))
 def test_untested_strategy_warns_once(runs: Runs, name: str) -> None:
     scenario = SCENARIOS[name]

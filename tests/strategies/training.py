@@ -3,6 +3,7 @@
 python -m tests.strategies.training DIRECTORY SCENARIO [SCENARIO ...]    one after the other, in one process
 """
 
+import csv
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,12 +14,15 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.distributed.fsdp.wrap import wrap
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_znorm import GradientCentralizationCallback, GradientMonitor, SINGCallback, ZNormCallback
+from lightning_znorm.compare.recorder import Recorder
+from lightning_znorm.compare.results import GRADIENT_NORM
 from lightning_znorm.gradients import UnsupportedGradientError
 from tests.strategies.network import batch_of, loss_of
 from tests.strategies.scenarios import ALL, Scenario
@@ -207,7 +211,7 @@ class CountedCollectives:
             setattr(torch.distributed, name, original)
 
 
-def callbacks_of(scenario: Scenario, module: Training) -> list[Callback]:
+def callbacks_of(scenario: Scenario, module: Training, directory: Path) -> list[Callback]:
     """Return the callbacks of a scenario's Trainer."""
     if scenario.without_callback:
         return []
@@ -221,7 +225,14 @@ def callbacks_of(scenario: Scenario, module: Training) -> list[Callback]:
         callbacks.insert(0, ShownGradients())
     if scenario.monitored:
         callbacks.append(GradientMonitor(per_parameter=True, allow_untested_strategy=untested))
+        callbacks.insert(0, Recorder(str(directory / f"{module.name}-run"), seed=0))
     return callbacks
+
+
+def recorded_norms(directory: Path) -> list[float]:
+    """Return the norms of gradients that a study's recorder has logged there, in the order of the steps."""
+    with next(directory.rglob("metrics.csv")).open() as file:
+        return [float(row[GRADIENT_NORM]) for row in csv.DictReader(file) if row[GRADIENT_NORM]]
 
 
 def train(name: str, directory: Path, module: Training | None = None, strategy: Any = None) -> dict[str, Any]:
@@ -248,10 +259,10 @@ def train(name: str, directory: Path, module: Training | None = None, strategy: 
             gradient_clip_val=scenario.clip,
             use_distributed_sampler=False,  # each process gets all numbers of batches, and makes its own images
             max_epochs=scenario.epochs + (scenario.resumes is not None),
-            callbacks=callbacks_of(scenario, module),
+            callbacks=callbacks_of(scenario, module, directory),
             log_every_n_steps=1,
             default_root_dir=directory,
-            logger=False,
+            logger=CSVLogger(directory, f"{name}-logs") if scenario.monitored else False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -263,6 +274,8 @@ def train(name: str, directory: Path, module: Training | None = None, strategy: 
             if scenario.refused is None:
                 raise
             record["refused"] = str(error)
+        if scenario.monitored and trainer.is_global_zero:
+            record["norms"] = recorded_norms(directory / f"{name}-logs")
         if scenario.saves:
             trainer.save_checkpoint(directory / f"{name}.ckpt")
     record |= module.record

@@ -10,19 +10,18 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_znorm.callbacks.base import GradientCallback
 from lightning_znorm.callbacks.folders import run_folder, short_key
-from lightning_znorm.callbacks.gradient_callback import GradientCallback, ModelState
+from lightning_znorm.callbacks.measurement import GradientMeter, logged_step
+from lightning_znorm.callbacks.monitor_history import SigmaHistory
 from lightning_znorm.callbacks.pictures import log_picture
-from lightning_znorm.callbacks.sigma_history import SigmaHistory
-from lightning_znorm.callbacks.step_watch import unwrapped
+from lightning_znorm.callbacks.steps import Step, unwrapped
 from lightning_znorm.gradients import GradientMethod, ZScore
-from lightning_znorm.gradients.amp import scale_of
+from lightning_znorm.gradients.adapters.plain import GradientAdapter
 from lightning_znorm.gradients.arguments import checked_flag, checked_number, shown
-from lightning_znorm.gradients.measure import measure_gradients
 from lightning_znorm.gradients.slots import GradientSlot
 from lightning_znorm.gradients.summary import GradientSummary
 
@@ -104,8 +103,8 @@ class GradientMonitor(GradientCallback):
         >>> trainer = Trainer(accelerator="cpu", logger=False, callbacks=[GradientMonitor()])
     """
 
-    _verb = "shown"
-    _way_out = (
+    action = "shown"
+    advice = (
         "In manual optimization, step the optimizers that `self.optimizers()` returns, not past Lightning "
         "(`use_pl_optimizer=False`, `.optimizer.step()`)."
     )
@@ -134,8 +133,8 @@ class GradientMonitor(GradientCallback):
         self._folder: Path | None = None
         self._steps_before = 0  # of this training, in which a checkpoint may have been made
         self._has_warned = False
-        self._shown: set[int] = set()  # numbers of the optimizers that have been shown in this batch
-        self._has_looked = False  # before its turn, for a GradientTransform in front of it
+        self._meter = GradientMeter(self.eps)
+        self._has_measured_early = False
 
     @property
     @override
@@ -160,13 +159,13 @@ class GradientMonitor(GradientCallback):
         self._folder = Path(run_folder(trainer)) / "gradients" if has_folder else None  # here, where every process is
         if not has_folder and not _is_trial(trainer):
             rank_zero_info(
-                f"{self._name} draws no pictures, as the Trainer has neither a logger nor a default_root_dir of its "
+                f"{self.label} draws no pictures, as the Trainer has neither a logger nor a default_root_dir of its "
                 "own. Its numbers are in trainer.callback_metrics."
             )
 
     @property
     @override
-    def _required_method(self) -> GradientMethod:
+    def required_method(self) -> GradientMethod:
         return ZScore()
 
     @override
@@ -175,12 +174,12 @@ class GradientMonitor(GradientCallback):
         if trainer.global_step == 0:
             self._history = SigmaHistory()
         model = self._model_of(trainer, pl_module)
-        owners = _owners(trainer, model)
+        steppers = _steppers(trainer, model.adapter)
         for slot in model.adapter.slots():  # in the model's order, which an optimizer's need not be
-            if self._filter.matches(slot):
-                for number in owners[slot.names[0]] or [0]:
-                    self._history.register(_row(slot, owners, number), slot.ndim or 0)
-        self._steps_before, self._has_warned = _step(trainer), False
+            if self.parameter_filter.matches(slot):
+                for number in steppers[slot.names[0]] or [0]:
+                    self._history.register(_row(slot, steppers, number), slot.ndim or 0)
+        self._steps_before, self._has_warned = logged_step(trainer), False
         if not self._history.steps and not _is_trial(trainer):
             self._warn_of_few_steps(trainer)
 
@@ -189,61 +188,56 @@ class GradientMonitor(GradientCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._has_looked = False
-        self._shown.clear()
+        self._has_measured_early = False
+        self._meter.start_batch()
 
-    def _look_ahead(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        """Look at the gradients before the turn of this callback, for a callback in front of it that changes them."""
-        if not self._has_looked:
+    def measure_early(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Measure the gradients before this callback's turn, because a callback in front of it is going to change them.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The LightningModule.
+            optimizer: The optimizer that is about to step.
+        """
+        if not self._has_measured_early:
             self.on_before_optimizer_step(trainer, pl_module, optimizer)
-            self._has_looked = True
+            self._has_measured_early = True
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if self._has_looked:
-            self._has_looked = False
+        if self._has_measured_early:
+            self._has_measured_early = False
         else:
             super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     @override
-    def _before_step(
-        self,
-        trainer: pl.Trainer,
-        model: ModelState,
-        optimizer: Optimizer,
-        scaler: GradScaler | None,
-        repeated: bool,
-    ) -> Iterable[GradientSlot] | None:
-        logs = trainer._logger_connector.should_update_logs or _is_trial(trainer)
-        if repeated or not logs or not self._is_training(trainer):
+    def process_gradients(self, step: Step) -> Iterable[GradientSlot] | None:
+        measurement = self._meter.measure(step)
+        if measurement is None:
             return None
-        optimizers = [unwrapped(one) for one in trainer.optimizers]
-        number = optimizers.index(optimizer) if len(optimizers) > 1 else 0
-        if number in self._shown:
-            return None
-        self._shown.add(number)
-        slots, stats = measure_gradients(
-            self._slots(trainer, model, optimizer), model.adapter.loss_scale() if scaler is None else scale_of(scaler)
-        )
-        summary = GradientSummary(stats, self.eps)
-        step = _step(trainer)
-        owners = _owners(trainer, model)
-        rows = [self._history.register(_row(slot, owners, number), slot.ndim or 0) for slot in slots]
-        ratio = self._history.add(step, rows, summary.sigma, summary.is_finite)
-        infix = f"/{number}" if len(optimizers) > 1 else ""
-        metrics = {f"{self.prefix}{infix}/{name}": value for name, value in self._aggregates(summary, ratio).items()}
+        trainer, slots, summary = step.trainer, measurement.slots, measurement.summary
+        steppers = _steppers(trainer, step.adapter)
+        rows = [
+            self._history.register(_row(slot, steppers, measurement.optimizer or 0), slot.ndim or 0) for slot in slots
+        ]
+        ratio = self._history.add(measurement.step, rows, summary.sigma, summary.is_finite)
+        infix = "" if measurement.optimizer is None else f"/{measurement.optimizer}"
+        metrics = {f"{self.prefix}{infix}/norm": measurement.norm}
+        for name, value in self._aggregates(summary, ratio).items():
+            metrics[f"{self.prefix}{infix}/{name}"] = value
         if self.per_parameter:
             for name, values in _of_each(summary, ratio).items():
                 for slot, value in zip(slots, values.tolist(), strict=True):
-                    own = slot.names[0]
-                    metrics[f"{self.prefix}_{name}{infix if len(owners[own]) > 1 else ''}/{own}"] = value
+                    parameter = slot.names[0]
+                    is_shared = len(steppers[parameter]) > 1
+                    metrics[f"{self.prefix}_{name}{infix if is_shared else ''}/{parameter}"] = value
         trainer.callback_metrics.update(
             {name: torch.tensor(value, dtype=torch.float32) for name, value in metrics.items()}
         )
         for logger in trainer.loggers:
-            logger.log_metrics(metrics=metrics, step=step)  # by the names that Lightning's own calls use
+            logger.log_metrics(metrics=metrics, step=measurement.step)  # by the names that Lightning's own calls use
         return slots
 
     @override
@@ -272,14 +266,14 @@ class GradientMonitor(GradientCallback):
         else:
             return
         self._has_warned = True
-        rank_zero_warn(f"{self._name} will measure nothing, as {reason}: set that to {way_out}")
+        rank_zero_warn(f"{self.label} will measure nothing, as {reason}: set that to {way_out}")
 
     def _warn_of_no_logged_step(self, trainer: pl.Trainer) -> None:
         """Warn after a training none of whose steps has been logged."""
-        before, last, every = self._steps_before, _step(trainer), _every(trainer)
+        before, last, every = self._steps_before, logged_step(trainer), _every(trainer)
         if last > before and last // every == before // every:
             rank_zero_warn(
-                f"{self._name} has measured nothing, as log_every_n_steps={every} logs none of the steps {before + 1} "
+                f"{self.label} has measured nothing, as log_every_n_steps={every} logs none of the steps {before + 1} "
                 f"to {last}: set that to {last - before} or less"
             )
 
@@ -288,7 +282,6 @@ class GradientMonitor(GradientCallback):
         sigma, cosine = summary.sigma[chosen], summary.cosine[chosen]
         below = (sigma < self.sigma_threshold).double()
         return {
-            "norm": float(torch.linalg.vector_norm(summary.norm)),
             "znorm_norm": float(torch.linalg.vector_norm(summary.znorm_norm)),
             "mean_abs_median": _median(summary.mean[chosen].abs()),
             "sigma_median": _median(sigma),
@@ -303,7 +296,7 @@ class GradientMonitor(GradientCallback):
     def _draw(self, trainer: pl.Trainer) -> None:
         if self._folder is None or not self._history.steps or not trainer.is_global_zero or _is_trial(trainer):
             return
-        from lightning_znorm.callbacks.sigma_plots import by_depth, heat_map
+        from lightning_znorm.callbacks.monitor_plots import by_depth, heat_map
 
         self._folder.mkdir(parents=True, exist_ok=True)
         for name, draw in (("sigma_over_steps", heat_map), ("sigma_by_depth", by_depth)):
@@ -312,28 +305,24 @@ class GradientMonitor(GradientCallback):
             log_picture(trainer, f"{self.prefix}/{name}", picture)
 
 
-def _owners(trainer: pl.Trainer, model: ModelState) -> defaultdict[str, list[int]]:
-    """The numbers of the optimizers that step a parameter of a name, for each name.
+def _steppers(trainer: pl.Trainer, adapter: GradientAdapter) -> defaultdict[str, list[int]]:
+    """Return the numbers of the optimizers that step a parameter of a name, for each name.
 
-    Where there are several, it is one parameter, or different ones that have no other names than their numbers.
+    Several numbers mean one parameter that several optimizers step, or several parameters that are named by their
+    numbers alone.
     """
-    owners: defaultdict[str, list[int]] = defaultdict(list)
+    steppers: defaultdict[str, list[int]] = defaultdict(list)
     for number, optimizer in enumerate(map(unwrapped, trainer.optimizers)):
-        for slot in model.adapter.slots_of(optimizer):
-            if number not in owners[slot.names[0]]:
-                owners[slot.names[0]].append(number)
-    return owners
+        for slot in adapter.slots_of(optimizer):
+            if number not in steppers[slot.names[0]]:
+                steppers[slot.names[0]].append(number)
+    return steppers
 
 
-def _row(slot: GradientSlot, owners: defaultdict[str, list[int]], number: int) -> str:
-    """What a parameter is called in the pictures."""
+def _row(slot: GradientSlot, steppers: defaultdict[str, list[int]], number: int) -> str:
+    """Return what a parameter is called in the pictures."""
     name = slot.names[0]
-    return f"{name} (optimizer {number})" if len(owners[name]) > 1 else name
-
-
-def _step(trainer: Any) -> int:
-    """Number of the step that is about to be taken, as Lightning counts them for its own logs."""
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+    return f"{name} (optimizer {number})" if len(steppers[name]) > 1 else name
 
 
 def _every(trainer: Any) -> int:

@@ -1,4 +1,4 @@
-"""What callbacks share that do something with the gradients that an optimizer is about to use."""
+"""The base of callbacks that work with the gradients that an optimizer is about to use."""
 
 import re
 import sys
@@ -11,15 +11,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_znorm.callbacks.step_watch import StepWatch
+from lightning_znorm.callbacks.steps import Step, StepTracker
 from lightning_znorm.callbacks.strategies import check_strategy, gradient_adapter
 from lightning_znorm.gradients import GradientMethod
 from lightning_znorm.gradients.adapters.plain import GradientAdapter
-from lightning_znorm.gradients.amp import is_unscaled, unscales_in_step
 from lightning_znorm.gradients.arguments import checked_flag
 from lightning_znorm.gradients.selection import ParameterFilter
 from lightning_znorm.gradients.slots import GradientSlot
@@ -30,116 +29,110 @@ class ModelState:
     """What a callback knows of a model that a strategy has set up.
 
     Attributes:
-        wrapped: The strategy's model, by which to see whether it has set up another one.
-        adapter: Where its gradients are.
-        watch: Sees whether steps have an effect.
+        wrapped: The strategy's model. If it is another one at the next step, the strategy has set up its model again.
+        adapter: Knows where the strategy keeps the gradients.
+        watch: Warns of steps that the callback has no effect on.
         has_lazy: Whether there are lazy layers that have not been used yet.
-        choice: Which slots take part, of those that have been asked for.
+        is_chosen: Whether a slot takes part, for those slots that a step has asked for.
     """
 
     wrapped: Any
     adapter: GradientAdapter
     watch: StepWatch
     has_lazy: bool
-    choice: dict[GradientSlot, bool] = field(default_factory=dict)
+    is_chosen: dict[GradientSlot, bool] = field(default_factory=dict)
 
 
 class GradientCallback(Callback, ABC):
-    """Finds the gradients of the stepping optimizer when they are complete, and tells what is special about the step.
+    """Find the gradients of the stepping optimizer once they are complete, and hand them to :meth:`process_gradients`.
+
+    A subclass implements :meth:`process_gradients` and :attr:`required_method`, and sets :attr:`action` and
+    :attr:`advice`.
 
     Args:
         include: Shell-style pattern or patterns; a parameter takes part if its name in the LightningModule matches one.
         exclude: Pattern or patterns whose matches are left alone.
         min_ndim: Least number of dimensions of a parameter.
-        allow_untested_strategy: Whether to trust a strategy that is none of Lightning's tested ones.
+        allow_untested_strategy: Whether to trust a strategy that is not one of Lightning's tested ones.
+
+    Attributes:
+        action: What happens to gradients, for warnings: "no gradient will be {action}".
+        advice: What to do where an optimizer steps past Lightning's hook, for warnings.
+        parameter_filter: Chooses the parameters that take part.
 
     Raises:
         TypeError: If an argument is of another type.
         MisconfigurationException: Before training, if another Trainer is using the callback.
-        ValueError: Before training, if a pattern matches no parameter or nothing is chosen, or if patterns meet
-            parameters that have no names.
+        ValueError: Before training, if a pattern matches no parameter or nothing is chosen, or if there are patterns
+            and an optimizer steps parameters that have no names.
     """
 
-    # For warnings: what the callback does with gradients, and what to do where Lightning's hook does not run.
-    _verb: ClassVar[str]
-    _way_out: ClassVar[str]
+    action: ClassVar[str]
+    advice: ClassVar[str]
 
     def __init__(
         self, include: str | Sequence[str], exclude: str | Sequence[str], min_ndim: int, allow_untested_strategy: bool
     ) -> None:
-        _warn_of_other_package(self._name)
+        _warn_of_old_pytorch_lightning(self.label)
         self.allow_untested_strategy = checked_flag("allow_untested_strategy", allow_untested_strategy)
-        self._filter = ParameterFilter(include, exclude, min_ndim)
-        # Of a run, and gone with it, so that the callback does not keep a model alive.
+        self.parameter_filter = ParameterFilter(include, exclude, min_ndim)
+        # These belong to a run and are dropped with it, so that the callback does not keep a model alive.
         self._trainer: pl.Trainer | None = None
         self._model: ModelState | None = None
-        self._in_fit_loop = False
-        self._used_up = False
-        self._in_batch = False
-        self._backward_in_batch = False
+        self._tracker = StepTracker()
 
     def __getstate__(self) -> dict[str, Any]:
         # The Trainer that uses this callback does not use a copy of it.
         return {**vars(self), "_trainer": None, "_model": None}
 
     @property
-    @abstractmethod
-    def _required_method(self) -> GradientMethod:
-        """A method for which a strategy must have gradients that fit."""
-
-    @abstractmethod
-    def _before_step(
-        self,
-        trainer: pl.Trainer,
-        model: ModelState,
-        optimizer: Optimizer,
-        scaler: GradScaler | None,
-        repeated: bool,
-    ) -> Iterable[GradientSlot] | None:
-        """Do something with the gradients: see :meth:`_slots`.
-
-        Args:
-            trainer: The trainer.
-            model: The model.
-            optimizer: Is about to use them.
-            scaler: The scaler by whose scale they are still larger than the true ones; the optimizer's step divides by
-                it.
-            repeated: Whether an earlier step has used them.
-
-        Returns:
-            The slots that have a gradient, or ``None`` if it has not looked.
-        """
-
-    def _is_served(self, optimizer: Optimizer) -> bool:
-        """Whether something else does to an optimizer's gradients what this callback is for."""
-        return False
-
-    def _check_slots(self, trainer: pl.Trainer, adapter: GradientAdapter, slots: Iterable[GradientSlot]) -> None:
-        """Look at parameters before their first step, those of lazy layers once they are there.
-
-        Raises:
-            ValueError: If patterns on names meet a parameter without one.
-        """
-        if not adapter.unnamed or not self._filter.needs_names:
-            return
-        if unnamed := [slot for slot in slots if slot in adapter.unnamed]:
-            raise ValueError(
-                f"{self._name}: include={self._filter.include} and exclude={self._filter.exclude} are patterns on the "
-                f"names of the LightningModule's parameters, and an optimizer steps {len(unnamed)} that it does not "
-                f"register, such as {unnamed[0].names[0]}: register them (assign each to an attribute of a module as "
-                "a torch.nn.Parameter), or leave the patterns out, which chooses all"
-            )
+    def label(self) -> str:
+        """The name of the callback in messages."""
+        return type(self).__name__
 
     @property
-    def _name(self) -> str:
-        return type(self).__name__
+    @abstractmethod
+    def required_method(self) -> GradientMethod:
+        """A method whose gradients a strategy must be able to provide."""
+
+    @abstractmethod
+    def process_gradients(self, step: Step) -> Iterable[GradientSlot] | None:
+        """Process the gradients of a step, which are in ``step.slots()``.
+
+        Args:
+            step: The step that is about to be taken.
+
+        Returns:
+            The slots that have a gradient; ``None`` if the callback has not looked at them.
+        """
+
+    def is_served_otherwise(self, optimizer: Optimizer) -> bool:
+        """Return whether something else processes an optimizer's gradients as this callback would."""
+        return False
+
+    def check_slots(self, trainer: pl.Trainer, adapter: GradientAdapter, slots: Iterable[GradientSlot]) -> None:
+        """Check parameters before their first step; those of lazy layers as soon as they exist.
+
+        Raises:
+            ValueError: If there are patterns, and a parameter has no name.
+        """
+        if not adapter.unnamed or not self.parameter_filter.needs_names:
+            return
+        if unnamed := [slot for slot in slots if slot in adapter.unnamed]:
+            include, exclude = self.parameter_filter.include, self.parameter_filter.exclude
+            raise ValueError(
+                f"{self.label}: include={include} and exclude={exclude} are patterns on the names of the "
+                f"LightningModule's parameters, and an optimizer steps {len(unnamed)} that it does not register, such "
+                f"as {unnamed[0].names[0]}: register them (assign each to an attribute of a module as a "
+                "torch.nn.Parameter), or leave the patterns out, which chooses all"
+            )
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # A Trainer that has stopped without a word has failed in another callback.
+        # A Trainer that has stopped without calling `teardown` has failed in another callback.
         if self._trainer is not None and self._trainer is not trainer and not self._trainer.state.stopped:
             raise MisconfigurationException(
-                f"{self._name} is in use by a Trainer that is still running, and cannot serve another one at the same "
+                f"{self.label} is in use by a Trainer that is still running, and cannot serve another one at the same "
                 "time: give each Trainer a callback of its own (copy.deepcopy makes one)"
             )
         self._begin(trainer)
@@ -149,11 +142,11 @@ class GradientCallback(Callback, ABC):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin(trainer)  # a step before this may have met the model before a checkpoint was loaded
-        self._in_fit_loop = True
+        self._tracker.start_training()
         model = self._model_of(trainer, pl_module)
         model.watch.start(trainer.optimizers)
         for optimizer in trainer.optimizers:
-            self._check_slots(trainer, model.adapter, _not_lazy(model.adapter.slots_of(optimizer)))
+            self.check_slots(trainer, model.adapter, _not_lazy(model.adapter.slots_of(optimizer)))
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -164,19 +157,17 @@ class GradientCallback(Callback, ABC):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._in_batch = True
-        self._backward_in_batch = False
+        self._tracker.start_batch()
         if self._model is not None:
             self._model.watch.start_batch()
 
     @override
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        self._used_up = False
+        self._tracker.zero_grad()
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._used_up = False
-        self._backward_in_batch = True
+        self._tracker.backward()
         if self._model is not None:
             self._model.watch.backwards += 1
             self._model.watch.look_for_gradients()
@@ -187,30 +178,20 @@ class GradientCallback(Callback, ABC):
     ) -> None:
         model = self._model_of(trainer, pl_module)
         model.watch.hook(optimizer)
-        # In manual optimization, and outside training, backward passes may bypass Lightning.
-        automatic = pl_module.automatic_optimization
-        repeated = automatic and self._used_up and self._in_batch and _skips_backward(trainer)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and (not scaler.is_enabled() or is_unscaled(scaler, optimizer)):
-            scaler = None
-        if scaler is not None:
-            # Lightning unscales before this hook, unless the optimizer does or `training_step` returned None; with the
-            # latter it skips the step, and gradients that go on accumulating keep their scale.
-            returned_none = automatic and not self._backward_in_batch and not repeated
-            if returned_none or not unscales_in_step(optimizer):
-                return
-        if not model.adapter.is_complete():
+        step = self._tracker.before_step(
+            trainer, pl_module, optimizer, model.adapter, lambda: self._chosen_slots(trainer, model, optimizer)
+        )
+        if step is None:
             return
-        found = self._before_step(trainer, model, optimizer, scaler, repeated)
-        self._used_up = True
-        if found is not None and self._is_training(trainer):
-            model.watch.search(optimizer, found, may_miss_backwards=not automatic)
+        found = self.process_gradients(step)
+        if found is not None and step.is_training:
+            model.watch.search(optimizer, found, may_miss_backwards=not pl_module.automatic_optimization)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._in_batch = self._backward_in_batch = False
+        self._tracker.end_batch()
         if self._model is not None:
             self._model.watch.end_batch()
 
@@ -221,7 +202,7 @@ class GradientCallback(Callback, ABC):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._in_fit_loop = False
+        self._tracker.end_training()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -235,8 +216,7 @@ class GradientCallback(Callback, ABC):
         """Forget the run before."""
         if self._model is not None:
             self._model.watch.close()
-        self._trainer, self._model = trainer, None
-        self._in_fit_loop = self._used_up = self._in_batch = self._backward_in_batch = False
+        self._trainer, self._model, self._tracker = trainer, None, StepTracker()
 
     def _end(self, trainer: pl.Trainer) -> None:
         if self._trainer is trainer:
@@ -244,31 +224,27 @@ class GradientCallback(Callback, ABC):
             for name in ("log", "log_dict"):  # Lightning makes them methods of the model, in each run anew
                 vars(self).pop(name, None)
 
-    def _is_training(self, trainer: pl.Trainer) -> bool:
-        """Whether a step is one of training, which a step in `on_fit_start`, or of a validation in between, is not."""
-        return self._in_fit_loop and trainer.training
-
     def _check_strategy(self, trainer: pl.Trainer) -> None:
-        check_strategy(trainer.strategy, self._name, self._required_method, self.allow_untested_strategy)
+        check_strategy(trainer.strategy, self.label, self.required_method, self.allow_untested_strategy)
 
     def _model_of(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModelState:
-        """The model as the strategy has set it up last; outside a run, it is not kept."""
+        """Return the model as the strategy has set it up last. Outside a run, it is not kept."""
         wrapped = trainer.strategy.model
         model = self._model
         if model is not None and model.wrapped is wrapped and model.adapter.module is pl_module:
             return model
         if trainer.state.fn != "fit":
             self._check_strategy(trainer)
-        adapter = gradient_adapter(trainer.strategy, pl_module, self._name)
+        adapter = gradient_adapter(trainer.strategy, pl_module, self.label)
         has_lazy = self._check_filter(adapter)
-        self._check_slots(trainer, adapter, _not_lazy(adapter.slots()))
+        self.check_slots(trainer, adapter, _not_lazy(adapter.slots()))
         watch = StepWatch(
-            self._name,
-            self._verb,
-            self._way_out,
-            self._filter,
+            self.label,
+            self.action,
+            self.advice,
+            self.parameter_filter,
             adapter,
-            self._is_served,
+            self.is_served_otherwise,
             is_finetuned=any(map(_finetunes, getattr(trainer, "callbacks", ()))),
         )
         model = ModelState(wrapped, adapter, watch, has_lazy)
@@ -283,26 +259,26 @@ class GradientCallback(Callback, ABC):
         """Raise for a filter that does not fit the model; return whether lazy layers may change that."""
         slots = list(adapter.slots())
         try:
-            self._filter.check(slots)
+            self.parameter_filter.check(slots)
         except ValueError as error:
-            raise ValueError(f"{self._name}: {error}") from None
+            raise ValueError(f"{self.label}: {error}") from None
         return any(slot.ndim is None for slot in slots)
 
-    def _slots(self, trainer: pl.Trainer, model: ModelState, optimizer: Optimizer) -> list[GradientSlot]:
-        """Where the gradients are that the optimizer is about to use, and that take part."""
+    def _chosen_slots(self, trainer: pl.Trainer, model: ModelState, optimizer: Optimizer) -> list[GradientSlot]:
+        """Return the slots of those of an optimizer's parameters that take part."""
         slots = list(model.adapter.slots_of(optimizer))
-        choice = model.choice
-        if new := [slot for slot in slots if slot not in choice]:
+        is_chosen = model.is_chosen
+        if new := [slot for slot in slots if slot not in is_chosen]:
             if model.has_lazy:
                 model.has_lazy = self._check_filter(model.adapter)
-            choice |= {slot: self._filter.matches(slot) for slot in new}
-            self._check_slots(trainer, model.adapter, _not_lazy(new))
+            is_chosen |= {slot: self.parameter_filter.matches(slot) for slot in new}
+            self.check_slots(trainer, model.adapter, _not_lazy(new))
             # A lazy layer that has not been used yet is asked for again.
-            model.choice = {slot: is_chosen for slot, is_chosen in choice.items() if slot.ndim is not None}
-        return [slot for slot in slots if choice[slot]]
+            model.is_chosen = {slot: chosen for slot, chosen in is_chosen.items() if slot.ndim is not None}
+        return [slot for slot in slots if is_chosen[slot]]
 
 
-def _warn_of_other_package(callback: str) -> None:
+def _warn_of_old_pytorch_lightning(callback: str) -> None:
     """Warn if pytorch_lightning is loaded, in a release whose Trainer fails with callbacks of lightning."""
     version = getattr(sys.modules.get("pytorch_lightning"), "__version__", "")
     if (numbers := re.match(r"(\d+)\.(\d+)", str(version))) and tuple(map(int, numbers.groups())) < (2, 6):
@@ -314,16 +290,11 @@ def _warn_of_other_package(callback: str) -> None:
 
 
 def _not_lazy(slots: Iterable[GradientSlot]) -> list[GradientSlot]:
-    """The slots of parameters that are there, of which alone it is known whether they take part."""
+    """Return the slots whose parameters exist: only of those is it known whether they take part."""
     return [slot for slot in slots if slot.ndim is not None]
 
 
-def _skips_backward(trainer: pl.Trainer) -> bool:
-    """Whether the training loop takes steps without gradients of their own, as StochasticWeightAveraging has it do."""
-    return bool(getattr(trainer.fit_loop, "_skip_backward", True))  # Lightning's name for its own callback's request
-
-
 def _finetunes(callback: Any) -> bool:
-    """Whether a callback unfreezes parameters in the course of a training."""
+    """Return whether a callback unfreezes parameters in the course of a training."""
     # By name, because lightning.pytorch and pytorch_lightning each have a class of their own.
     return any(cls.__name__ == "BaseFinetuning" for cls in type(callback).__mro__)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_znorm.callbacks.sigma_history import SigmaHistory
+from lightning_znorm.callbacks.monitor_history import SigmaHistory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,6 +1,7 @@
 """The callback behind every gradient method: applies it to the stepping optimizer's gradients."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import dropwhile, takewhile
 from typing import Any
 
@@ -8,27 +9,27 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_znorm.callbacks.base import GradientCallback
 from lightning_znorm.callbacks.folders import short_key
-from lightning_znorm.callbacks.gradient_callback import GradientCallback, ModelState
-from lightning_znorm.callbacks.gradient_monitor import GradientMonitor
-from lightning_znorm.callbacks.overlap import is_same_method, shared_names
+from lightning_znorm.callbacks.monitor import GradientMonitor
+from lightning_znorm.callbacks.steps import Step
 from lightning_znorm.functional import is_attached
-from lightning_znorm.gradients import GradientMethod, transform_gradients_
+from lightning_znorm.gradients import AffineMethod, GradientMethod, transform_gradients_
 from lightning_znorm.gradients.adapters.plain import GradientAdapter
-from lightning_znorm.gradients.amp import found_inf, take_over_scale_
+from lightning_znorm.gradients.amp import found_inf
 from lightning_znorm.gradients.arguments import checked_flag
 from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.methods import describe
 from lightning_znorm.gradients.optimizers import takes_two_steps, wrapped_by
+from lightning_znorm.gradients.selection import ParameterFilter
 from lightning_znorm.gradients.slots import GradientSlot
 
 
 class GradientTransform(GradientCallback):
-    """Applies a gradient method before every optimizer step, right before gradient clipping.
+    """Apply a gradient method before every optimizer step, right before gradient clipping.
 
     In the Trainers of ``lightning.pytorch`` and ``pytorch_lightning``, both from 2.6 on.
 
@@ -97,8 +98,8 @@ class GradientTransform(GradientCallback):
         >>> callback = GradientTransform(RMSNorm(), exclude="*.fc.*", min_ndim=2)
     """
 
-    _verb = "transformed"
-    _way_out = (
+    action = "transformed"
+    advice = (
         "In manual optimization, step the optimizers that `self.optimizers()` returns; for those stepped past "
         "Lightning (`use_pl_optimizer=False`, `.optimizer.step()`), call `lightning_znorm.functional.attach(optimizer)`"
         " instead."
@@ -116,7 +117,7 @@ class GradientTransform(GradientCallback):
         super().__init__(include, exclude, min_ndim, allow_untested_strategy)
         self.method = method
         self.error_if_nonfinite = checked_flag("error_if_nonfinite", error_if_nonfinite)
-        self._description = describe(method)
+        self.description = describe(method)
         self._overlaps: set[int] = set()  # callbacks of which a warning has told
 
     @property
@@ -129,15 +130,15 @@ class GradientTransform(GradientCallback):
         # Nothing that a resumed run needs; but Lightning warns of a run that is resumed without a callback that has a
         # state, and refuses two callbacks with the same one. A method must not vanish, or work twice, without a word.
         return {
-            "method": self._description,
-            "include": list(self._filter.include),
-            "exclude": list(self._filter.exclude),
-            "min_ndim": self._filter.min_ndim,
+            "method": self.description,
+            "include": list(self.parameter_filter.include),
+            "exclude": list(self.parameter_filter.exclude),
+            "min_ndim": self.parameter_filter.min_ndim,
         }
 
     @property
     @override
-    def _required_method(self) -> GradientMethod:
+    def required_method(self) -> GradientMethod:
         return self.method
 
     @override
@@ -148,7 +149,7 @@ class GradientTransform(GradientCallback):
         callbacks: Any = getattr(trainer, "callbacks", ())
         for monitor in dropwhile(lambda callback: callback is not self, callbacks):
             if isinstance(monitor, GradientMonitor):
-                monitor._look_ahead(trainer, pl_module, optimizer)
+                monitor.measure_early(trainer, pl_module, optimizer)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     @override
@@ -157,75 +158,85 @@ class GradientTransform(GradientCallback):
         super().on_train_start(trainer, pl_module)
         if trainer.gradient_clip_val:
             rank_zero_info(
-                f"{self._name}: gradient clipping (gradient_clip_val={trainer.gradient_clip_val}) follows and bounds "
+                f"{self.label}: gradient clipping (gradient_clip_val={trainer.gradient_clip_val}) follows and bounds "
                 "the transformed gradients."
             )
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):
                 rank_zero_warn(
-                    f"{self._name}: LBFGS searches along the true gradient, and builds its curvature from it. With "
-                    f"{self._description} it takes steps that the loss does not confirm, and may diverge."
+                    f"{self.label}: LBFGS searches along the true gradient, and builds its curvature from it. With "
+                    f"{self.description} it takes steps that the loss does not confirm, and may diverge."
                 )
-            if takes_two_steps(optimizer) and not self._is_served(optimizer):
+            if takes_two_steps(optimizer) and not self.is_served_otherwise(optimizer):
                 rank_zero_warn(
-                    f"{self._name}: {type(optimizer).__name__} climbs along one gradient and descends along another, "
+                    f"{self.label}: {type(optimizer).__name__} climbs along one gradient and descends along another, "
                     "in steps of its own that Lightning does not see, and its `step` climbs along gradients that are "
                     "transformed already. examples/sam.py shows how to climb along the true gradient and to transform "
                     "the one of the descent."
                 )
 
     @override
-    def _is_served(self, optimizer: Optimizer) -> bool:
+    def is_served_otherwise(self, optimizer: Optimizer) -> bool:
         return any(map(is_attached, (optimizer, *wrapped_by(optimizer))))
 
     @override
-    def _check_slots(self, trainer: pl.Trainer, adapter: GradientAdapter, slots: Iterable[GradientSlot]) -> None:
+    def check_slots(self, trainer: pl.Trainer, adapter: GradientAdapter, slots: Iterable[GradientSlot]) -> None:
         """Look also at what callbacks before this one do to the same parameters.
 
         Raises:
             MisconfigurationException: If it is the same.
         """
         slots = list(slots)
-        super()._check_slots(trainer, adapter, slots)
+        super().check_slots(trainer, adapter, slots)
         callbacks: Any = getattr(trainer, "callbacks", ())
         for other in takewhile(lambda callback: callback is not self, callbacks):
             if not isinstance(other, GradientTransform):
                 continue
-            shared = shared_names(self._filter, other._filter, slots)
+            shared = _shared_names(self.parameter_filter, other.parameter_filter, slots)
             if not shared:
                 continue
             listed = shared[0] + (f" and {len(shared) - 1} more" if len(shared) > 1 else "")
-            if is_same_method(self.method, other.method):
+            if _is_same_method(self.method, other.method):
                 raise MisconfigurationException(
-                    f"{self._name} with {self._description} would do again what {other._name} with "
-                    f"{other._description}, before it in the list of callbacks, does to the gradients of {listed}: "
+                    f"{self.label} with {self.description} would do again what {other.label} with "
+                    f"{other.description}, before it in the list of callbacks, does to the gradients of {listed}: "
                     "take one of them out, or give each parameters of its own (include, exclude, min_ndim)"
                 )
             if id(other) not in self._overlaps:
                 self._overlaps.add(id(other))
                 rank_zero_warn(
-                    f"{self._name} transforms what {other._name}, before it in the list of callbacks, has made of the "
+                    f"{self.label} transforms what {other.label}, before it in the list of callbacks, has made of the "
                     f"gradients of {listed}: the result is neither method's. To compare them, use one at a time."
                 )
 
     @override
-    def _before_step(
-        self,
-        trainer: pl.Trainer,
-        model: ModelState,
-        optimizer: Optimizer,
-        scaler: GradScaler | None,
-        repeated: bool,
-    ) -> Iterable[GradientSlot] | None:
-        loss_scale = model.adapter.loss_scale() if scaler is None else take_over_scale_(scaler, optimizer)
-        slots = self._slots(trainer, model, optimizer)
-        if repeated:
+    def process_gradients(self, step: Step) -> Iterable[GradientSlot] | None:
+        loss_scale = step.take_over_scale_()
+        slots = step.slots()
+        if step.is_repeat:
             for slot in slots:
                 slot.clear()
             return None
         grads = transform_gradients_(slots, self.method, loss_scale)
         # Where the optimizer divides by a scale itself, it also looks for inf and NaN itself, and skips the step.
         if self.error_if_nonfinite and loss_scale is None:
-            own_scaler = getattr(trainer.precision_plugin, "scaler", None)
-            check_finite(model.adapter.slots_of(optimizer), found_inf(own_scaler, optimizer), trainer.global_step)
+            scaler = getattr(step.trainer.precision_plugin, "scaler", None)
+            found = found_inf(scaler, step.optimizer)
+            check_finite(step.adapter.slots_of(step.optimizer), found, step.trainer.global_step)
         return (slot for slot, grad in zip(slots, grads, strict=True) if grad is not None)
+
+
+def _shared_names(first: ParameterFilter, second: ParameterFilter, slots: Iterable[GradientSlot]) -> list[str]:
+    """Return the names of the parameters that both filters choose, one name for each parameter."""
+    return [slot.names[0] for slot in slots if first.matches(slot) and second.matches(slot)]
+
+
+def _is_same_method(first: GradientMethod, second: GradientMethod) -> bool:
+    """Return whether two methods are the same, whatever their options."""
+    return bool(_kind(first) == _kind(second))
+
+
+def _kind(method: Any) -> Any:
+    if isinstance(method, partial):
+        return _kind(method.func)
+    return type(method) if isinstance(method, AffineMethod) else method
