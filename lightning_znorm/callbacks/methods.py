@@ -12,32 +12,33 @@ class ZNormCallback(GradientTransform):
     .. math:: z = \frac{g - \mu}{\sigma + \epsilon}
 
     with the mean and the population standard deviation over all elements of a parameter's gradient. The paper defines
-    this for the weight matrices and convolution tensors of a network; by default every parameter takes part, biases and
-    normalization scales included, which is this library's reading. ``min_ndim=2`` is the strict one.
+    this for the weight matrices and convolution tensors of a network. By default every parameter takes part here,
+    biases and normalization scales included; with ``min_ndim=2`` only weights do, as in the paper's definition.
 
     Note:
         - A z-scored gradient of d elements has norm :math:`\sqrt{d}` whatever the loss: a learning rate chosen for
           plain SGD is far too large. Adam divides most of the scale out again: its usual learning rates work.
-        - Gradients that are structurally zero do not stay so, because the mean is subtracted: exclude embeddings with a
-          padding row or unseen tokens (``exclude="*embed*"``), and pruned weights.
-        - A bias in front of a normalization layer has a true gradient of zero. What is there is rounding noise, and
-          becomes unit size; harmless to the output, and avoided by ``bias=False`` or ``min_ndim=2``.
+        - Gradients that are structurally zero do not stay zero, because the mean is subtracted: exclude embeddings with
+          a padding row or unseen tokens (``exclude="*embed*"``), and pruned weights.
+        - A bias in front of a normalization layer has a true gradient of zero. Its gradient is rounding noise, which
+          becomes unit size. This does not change the output; ``bias=False`` or ``min_ndim=2`` avoids it.
         - A tensor of two elements always becomes :math:`\pm 1`.
-        - See :func:`lightning_znorm.functional.zscore_grads_` for constant gradients, ``eps``, inf and NaN, and
+        - See :func:`lightning_znorm.functional.zscore_grads_` for constant gradients, ``eps``, inf and NaN. See
           :class:`GradientTransform` for optimizers, precisions and strategies.
 
     Source: Yun, "ZNorm: Z-Score Gradient Normalization", arXiv 2408.01215, Algorithm 1.
 
     Args:
-        eps: Added to the standard deviation, an absolute number.
+        eps: An absolute number that is added to the standard deviation.
         include: Shell-style pattern or patterns; a parameter takes part if its name in the LightningModule matches one.
-        exclude: Pattern or patterns whose matches are left alone.
-        min_ndim: Least number of dimensions of a parameter; 2 leaves biases and normalization scales alone.
+        exclude: Pattern or patterns whose matches do not take part.
+        min_ndim: Least number of dimensions of a parameter that takes part; 2 leaves out biases and normalization
+            scales.
         allow_untested_strategy: See :class:`GradientTransform`.
         error_if_nonfinite: See :class:`GradientTransform`.
 
     Raises:
-        TypeError: If an argument is of another type.
+        TypeError: If an argument has the wrong type.
         ValueError: If ``eps`` is negative, infinite or NaN, and as :class:`GradientTransform` does.
         MisconfigurationException: As :class:`GradientTransform` does.
         UnsupportedGradientError: Before a step, if a gradient is sparse, of 8 bits, or sharded in an unknown way.
@@ -64,7 +65,7 @@ class ZNormCallback(GradientTransform):
 class GradientCentralizationCallback(GradientTransform):
     """Subtract from each gradient the mean of each output channel before every optimizer step.
 
-    Tensors of one dimension stay as they are. :func:`lightning_znorm.functional.centralize_grads_` says what differs
+    Tensors of one dimension are not changed. See :func:`lightning_znorm.functional.centralize_grads_` for what differs
     from the authors' optimizers.
 
     Source: Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks", ECCV 2020
@@ -72,14 +73,14 @@ class GradientCentralizationCallback(GradientTransform):
 
     Args:
         include: Shell-style pattern or patterns; a parameter takes part if its name in the LightningModule matches one.
-        exclude: Pattern or patterns whose matches are left alone.
-        min_ndim: Least number of dimensions of a parameter; 4 restricts it to convolutions, as in the authors'
-            ``gc_conv_only``.
+        exclude: Pattern or patterns whose matches do not take part.
+        min_ndim: Least number of dimensions of a parameter that takes part; 4 leaves only convolutions, as the authors'
+            ``gc_conv_only`` does.
         allow_untested_strategy: See :class:`GradientTransform`.
         error_if_nonfinite: See :class:`GradientTransform`.
 
     Raises:
-        TypeError: If an argument is of another type.
+        TypeError: If an argument has the wrong type.
         MisconfigurationException: As :class:`GradientTransform` does.
         ValueError: As :class:`GradientTransform` does.
         UnsupportedGradientError: Before a step, if a gradient is sparse, of 8 bits, or sharded in an unknown way.
@@ -105,21 +106,22 @@ class GradientCentralizationCallback(GradientTransform):
 class SINGCallback(GradientTransform):
     """Centre each output channel's gradient and divide each tensor's by its norm, before every optimizer step.
 
-    This is the gradient's part of SING alone: :class:`~lightning_znorm.gradients.SING` says what else its authors'
-    optimizer does, which learning rate they advise, and how it differs from ZNorm.
+    This is only the part of SING that changes gradients. See :class:`~lightning_znorm.gradients.SING` for what else its
+    authors' optimizer does, for the learning rate that they advise, and for how it differs from ZNorm.
 
     Source: Courtois et al., "SING: A Plug-and-Play DNN Learning Technique", arXiv 2305.15997.
 
     Args:
-        eps: Added to the norm, an absolute number.
+        eps: An absolute number that is added to the norm.
         include: Shell-style pattern or patterns; a parameter takes part if its name in the LightningModule matches one.
-        exclude: Pattern or patterns whose matches are left alone.
-        min_ndim: Least number of dimensions of a parameter; 2 leaves biases and normalization scales alone.
+        exclude: Pattern or patterns whose matches do not take part.
+        min_ndim: Least number of dimensions of a parameter that takes part; 2 leaves out biases and normalization
+            scales.
         allow_untested_strategy: See :class:`GradientTransform`.
         error_if_nonfinite: See :class:`GradientTransform`.
 
     Raises:
-        TypeError: If an argument is of another type.
+        TypeError: If an argument has the wrong type.
         ValueError: If ``eps`` is negative, infinite or NaN, and as :class:`GradientTransform` does.
         MisconfigurationException: As :class:`GradientTransform` does.
         UnsupportedGradientError: Before a step, if a gradient is sparse, of 8 bits, or sharded in an unknown way.

@@ -1,4 +1,4 @@
-"""Shows gradients as they are before anything is made of them."""
+"""The callback that logs and draws gradients as they are before a method changes them."""
 
 import os
 from collections import defaultdict
@@ -27,75 +27,77 @@ from lightning_znorm.gradients.summary import GradientSummary
 
 
 class GradientMonitor(GradientCallback):
-    r"""Logs and draws the gradients of any optimizer: their size, spread and noise, with ZNorm or without.
+    r"""Log and draw the gradients of any optimizer: their size, spread and noise, with ZNorm or without.
 
-    At the steps at which the Trainer logs (``log_every_n_steps``), before the update, it measures the gradient of every
-    parameter and logs these aggregates. With :math:`n`, :math:`\mu` and :math:`\sigma` the number of elements, mean and
-    population deviation of one tensor's gradient, and medians, least values and shares over those tensors of several
-    elements whose gradients are finite:
+    At the steps that the Trainer logs (``log_every_n_steps``), before the update, the callback measures the gradient of
+    every parameter and logs the aggregates below. There, :math:`n`, :math:`\mu` and :math:`\sigma` are the number of
+    elements, the mean and the population standard deviation of one tensor's gradient. Medians, least values and shares
+    are taken over the tensors of several elements whose gradients are finite.
 
     ==================================  ===============================================================================
     ``grad/norm``                       norm of all gradients, :math:`\sqrt{\sum n (\sigma^2 + \mu^2)}`
-    ``grad/znorm_norm``                 that of what ZNorm makes of them, :math:`\sqrt{\sum n\sigma^2/(\sigma +
+    ``grad/znorm_norm``                 norm of all gradients after ZNorm, :math:`\sqrt{\sum n\sigma^2/(\sigma +
                                         \epsilon)^2}`
-    ``grad/mean_abs_median``            of :math:`|\mu|`
-    ``grad/sigma_median``, ``_min``     of :math:`\sigma`
-    ``grad/cosine_median``, ``_min``    of the cosine between g and its z-score, :math:`\sigma/\sqrt{\sigma^2 + \mu^2}`
-    ``grad/sigma_over_running_median``  of :math:`\sigma` over its running mean: an exponential one over the
+    ``grad/mean_abs_median``            median of :math:`|\mu|`
+    ``grad/sigma_median``, ``_min``     median and least value of :math:`\sigma`
+    ``grad/cosine_median``, ``_min``    the same of the cosine of g and its z-score, :math:`\sigma/\sqrt{\sigma^2 +
+                                        \mu^2}`
+    ``grad/sigma_over_running_median``  median of :math:`\sigma` over its running mean, an exponential mean of the
                                         measurements before, with weight 0.9 for the past
     ``grad/share_below``                share of tensors with :math:`\sigma` below ``sigma_threshold``
     ``grad/nonfinite``                  number of tensors with an inf or NaN, or whose squared deviations overflow
     ==================================  ===============================================================================
 
-    Gradients that are not finite make the two norms NaN or inf, and are left out of the others. Where no tensor is
-    left, those are NaN. Several optimizers are told apart by their numbers: ``grad/0/norm``, ``grad/1/norm``. All of
-    these are in ``trainer.callback_metrics`` too, so that a checkpoint or early stopping can follow them.
+    Gradients that are not finite make the two norms NaN or inf, and do not enter the other aggregates. If no tensor
+    remains, these are NaN. Several optimizers are told apart by their numbers: ``grad/0/norm``, ``grad/1/norm``. All
+    aggregates are in ``trainer.callback_metrics`` too, so that a checkpoint or early stopping can monitor them.
 
-    When training ends, fails or is interrupted, two pictures go to ``gradients`` beside the logs and to each
-    TensorBoard or Weights & Biases logger there is: :math:`\sigma` of every parameter over the steps, and its
-    distribution by depth. They hold at most 512 steps, evenly spaced. Without a logger they go to the Trainer's
-    ``default_root_dir``, and nowhere if that is the default one.
+    When training ends, fails or is interrupted, the callback draws two pictures: :math:`\sigma` of every parameter
+    over the steps, and its distribution by depth. They show at most 512 steps, evenly spaced. They are written to
+    ``gradients`` beside the logs, and sent to every TensorBoard and Weights & Biases logger. Without a logger they are
+    written to the Trainer's ``default_root_dir``; if that is the default one too, nothing is drawn.
 
     The gradients are those of :class:`GradientTransform`: complete, of the stepping optimizer alone, without loss
-    scale, whole where a strategy shards them, and as they are before this package's callbacks transform them, wherever
-    this one stands in the Trainer's list. They are not changed. In manual optimization, ``self.clip_gradients`` comes
-    before.
+    scale, and whole where a strategy shards them. They are measured before this package's callbacks transform them,
+    wherever this callback stands in the Trainer's list, and they are not changed. In manual optimization,
+    ``self.clip_gradients`` runs before the measurement.
 
-    There is one row a step and optimizer: of the evaluations of an optimizer that calls its closure several times
-    (LBFGS), and of several steps of one optimizer in a batch, the first. Steps outside training, such as those of a
-    ``test_step`` that adapts the model, are not shown.
+    Each batch has one measurement for each optimizer. Where an optimizer calls its closure several times (LBFGS), or
+    steps several times in a batch, this is the first one. Steps outside training, such as those of a ``test_step`` that
+    adapts the model, are not measured.
 
     Note:
-        A measurement reads the gradients twice, and is one copy from the device to the host; two small sums travel for
-        each process group where gradients are sharded. Other steps cost nothing.
+        A measurement reads the gradients twice and copies once from the device to the host. Where gradients are
+        sharded, the processes exchange two small sums for each process group. Other steps cost nothing.
 
-    Source: the argument from the deviation by depth is that of Yun, "ZNorm: Z-Score Gradient Normalization",
-    arXiv 2408.01215; the cosine follows from its Theorem 4.2.
+    Source: the deviation by depth is the argument of Yun, "ZNorm: Z-Score Gradient Normalization", arXiv 2408.01215;
+    the cosine follows from its Theorem 4.2.
 
     Args:
-        per_parameter: Whether to log ``grad_sigma/NAME``, and likewise ``mean``, ``norm``, ``znorm_norm``, ``cosine``
-            and ``sigma_over_running``, of each parameter as well. Those of a parameter that several optimizers step
-            are told apart by their numbers: ``grad_sigma/0/NAME``, ``grad_sigma/1/NAME``.
-        sigma_threshold: Of ``grad/share_below``; by default Adam's ``eps``, below which Adam's own steps shrink.
-        eps: That of the ZNorm that ``grad/znorm_norm`` is about.
+        per_parameter: Whether to log ``mean``, ``sigma``, ``norm``, ``znorm_norm``, ``cosine`` and
+            ``sigma_over_running`` of each parameter as well, as ``grad_sigma/NAME``. If several optimizers step a
+            parameter, their numbers tell the values apart: ``grad_sigma/0/NAME``, ``grad_sigma/1/NAME``.
+        sigma_threshold: The threshold of ``grad/share_below``. The default is Adam's ``eps``, below which Adam's own
+            steps shrink.
+        eps: The ``eps`` of the ZNorm that ``grad/znorm_norm`` describes.
         include: Shell-style pattern or patterns; a parameter takes part if its name in the LightningModule matches one.
         exclude: Pattern or patterns whose matches are left out.
         min_ndim: Least number of dimensions of a parameter; 2 leaves out biases and normalization scales.
-        prefix: What names begin with in place of ``grad``, to tell several monitors apart.
+        prefix: What the names begin with instead of ``grad``. It tells several monitors apart.
         allow_untested_strategy: See :class:`GradientTransform`.
 
     Raises:
         MisconfigurationException: Before training, if the strategy is not supported, or another Trainer is using this
             callback.
         TypeError: If an argument is of another type.
-        ValueError: If the threshold or ``eps`` is no finite number from 0 on, or the prefix is empty; before training,
-            if a pattern matches no parameter or nothing is chosen, or if there are patterns and an optimizer steps
-            parameters that the LightningModule does not register, which have no names.
+        ValueError: If the threshold or ``eps`` is negative or not finite, or the prefix is empty; before training, if a
+            pattern matches no parameter or nothing is chosen; or if there are patterns, and an optimizer steps
+            parameters without names, because the LightningModule does not register them.
         UnsupportedGradientError: Before a step, if a gradient is sparse, of 8 bits, or sharded in an unknown way.
 
     Warns:
-        UserWarning: Once, if the Trainer logs none of the training's steps: at its start, if they are known to be fewer
-            than ``log_every_n_steps``, or else at its end.
+        UserWarning: Once, if the Trainer logs none of the training's steps. The warning comes at the start of training
+            if its number of steps is known, and otherwise at its end.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -124,14 +126,14 @@ class GradientMonitor(GradientCallback):
         if not isinstance(prefix, str):
             raise TypeError(f"prefix must be a string, got {shown(prefix)}")
         if not prefix:
-            raise ValueError("prefix must not be empty, for it is what tells these metrics from others")
+            raise ValueError("prefix must not be empty: it tells these metrics from others")
         self.per_parameter = checked_flag("per_parameter", per_parameter)
         self.sigma_threshold = checked_number("sigma_threshold", sigma_threshold)
         self.eps = ZScore(eps).eps
         self.prefix = prefix
         self._history = SigmaHistory()
         self._folder: Path | None = None
-        self._steps_before = 0  # of this training, in which a checkpoint may have been made
+        self._steps_before = 0  # steps before this training, which may resume a checkpoint
         self._has_warned = False
         self._meter = GradientMeter(self.eps)
         self._has_measured_early = False
@@ -154,9 +156,11 @@ class GradientMonitor(GradientCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        # Without a logger, Lightning makes the folder that a program is run in the Trainer's; nobody has named it.
+        # Without a logger and default_root_dir, Lightning takes the current folder, which nobody has asked for.
         has_folder = bool(trainer.loggers) or trainer.default_root_dir != os.getcwd()
-        self._folder = Path(run_folder(trainer)) / "gradients" if has_folder else None  # here, where every process is
+        self._folder = (
+            Path(run_folder(trainer)) / "gradients" if has_folder else None
+        )  # in `setup`, because all processes must take part
         if not has_folder and not _is_trial(trainer):
             rank_zero_info(
                 f"{self.label} draws no pictures, as the Trainer has neither a logger nor a default_root_dir of its "
@@ -175,7 +179,7 @@ class GradientMonitor(GradientCallback):
             self._history = SigmaHistory()
         model = self._model_of(trainer, pl_module)
         steppers = _steppers(trainer, model.adapter)
-        for slot in model.adapter.slots():  # in the model's order, which an optimizer's need not be
+        for slot in model.adapter.slots():  # in the order of the model, which may not be the optimizer's
             if self.parameter_filter.matches(slot):
                 for number in steppers[slot.names[0]] or [0]:
                     self._history.register(_row(slot, steppers, number), slot.ndim or 0)
@@ -250,13 +254,13 @@ class GradientMonitor(GradientCallback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         try:
-            # A training that fails is one whose gradients are worth looking at.
+            # The gradients of a training that fails are worth a look.
             self._draw(trainer)
         finally:
             super().on_exception(trainer, pl_module, exception)
 
     def _warn_of_few_steps(self, trainer: pl.Trainer) -> None:
-        """Warn before a training none of whose steps is going to be logged, as far as that is known."""
+        """Warn before training if it is known that none of its steps will be logged."""
         every, steps = _every(trainer), trainer.estimated_stepping_batches
         if every == 0:
             reason, way_out = "log_every_n_steps=0 logs no step", "1 or more"
@@ -269,7 +273,7 @@ class GradientMonitor(GradientCallback):
         rank_zero_warn(f"{self.label} will measure nothing, as {reason}: set that to {way_out}")
 
     def _warn_of_no_logged_step(self, trainer: pl.Trainer) -> None:
-        """Warn after a training none of whose steps has been logged."""
+        """Warn after training if none of its steps was logged."""
         before, last, every = self._steps_before, logged_step(trainer), _every(trainer)
         if last > before and last // every == before // every:
             rank_zero_warn(
@@ -326,7 +330,7 @@ def _row(slot: GradientSlot, steppers: defaultdict[str, list[int]], number: int)
 
 
 def _every(trainer: Any) -> int:
-    """Number of steps of which the Trainer logs one."""
+    """Return the number of steps of which the Trainer logs one."""
     return int(trainer.log_every_n_steps)
 
 
@@ -342,7 +346,7 @@ def _of_each(summary: GradientSummary, ratio: Tensor) -> dict[str, Tensor]:
 
 
 def _is_trial(trainer: Any) -> bool:
-    """Whether this is a run of few batches that logs every step and leaves nothing behind."""
+    """Return whether this is a run of few batches, which logs every step and writes no files."""
     return bool(trainer.fast_dev_run)
 
 

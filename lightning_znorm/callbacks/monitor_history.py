@@ -6,22 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Weight of what was before in the running mean: that of about ten measurements.
+# Weight of the past in the running mean, which then spans about ten measurements.
 _DECAY = 0.9
 
 
 class SigmaHistory:
-    """Remembers the deviation of each parameter's gradient, and its running mean.
+    """Remember the deviation of each parameter's gradient, and its running mean.
 
-    When there are too many steps, every two neighbours become one: the earlier, but not finite where either is. So the
-    steps that are kept stay equally far apart, however long the training.
+    When there are too many steps, every two neighbours become one: the earlier one is kept, and what is not finite in
+    either of them. So the kept steps stay equally far apart in a training of any length.
 
     Args:
-        max_steps: Most steps that are kept, an even number.
+        max_steps: The largest number of steps to keep, an even number.
 
     Attributes:
-        names: Of the parameters, in the order in which they have been added.
-        ndims: Their numbers of dimensions.
+        names: Names of the parameters, in the order in which they were added.
+        ndims: Numbers of dimensions of the parameters.
         steps: Numbers of the kept steps.
     """
 
@@ -38,12 +38,12 @@ class SigmaHistory:
 
     @property
     def sigma(self) -> Tensor:
-        """Shape ``(names, steps)``: inf where a gradient was not finite, NaN where there was none."""
+        """Deviations, shape ``(names, steps)``: inf where a gradient was not finite, NaN where there was none."""
         size = len(self.names)
         return torch.stack([_grown(column, size, torch.nan) for column in self._columns], dim=1)
 
     def register(self, name: str, ndim: int) -> int:
-        """Adds a parameter, if it is new, and returns its number."""
+        """Add a parameter, if it is new, and return its number."""
         if name not in self._rows:
             self._rows[name] = len(self.names)
             self.names.append(name)
@@ -51,16 +51,16 @@ class SigmaHistory:
         return self._rows[name]
 
     def add(self, step: int, rows: Sequence[int], sigma: Tensor, is_finite: Tensor) -> Tensor:
-        """Remembers the deviations of a step.
+        """Remember the deviations of a step.
 
         Args:
-            step: Number of the step; those of several calls are in one column if it is the same.
-            rows: Numbers of parameters.
-            sigma: Their deviations, shape ``(rows,)``.
-            is_finite: Whether their gradients were; those that were not do not enter the running mean.
+            step: Number of the step. Several calls with the same number share a column.
+            rows: Numbers of the parameters.
+            sigma: Deviations of their gradients, shape ``(rows,)``.
+            is_finite: Whether each gradient is finite. One that is not does not enter the running mean.
 
         Returns:
-            Deviations over the means of those before, shape ``(rows,)``, 1 if there are none.
+            Deviations over the running means of the steps before, shape ``(rows,)``; 1 where there are none.
         """
         size, index = len(self.names), torch.tensor(rows, dtype=torch.int64)
         self._sums, self._weights = _grown(self._sums, size, 0.0), _grown(self._weights, size, 0.0)
@@ -80,7 +80,7 @@ class SigmaHistory:
             self._seen, self._last = self._seen + 1, step
         number = (self._seen - 1) // self._stride
         if number < len(self._columns):
-            if self.steps[-1] == step:  # of another optimizer
+            if self.steps[-1] == step:  # another optimizer has measured the same step
                 old = _grown(self._columns[-1], len(column), torch.nan)
                 self._columns[-1] = torch.where(column.isnan(), old, column)
             else:
@@ -95,7 +95,7 @@ class SigmaHistory:
             self._stride *= 2
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, as lists and tensors."""
+        """Return the whole history, as lists and tensors."""
         return {
             "names": list(self.names),
             "ndims": list(self.ndims),
@@ -107,7 +107,7 @@ class SigmaHistory:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a state."""
+        """Continue from a state."""
         self.names, self.ndims, self.steps = list(state["names"]), list(state["ndims"]), list(state["steps"])
         self._rows = {name: row for row, name in enumerate(self.names)}
         self._columns = list(state["sigma"].clone().unbind(1)) if self.steps else []
@@ -120,6 +120,6 @@ def _grown(column: Tensor, size: int, value: float) -> Tensor:
 
 
 def _merged(first: Tensor, second: Tensor) -> Tensor:
-    """The first, or the second where that is not finite or the first is not there."""
+    """Return the first column, with what is missing in it or infinite in the second taken from the second."""
     first = _grown(first, len(second), torch.nan)
     return torch.where(second.isinf() | first.isnan(), second, first)

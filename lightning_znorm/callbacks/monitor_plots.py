@@ -1,4 +1,4 @@
-"""Pictures of deviations that can be read in print, in grey and by colour-blind readers."""
+"""The pictures of GradientMonitor, which can be read in print, in grey and by colour-blind readers."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 _DPI = 130
 _WIDTH = 8.0
-# Inches of a row that is labelled, and of all rows of a picture at most.
+# Inches of a labelled row, and the largest height of all rows of a picture.
 _ROW, _MOST = 0.15, 9.0
 _LABEL = r"standard deviation $\sigma$ of the gradient"
 _ZERO = "0.75"
-# Okabe and Ito's vermilion, which no colour of the map looks like; a triangle says the same without colour.
+# Okabe and Ito's vermilion, unlike any colour of the map. A triangle says the same without colour.
 _NOT_FINITE = "#D55E00"
 
 
 def heat_map(history: SigmaHistory) -> "Image":
-    """Draws the deviation of each gradient over the steps: weights above, vectors (biases, scales) below, by depth."""
+    """Draw the deviation of each gradient over the steps: weights above, vectors (biases, scales) below, by depth."""
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import LogFormatterMathtext
 
@@ -32,11 +32,11 @@ def heat_map(history: SigmaHistory) -> "Image":
     blocks = [(title, rows) for title, rows in _blocks(history) if rows]
     positive = sigma[sigma.isfinite() & (sigma > 0)]
     low, high = (float(positive.min()), float(positive.max())) if len(positive) else (1e-8, 1.0)
-    # Outliers, such as biases whose true gradient is zero, would leave no colours for the others.
+    # Outliers, such as biases whose true gradient is zero, would use up the colours.
     low = max(low, high * 1e-8)
     norm = LogNorm(low, max(high, low * 10))
     heights = [min(max(len(rows), 4) * _ROW, _MOST / len(blocks)) for _, rows in blocks]
-    # In inches, because automatic layouts do not keep rows of one height.
+    # In inches, because automatic layouts give the rows different heights.
     left, right, gap, bottom = 2.2, 1.0, 0.3, 0.7
     size = bottom + sum(heights) + gap * len(blocks)
     figure = _figure(size, layout=None)
@@ -62,9 +62,9 @@ def heat_map(history: SigmaHistory) -> "Image":
 
 
 def by_depth(history: SigmaHistory) -> "Image":
-    """Draws, for each layer from first to last, where the deviation lay over the steps, and where it began and ended.
+    """Draw, from the first layer to the last, the range of the deviation over the steps, its start and its end.
 
-    Of the weights (tensors of two or more dimensions), or of all if there are none.
+    Only weights (tensors of two or more dimensions) are drawn, or all parameters if there are no weights.
     """
     rows = next(rows for _, rows in _blocks(history) if rows)
     sigma = history.sigma[rows].double()
@@ -104,13 +104,13 @@ def _blocks(history: SigmaHistory) -> list[tuple[str, list[int]]]:
 
 
 def _cells(axes: Any, steps: Sequence[int], sigma: Tensor, norm: Any) -> None:
-    """A coloured cell for each row and step; grey for zero, vermilion for what is not finite, white for nothing."""
+    """Draw a coloured cell for each row and step: grey for zero, vermilion for inf or NaN, white for no gradient."""
     from matplotlib.colors import ListedColormap
 
     edges = _edges(steps)
     tops = [row - 0.5 for row in range(len(sigma) + 1)]
     shown = sigma.masked_fill(~sigma.isfinite() | (sigma <= 0), torch.nan)
-    # Values below the scale are drawn as its least.
+    # Values below the scale are drawn as its least value.
     cells = shown.clamp_min(norm.vmin).numpy()
     axes.pcolormesh(edges, tops, cells, norm=norm, cmap="viridis", rasterized=True)
     for where, colour in ((sigma == 0, _ZERO), (sigma.isinf(), _NOT_FINITE)):
@@ -124,7 +124,7 @@ def _cells(axes: Any, steps: Sequence[int], sigma: Tensor, norm: Any) -> None:
 
 
 def _edges(steps: Sequence[int]) -> list[float]:
-    """Borders between steps, each in the middle of two."""
+    """Return the borders between steps, each in the middle of two."""
     middles = [(one + other) / 2 for one, other in pairwise(steps)]
     first = 2 * steps[0] - middles[0] if middles else steps[0] - 0.5
     last = 2 * steps[-1] - middles[-1] if middles else steps[-1] + 0.5
@@ -138,7 +138,7 @@ def _name_rows(axes: Any, names: Sequence[str], height: float) -> None:
 
 
 def _every(count: int, most: int) -> list[int]:
-    """Numbers below a count, evenly spaced, and no more than a few."""
+    """Return evenly spaced numbers below ``count``, at most ``most`` of them."""
     return list(range(0, count, -(-count // most)))
 
 
@@ -147,7 +147,7 @@ def _short(name: str, most: int = 34) -> str:
 
 
 def _explain(figure: "Figure", sigma: Tensor) -> None:
-    """Says what the colours mean that are not in the scale, if they are there."""
+    """Explain the colours that are not in the scale, if the picture has them."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

@@ -1,4 +1,4 @@
-"""Notices optimizer steps that a gradient callback does nothing for: past Lightning's hook, or without gradients."""
+"""Warn of optimizer steps on which a gradient callback has no effect: past Lightning's hook, or without gradients."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from lightning_znorm.gradients.selection import ParameterFilter
 from lightning_znorm.gradients.slots import GradientSlot, ParameterSlot
 
 FIRST_STEPS = 10
-"""So many steps of an optimizer without an effect are no accident; fewer, if the epoch ends before."""
+"""After this many steps of an optimizer without an effect there is a warning; earlier if the epoch ends before."""
 
 _OUT_OF_REACH = (
-    "An optimizer that steps inside the backward pass, or fills gradients of its own in `step`, leaves none where "
-    "Lightning's hook finds them: use one that takes those in `parameter.grad`, or `lightning_znorm.functional` where "
-    "the optimizer has them."
+    "An optimizer that steps inside the backward pass, or computes its gradients in `step`, leaves none for "
+    "Lightning's hook: use an optimizer that takes them from `parameter.grad`, or call `lightning_znorm.functional` "
+    "where the optimizer has them."
 )
-_NAMED = 3  # so many optimizers are named in a message
+_MAX_NAMED = 3  # optimizers that a message names
 
 
 @dataclass(eq=False)
@@ -33,15 +33,15 @@ class _Steps:
     """What is known about the steps of one optimizer.
 
     Attributes:
-        name: For messages.
+        name: The name of the optimizer in messages.
         is_hooked: Whether Lightning's hook has been called since the last step.
-        is_hooked_in_epoch: Whether it has been called in this epoch.
-        is_ever_hooked: Whether it has been called in this training.
-        missed: Number of steps without a call of Lightning's hook, with gradients.
-        searched: Number of steps before which gradients were looked for.
-        next_check: Value of `searched` at which to look at the numbers again.
-        backwards: Number of backward passes before the last such step.
-        had_gradients: Whether there were any before the step that is running.
+        is_hooked_in_epoch: Whether Lightning's hook has been called in this epoch.
+        is_ever_hooked: Whether Lightning's hook has been called in this training.
+        missed: Number of steps with gradients, but without a call of Lightning's hook.
+        searched: Number of steps before which the callback looked for gradients.
+        next_check: Value of ``searched`` at which to check these numbers again.
+        backwards: Number of backward passes before the last step that counts in ``searched``.
+        had_gradients: Whether there were gradients before the step that is running.
         is_settled: Whether gradients have been found, or a warning has said that there are none.
         is_reported: Whether a warning has said that steps are missed.
     """
@@ -60,45 +60,47 @@ class _Steps:
 
 
 class StepWatch:
-    """Counts the steps of the optimizers of a training, and warns once of each that has no effect.
+    """Count the steps of a training's optimizers, and warn once of each optimizer on which a callback has no effect.
 
-    It counts until every optimizer and every ``include`` pattern has met a gradient, which is normally the first step;
-    after that, it only sees whether steps bypass Lightning: by hooks that it registers with the optimizers, and by
-    torch's count of how often a tensor has been written, for parameters for which Lightning's hook is not called.
+    Steps are counted until every optimizer and every ``include`` pattern has met a gradient, which is normally the
+    first step. After that, only steps that bypass Lightning are looked for: by hooks that are registered with the
+    optimizers; and, for parameters for which Lightning's hook is not called, by torch's count of how often a tensor has
+    been written.
 
     Args:
-        callback: Name of the callback, for messages.
-        verb: What the callback does, such as "transformed".
-        way_out: What to do about steps that bypass Lightning.
-        choice: Which parameters take part.
-        adapter: Where their gradients are.
-        is_served: Whether an optimizer that bypasses Lightning gets what the callback does in another way.
-        is_finetuned: Whether parameters that do not train now are going to.
+        callback: The name of the callback, for messages.
+        action: What the callback does with gradients, such as "transformed".
+        advice: What to do about steps that bypass Lightning.
+        parameter_filter: Chooses the parameters that take part.
+        adapter: Knows where the strategy keeps gradients.
+        is_served_otherwise: Returns whether something else processes the gradients of an optimizer as the callback
+            would.
+        is_finetuned: Whether parameters that do not train now will train later.
     """
 
     def __init__(
         self,
         callback: str,
-        verb: str,
-        way_out: str,
-        choice: ParameterFilter,
+        action: str,
+        advice: str,
+        parameter_filter: ParameterFilter,
         adapter: GradientAdapter,
-        is_served: Callable[[Optimizer], bool],
+        is_served_otherwise: Callable[[Optimizer], bool],
         is_finetuned: bool,
     ) -> None:
         self.backwards = 0
         self._callback = callback
-        self._verb = verb
-        self._way_out = way_out
-        self._choice = choice
+        self._action = action
+        self._advice = advice
+        self._filter = parameter_filter
         self._adapter = adapter
-        self._is_served = is_served
+        self._is_served_otherwise = is_served_otherwise
         self._is_finetuned = is_finetuned
         self._steps: dict[Any, _Steps] = {}
         self._handles: list[RemovableHandle] = []
-        self._unmet = list(choice.include)
-        # By the parameter's id, in this epoch: those for which Lightning's hook has not been called; which of them have
-        # had a gradient; and which have been written in a batch.
+        self._unmet = list(parameter_filter.include)
+        # Of this epoch, by the parameter's id: parameters for which Lightning's hook has not been called; those of them
+        # that have had a gradient; and those that have been written in a batch.
         self._unstepped: dict[int, ParameterSlot] = {}
         self._had_gradient: set[int] = set()
         self._written: set[int] = set()
@@ -113,83 +115,86 @@ class StepWatch:
             if not self._is_finetuned:
                 self._warn(
                     "`configure_optimizers` gives Lightning no optimizer with parameters, so no gradient will be "
-                    f"{self._verb}. {self._way_out}"
+                    f"{self._action}. {self._advice}"
                 )
 
     def watch(self, optimizers: Iterable[Any]) -> None:
-        """Begin to watch optimizers that are new."""
+        """Begin to watch new optimizers."""
         for number, optimizer in enumerate(map(unwrapped, optimizers)):
             if optimizer in self._steps:
                 continue
             name = f"optimizer {number} ({type(optimizer).__name__})"
             steps = self._steps[optimizer] = _Steps(name)
-            # Optimizers that wrap others may not have called torch's __init__, or not be torch's at all.
+            # An optimizer that wraps another one may not have called torch's __init__, or not be one of torch's.
             if hasattr(optimizer, "_optimizer_step_post_hooks"):
-                enter, leave = map(torch.compiler.disable, (self._enter, self._leave))  # they look at the call stack
+                enter, leave = map(
+                    torch.compiler.disable, (self._enter, self._leave)
+                )  # `is_nested_step` reads the call stack
                 self._handles += [
                     optimizer.register_step_pre_hook(partial(enter, optimizer, steps)),
                     optimizer.register_step_post_hook(partial(leave, optimizer, steps)),
                 ]
 
     def close(self) -> None:
-        """Leave the optimizers as they were."""
+        """Remove the hooks from the optimizers."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def start_epoch(self, optimizers: Iterable[Any]) -> None:
-        """Begin an epoch, before which optimizers may have been replaced."""
+        """Begin an epoch. Optimizers may have been replaced before it."""
         self.watch(optimizers)
         for steps in self._steps.values():
             steps.is_hooked_in_epoch = False
         self._had_gradient, self._written = set(), set()
         self._unstepped = {}
         if self._looks_for_written:
-            own = (slot for slot in self._adapter.slots() if self._choice.matches(slot))
-            for slot in (*own, *self._slots_of(*self._steps)):
+            registered = (slot for slot in self._adapter.slots() if self._filter.matches(slot))
+            for slot in (*registered, *self._slots_of(*self._steps)):
                 if isinstance(slot, ParameterSlot) and _counts_writes(slot):
                     self._unstepped[id(slot.parameter)] = slot
 
     def start_batch(self) -> None:
-        """Begin a batch, before which parameters may have been written by others than optimizers."""
+        """Begin a batch. Not only optimizers may have written parameters before it."""
         self._versions = {number: slot.parameter._version for number, slot in self._unstepped.items()}
 
     def end_batch(self) -> None:
-        """Look at which parameters have been written in a batch."""
+        """Find out which parameters have been written in a batch."""
         self.look_for_gradients()
         for number, slot in self._unstepped.items():
             if self._versions.get(number, slot.parameter._version) != slot.parameter._version:
                 self._written.add(number)
 
     def look_for_gradients(self) -> None:
-        """Take note of gradients before something uses them."""
+        """Note which parameters have gradients, before something uses these."""
         for number, slot in self._unstepped.items():
             if slot.parameter.grad is not None:
                 self._had_gradient.add(number)
 
     def end_epoch(self) -> None:
-        """Warn of what has had no effect up to now."""
+        """Warn of what has had no effect so far."""
         self._check(least=1)
-        # What steps in place of these optimizers, such as one inside of one of them, or beside them, is not watched.
+        # An optimizer inside one of these, or beside them, is not watched.
         missed = self._had_gradient & self._written
-        told = [one for one, steps in self._steps.items() if steps.is_ever_hooked or steps.missed]
-        served = [one for one in (*self._steps, *attached_optimizers()) if self._is_served(one)]
-        for optimizer in (*told, *served):
+        known = [optimizer for optimizer, steps in self._steps.items() if steps.is_ever_hooked or steps.missed]
+        attached = (*self._steps, *attached_optimizers())
+        served = [optimizer for optimizer in attached if self._is_served_otherwise(optimizer)]
+        for optimizer in (*known, *served):
             missed -= {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         slots = [slot for number, slot in self._unstepped.items() if number in missed]
         if slots and self._looks_for_written:
             self._looks_for_written = False
             self._warn(
                 f"{_count(len(slots), 'parameter')} ({_listed([slot.names[0] for slot in slots], 1)}) changed in "
-                "this epoch without a step that Lightning knows of. Nothing is amiss if they are bounded, averaged or "
+                "this epoch without a step that Lightning knows of. That is right if they are bounded, averaged or "
                 "copied from others; but if an optimizer changed them, it did so with gradients that were not "
-                f"{self._verb}. {self._way_out}"
+                f"{self._action}. {self._advice}"
             )
 
     def hook(self, optimizer: Any) -> None:
-        """Take note that Lightning has called its hook."""
+        """Note that Lightning has called its hook for an optimizer."""
         steps = self._steps.get(optimizer)
-        if steps is None or not steps.is_hooked_in_epoch:  # one that has been put in within the epoch is not known yet
+        if steps is None or not steps.is_hooked_in_epoch:  # None for an optimizer that was added within the epoch
             for slot in self._adapter.slots_of(optimizer):
                 if isinstance(slot, ParameterSlot):
                     self._unstepped.pop(id(slot.parameter), None)
@@ -198,28 +203,30 @@ class StepWatch:
         self.look_for_gradients()
 
     def search(self, optimizer: Any, found: Iterable[GradientSlot], may_miss_backwards: bool) -> None:
-        """Take note of what has been found before a step.
+        """Note which gradients were found before a step.
 
         Args:
             optimizer: The optimizer that is about to step.
-            found: Where there was a gradient; not looked at once every optimizer and pattern has had one.
-            may_miss_backwards: Whether there may be backward passes of which Lightning does not know.
+            found: The slots that have a gradient. They are not read once every optimizer and pattern has had one.
+            may_miss_backwards: Whether there may be backward passes that Lightning does not know of.
         """
         steps = self._steps.get(optimizer)
         if steps is None or (steps.is_settled and not self._unmet):
             return
         found = list(found)
         if not found:
-            # A step without a backward pass since the last one, as where `training_step` returns None, says nothing.
+            # A step without a backward pass since the last step says nothing: `training_step` may have returned None.
             is_known = self.backwards > 0 or not may_miss_backwards
             if steps.backwards == self.backwards and (is_known or not self._has_gradients()):
                 return
         else:
             steps.is_settled = True
-            # Not those that the module does not register, which may be copies with gradients of the step before.
-            names = [slot.names for slot in found if slot not in self._adapter.unnamed]
+            # Parameters that the module does not register may be copies, with gradients of the step before.
+            found_names = [slot.names for slot in found if slot not in self._adapter.unnamed]
             self._unmet = [
-                pattern for pattern in self._unmet if not any(self._choice.includes(own, pattern) for own in names)
+                pattern
+                for pattern in self._unmet
+                if not any(self._filter.includes(names, pattern) for names in found_names)
             ]
         steps.backwards = self.backwards
         steps.searched += 1
@@ -234,7 +241,7 @@ class StepWatch:
     def _leave(self, optimizer: Any, steps: _Steps, *_: Any) -> None:
         if is_nested_step(optimizer):
             return
-        # A closure computes them in the step.
+        # A closure computes gradients in the step.
         if self._is_missed(steps) and (steps.had_gradients or self._has_chosen_gradients(optimizer)):
             steps.missed += 1
             if steps.missed == FIRST_STEPS:
@@ -242,11 +249,11 @@ class StepWatch:
         steps.is_hooked = False
 
     def _is_missed(self, steps: _Steps) -> bool:
-        """Whether a step that is running bypasses Lightning, and no warning has said so yet."""
+        """Return whether the running step bypasses Lightning, and no warning has said so yet."""
         return not steps.is_hooked and not steps.is_reported
 
     def _check(self, least: int) -> None:
-        """Warn of what has had no effect in a number of steps."""
+        """Warn of what has had no effect in at least a number of steps."""
         if any(steps.missed >= least and not steps.is_reported for steps in self._steps.values()):
             self._report_missed()
         for optimizer, steps in self._steps.items():
@@ -254,8 +261,9 @@ class StepWatch:
                 self._check_optimizer(optimizer, steps)
         if not self._unmet or all(steps.searched < least for steps in self._steps.values()):
             return
-        # An optimizer that has not stepped often enough may still find what a pattern is about.
-        waiting = _names(self._slots_of(*(one for one, steps in self._steps.items() if steps.searched < least)))
+        # An optimizer that has not stepped often enough yet may still find gradients of a pattern's parameters.
+        young = [optimizer for optimizer, steps in self._steps.items() if steps.searched < least]
+        waiting = _names(self._slots_of(*young))
         for pattern in list(self._unmet):
             self._check_pattern(pattern, waiting)
 
@@ -265,14 +273,14 @@ class StepWatch:
         for optimizer, steps in self._steps.items():
             if steps.missed and not steps.is_reported:
                 steps.is_reported = True
-                if self._slots_of(optimizer) and not self._is_served(optimizer):
+                if self._slots_of(optimizer) and not self._is_served_otherwise(optimizer):
                     names.append(steps.name)
                     times = max(times, steps.missed)
         if names:
             often = f" {times} times" if times > 1 else ""
             self._warn(
-                f"{_listed(names, _NAMED)} stepped past Lightning{often}, with gradients that were not {self._verb}. "
-                f"{self._way_out}"
+                f"{_listed(names, _MAX_NAMED)} stepped past Lightning{often}, with gradients that were not "
+                f"{self._action}. {self._advice}"
             )
 
     def _check_optimizer(self, optimizer: Any, steps: _Steps) -> None:
@@ -283,7 +291,7 @@ class StepWatch:
             self._warn(
                 f"in the first {_count(steps.searched, 'step')} of {steps.name}, none of its "
                 f"{_count(len(chosen), 'chosen parameter')} ({_listed([slot.names[0] for slot in chosen], 1)}) had a "
-                f"gradient before the step that could be {self._verb}. {reason}"
+                f"gradient before the step that could be {self._action}. {reason}"
             )
         steps.is_settled = reason is not None or not chosen
 
@@ -291,7 +299,7 @@ class StepWatch:
         chosen = [
             slot
             for slot in self._adapter.slots()
-            if self._choice.matches(slot) and self._choice.includes(slot.names, pattern)
+            if self._filter.matches(slot) and self._filter.includes(slot.names, pattern)
         ]
         reason = self._reason(chosen)
         if chosen and (reason is None or waiting & _names(chosen)):
@@ -303,17 +311,17 @@ class StepWatch:
             self._warn(
                 f"in the first {_count(searched, 'step')}, none of the {_count(len(chosen), 'parameter')} that are "
                 f"chosen by the pattern {pattern!r} ({_listed([slot.names[0] for slot in chosen], 1)}) had a "
-                f"gradient before the step that could be {self._verb}. {reason}"
+                f"gradient before the step that could be {self._action}. {reason}"
             )
 
     def _reason(self, chosen: Sequence[GradientSlot]) -> str | None:
-        """Why parameters have no gradients; ``None`` if they are no reason to warn, because they train later."""
+        """Explain why parameters have no gradients; return ``None`` if they may train later and need no warning."""
         named = self._adapter.module.named_parameters(remove_duplicate=False)
-        frozen = {clean_name(name) for name, parameter in named if not parameter.requires_grad}
+        frozen_names = {clean_name(name) for name, parameter in named if not parameter.requires_grad}
         stepped = _names(slot for optimizer in self._steps for slot in self._adapter.slots_of(optimizer))
-        are_frozen = [not frozen.isdisjoint(slot.names) for slot in chosen]
+        are_frozen = [not frozen_names.isdisjoint(slot.names) for slot in chosen]
         are_left_out = [stepped.isdisjoint(slot.names) for slot in chosen]
-        if not all(one or other for one, other in zip(are_frozen, are_left_out, strict=True)):
+        if not all(frozen or left_out for frozen, left_out in zip(are_frozen, are_left_out, strict=True)):
             return f"{_OUT_OF_REACH} If the optimizer is an ordinary one, the loss does not depend on these parameters."
         if not chosen or self._is_finetuned:
             return None
@@ -329,25 +337,25 @@ class StepWatch:
         return f"They are {what}: choose parameters that train, unless these do later."
 
     def _has_gradients(self) -> bool:
-        """Whether the model has gradients, of whatever parameter."""
+        """Return whether any parameter of the model has a gradient."""
         return any(parameter.grad is not None for parameter in self._adapter.module.parameters())
 
     def _has_chosen_gradients(self, optimizer: Any) -> bool:
-        """Whether an optimizer has gradients of chosen parameters; taken for granted where they are sharded."""
+        """Return whether an optimizer has gradients of chosen parameters. Sharded gradients count as present."""
         slots = self._slots_of(optimizer)
         return any(not isinstance(slot, ParameterSlot) or slot.parameter.grad is not None for slot in slots)
 
     def _slots_of(self, *optimizers: Any) -> list[GradientSlot]:
-        """The chosen slots of optimizers."""
+        """Return the slots of those of the optimizers' parameters that take part."""
         slots = (slot for optimizer in optimizers for slot in self._adapter.slots_of(optimizer))
-        return [slot for slot in slots if self._choice.matches(slot)]
+        return [slot for slot in slots if self._filter.matches(slot)]
 
     def _warn(self, message: str) -> None:
         rank_zero_warn(f"{self._callback}: {message}")
 
 
 def _counts_writes(slot: ParameterSlot) -> bool:
-    """Whether a parameter trains, and torch counts how often it has been written."""
+    """Return whether a parameter trains, and torch counts how often it has been written."""
     return slot.ndim is not None and slot.parameter.requires_grad and not slot.parameter.is_inference()
 
 

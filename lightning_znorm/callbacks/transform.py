@@ -1,4 +1,4 @@
-"""The callback behind every gradient method: applies it to the stepping optimizer's gradients."""
+"""The callback that applies a gradient method to the gradients of the stepping optimizer."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -31,35 +31,35 @@ from lightning_znorm.gradients.slots import GradientSlot
 class GradientTransform(GradientCallback):
     """Apply a gradient method before every optimizer step, right before gradient clipping.
 
-    In the Trainers of ``lightning.pytorch`` and ``pytorch_lightning``, both from 2.6 on.
+    The Trainer may be that of ``lightning.pytorch`` or of ``pytorch_lightning``, version 2.6 or later.
 
-    Works with automatic and manual optimization, any number of optimizers (only the stepping one's gradients change),
-    accumulation, and the precisions 32, 64, bf16 and 16, true and mixed: the method always sees the true, unscaled
-    gradients, and a step that a ``GradScaler`` skips stays skipped.
+    The callback works with automatic and manual optimization, several optimizers (only the gradients of the stepping
+    one change), accumulation, and the precisions 32, 64, bf16 and 16, true and mixed. The method always sees the true,
+    unscaled gradients. A step that a ``GradScaler`` skips stays skipped.
 
-    Several of these callbacks compose in the order of the list, with a warning if they share parameters; the same
-    method twice for the same parameters is refused. What runs later in the step (the module's own
+    Several of these callbacks apply their methods in the order of the list. A warning says if they share parameters;
+    the same method twice for the same parameters is refused. What runs later in the step (the module's own
     ``on_before_optimizer_step``, ``gradient_clip_val``) sees the transformed gradients. In manual optimization,
-    ``self.clip_gradients`` comes before the step: the method undoes it.
+    ``self.clip_gradients`` runs before the step, so that the method undoes it.
 
-    A step of the extra epoch in which :class:`~lightning.pytorch.callbacks.StochasticWeightAveraging` updates batch
-    normalization, without backward passes, would repeat gradients that are transformed already: they are dropped. Two
-    optimizers that share a parameter and step after the same backward pass are no such case: the second one sees the
-    gradient transformed twice.
+    :class:`~lightning.pytorch.callbacks.StochasticWeightAveraging` updates batch normalization in an extra epoch
+    without backward passes. Its steps would use gradients that are transformed already; these gradients are dropped.
+    If two optimizers share a parameter and step after the same backward pass, the second one sees the gradient
+    transformed twice.
 
-    Under strategies that shard gradients (FSDP, ``ModelParallelStrategy`` with FSDP2 and tensor parallelism, and
-    DeepSpeed), an :class:`~lightning_znorm.gradients.AffineMethod` works with the statistics of whole gradients, which
-    are never gathered; a function is refused, because it would see parts.
+    Some strategies shard gradients: FSDP, ``ModelParallelStrategy`` with FSDP2 and tensor parallelism, and DeepSpeed.
+    There, an :class:`~lightning_znorm.gradients.AffineMethod` works with the statistics of whole gradients, which are
+    never gathered. A function is refused, because it would see parts of them.
 
-    Gradients of steps outside training (in ``on_fit_start``, in a ``test_step`` that adapts the model, after ``fit``)
-    are transformed as those of training are.
+    Steps outside training (in ``on_fit_start``, in a ``test_step`` that adapts the model, after ``fit``) are treated
+    like those of training.
 
     Note:
-        Not seen by this callback: steps that bypass Lightning (``self.optimizers(use_pl_optimizer=False)``); gradients
-        that an optimizer uses up in the backward pass, or fills itself in ``step``; and runs of ``Tuner.lr_find`` and
-        ``Tuner.scale_batch_size``, which drop all callbacks, so that a learning rate they find is not one for the
-        transformed gradients. A warning tells of the first two, and of chosen parameters that are frozen or in no
-        optimizer, after ten steps, or after the epoch if it has fewer.
+        This callback does not see steps that bypass Lightning (``self.optimizers(use_pl_optimizer=False)``), and
+        gradients that an optimizer uses up in the backward pass or fills itself in ``step``. A warning says so after
+        ten steps, or after the first epoch if it is shorter; it also names chosen parameters that are frozen or in no
+        optimizer. ``Tuner.lr_find`` and ``Tuner.scale_batch_size`` run without callbacks: the learning rate that they
+        find is not one for transformed gradients.
 
     Args:
         method: A :class:`~lightning_znorm.gradients.AffineMethod`, or a function from a gradient to its replacement of
@@ -67,23 +67,23 @@ class GradientTransform(GradientCallback):
         include: Shell-style pattern or patterns; a parameter takes part if its name in the LightningModule matches one.
         exclude: Pattern or patterns whose matches are left alone.
         min_ndim: Least number of dimensions of a parameter; 2 leaves biases and normalization scales alone.
-        allow_untested_strategy: Whether to trust, with a warning, that a strategy that is none of Lightning's tested
-            ones, such as a subclass, leaves gradients where the class of Lightning's that it derives from does; or, if
-            it derives from none of them, in the ``grad`` of each parameter.
+        allow_untested_strategy: Whether to trust, with a warning, a strategy that is not one of Lightning's tested
+            ones, such as a subclass. It must leave gradients where the strategy of Lightning does that it derives from,
+            or, if it derives from none, in the ``grad`` of each parameter.
         error_if_nonfinite: Whether to raise, before the update and on all processes, if a gradient that the optimizer
-            is about to use holds an inf or NaN after the method, also one that is left out (unless it is sparse or of 8
-            bits). Costs a pass over the gradients and one wait for the device at each step. A step that a
-            ``GradScaler`` is going to skip is no error. By default they pass, as in
-            :func:`torch.nn.utils.clip_grad_norm_`.
+            is about to use holds an inf or NaN after the method. Parameters that do not take part are checked too,
+            unless their gradients are sparse or of 8 bits. The check costs a pass over the gradients and one wait for
+            the device at each step. A step that a ``GradScaler`` is going to skip is no error. By default, inf and NaN
+            pass, as in :func:`torch.nn.utils.clip_grad_norm_`.
 
     Raises:
-        TypeError: If ``method`` is no method, or another argument of another type; in a step, if the shift and scale of
-            an affine method do not fit the statistics.
-        MisconfigurationException: Before training, if the strategy is not supported, or shards gradients and ``method``
-            is a function; if another callback does the same to one of the parameters; or if another Trainer is using
-            this callback.
-        ValueError: Before training, if a pattern matches no parameter or nothing is chosen, or if there are patterns
-            and an optimizer steps parameters that the LightningModule does not register, which have no names.
+        TypeError: If ``method`` is not a method, or another argument has the wrong type; in a step, if the shift and
+            scale of an affine method do not fit the statistics.
+        MisconfigurationException: Before training, if the strategy is not supported; if it shards gradients and
+            ``method`` is a function; if another callback applies the same method to one of the parameters; or if
+            another Trainer is using this callback.
+        ValueError: Before training, if a pattern matches no parameter or nothing is chosen; or if there are patterns,
+            and an optimizer steps parameters without names, because the LightningModule does not register them.
         UnsupportedGradientError: Before a step, if a gradient is sparse, of 8 bits, or sharded in an unknown way.
         NonFiniteGradientError: Before a step, if a gradient holds an inf or NaN and ``error_if_nonfinite`` is set.
 
@@ -118,7 +118,7 @@ class GradientTransform(GradientCallback):
         self.method = method
         self.error_if_nonfinite = checked_flag("error_if_nonfinite", error_if_nonfinite)
         self.description = describe(method)
-        self._overlaps: set[int] = set()  # callbacks of which a warning has told
+        self._overlaps: set[int] = set()  # ids of the callbacks that a warning has named
 
     @property
     @override
@@ -127,8 +127,8 @@ class GradientTransform(GradientCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        # Nothing that a resumed run needs; but Lightning warns of a run that is resumed without a callback that has a
-        # state, and refuses two callbacks with the same one. A method must not vanish, or work twice, without a word.
+        # A resumed run needs nothing of this. But Lightning warns if a run is resumed without a callback that had a
+        # state, and refuses two callbacks with the same state: a method must not vanish, or work twice, in silence.
         return {
             "method": self.description,
             "include": list(self.parameter_filter.include),
@@ -145,7 +145,7 @@ class GradientTransform(GradientCallback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        # A monitor shows gradients as they are before anything is made of them, wherever in the list it stands.
+        # A monitor shows gradients before any method changes them, wherever it stands in the list.
         callbacks: Any = getattr(trainer, "callbacks", ())
         for monitor in dropwhile(lambda callback: callback is not self, callbacks):
             if isinstance(monitor, GradientMonitor):
@@ -158,8 +158,8 @@ class GradientTransform(GradientCallback):
         super().on_train_start(trainer, pl_module)
         if trainer.gradient_clip_val:
             rank_zero_info(
-                f"{self.label}: gradient clipping (gradient_clip_val={trainer.gradient_clip_val}) follows and bounds "
-                "the transformed gradients."
+                f"{self.label}: gradient clipping (gradient_clip_val={trainer.gradient_clip_val}) runs afterwards and "
+                "bounds the transformed gradients."
             )
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):
@@ -181,10 +181,10 @@ class GradientTransform(GradientCallback):
 
     @override
     def check_slots(self, trainer: pl.Trainer, adapter: GradientAdapter, slots: Iterable[GradientSlot]) -> None:
-        """Look also at what callbacks before this one do to the same parameters.
+        """Check also what callbacks before this one do to the same parameters.
 
         Raises:
-            MisconfigurationException: If it is the same.
+            MisconfigurationException: If one of them applies the same method.
         """
         slots = list(slots)
         super().check_slots(trainer, adapter, slots)
@@ -198,15 +198,15 @@ class GradientTransform(GradientCallback):
             listed = shared[0] + (f" and {len(shared) - 1} more" if len(shared) > 1 else "")
             if _is_same_method(self.method, other.method):
                 raise MisconfigurationException(
-                    f"{self.label} with {self.description} would do again what {other.label} with "
-                    f"{other.description}, before it in the list of callbacks, does to the gradients of {listed}: "
-                    "take one of them out, or give each parameters of its own (include, exclude, min_ndim)"
+                    f"{self.label} with {self.description} would repeat what {other.label} with {other.description}, "
+                    f"before it in the list of callbacks, does to the gradients of {listed}: remove one of them, or "
+                    "give each its own parameters (include, exclude, min_ndim)"
                 )
             if id(other) not in self._overlaps:
                 self._overlaps.add(id(other))
                 rank_zero_warn(
-                    f"{self.label} transforms what {other.label}, before it in the list of callbacks, has made of the "
-                    f"gradients of {listed}: the result is neither method's. To compare them, use one at a time."
+                    f"{self.label} transforms the gradients of {listed} after {other.label}, which is before it in the "
+                    "list of callbacks: the result belongs to neither method. To compare them, use one at a time."
                 )
 
     @override

@@ -177,7 +177,7 @@ def test_master_gradients_in_manual_optimization(fit, warned, zeroed: bool, own_
     assert "in the first 10 steps" in warning
     assert ("none of its 3 chosen parameters (parameter 0 of group 0 and 2 more)" in warning) == zeroed
     assert ("none of the 3 parameters that are chosen by the pattern '*' (net.first.weight" in warning) != zeroed
-    assert "fills gradients of its own in `step`" in warning
+    assert "computes its gradients in `step`" in warning
 
 
 def bypass(optimizer: Optimizer, module: ManualTraining, batch: Tensor) -> None:

@@ -21,7 +21,7 @@ def bypass(module: ManualTraining, batch: Tensor) -> None:
 def test_clipping_is_mentioned_once(fit, said) -> None:
     fit(Training(), batches(2), ZNormCallback(), gradient_clip_val=0.5, max_epochs=3)
     assert said() == [
-        "ZNormCallback: gradient clipping (gradient_clip_val=0.5) follows and bounds the transformed gradients."
+        "ZNormCallback: gradient clipping (gradient_clip_val=0.5) runs afterwards and bounds the transformed gradients."
     ]
 
 
@@ -120,10 +120,22 @@ def test_manual_optimization_of_one_of_two_optimizers_is_silent(fit, warned) -> 
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        (ZNormCallback(), GradientCentralizationCallback(), "GradientCentralizationCallback transforms what ZNorm.*"),
-        (GradientCentralizationCallback(), ZNormCallback(), "ZNormCallback transforms what GradientCentr.*"),
+        (
+            ZNormCallback(),
+            GradientCentralizationCallback(),
+            "GradientCentralizationCallback transforms .* after ZNormCallback, which",
+        ),
+        (
+            GradientCentralizationCallback(),
+            ZNormCallback(),
+            "ZNormCallback transforms .* after GradientCentralizationCallback, which",
+        ),
         (ZNormCallback(), GradientTransform(torch.sign, include="*weight"), "first.weight and 1 more"),
-        (ZNormCallback(include="*bias"), SINGCallback(exclude="*weight"), "first.bias: the result is neither"),
+        (
+            ZNormCallback(include="*bias"),
+            SINGCallback(exclude="*weight"),
+            "first.bias after .*: the result belongs to neither",
+        ),
     ],
 )
 def test_two_methods_for_the_same_parameters_warn_once(fit, warned, first, second, message: str) -> None:

@@ -43,9 +43,7 @@ class OwnZNorm(ZNormCallback):
 )
 def test_overlapping_parameters(fit, first, second, shared: str) -> None:
     module = Training()
-    message = (
-        f"{type(second).__name__} with .* would do again what {type(first).__name__} with .* gradients of {shared}"
-    )
+    message = f"{type(second).__name__} with .* would repeat what {type(first).__name__} with .* gradients of {shared}"
     with pytest.raises(MisconfigurationException, match=message):
         fit(module, batches(1), first, second)
     assert not module.weights
@@ -53,14 +51,14 @@ def test_overlapping_parameters(fit, first, second, shared: str) -> None:
 
 def test_with_another_method_in_between(fit) -> None:
     with (
-        pytest.warns(UserWarning, match="SINGCallback transforms what ZNormCallback"),
-        pytest.raises(MisconfigurationException, match=r"ZNormCallback with .* would do again what ZNormCallback"),
+        pytest.warns(UserWarning, match="SINGCallback transforms .* after ZNormCallback"),
+        pytest.raises(MisconfigurationException, match=r"ZNormCallback with .* would repeat what ZNormCallback"),
     ):
         fit(Training(), batches(1), ZNormCallback(), SINGCallback(), ZNormCallback(min_ndim=2))
 
 
 def test_in_the_other_package(fit) -> None:
-    with pytest.raises(MisconfigurationException, match="would do again what ZNormCallback with ZScore"):
+    with pytest.raises(MisconfigurationException, match="would repeat what ZNormCallback with ZScore"):
         fit(OtherTraining(), batches(1), ZNormCallback(), ZNormCallback(min_ndim=2), cls=pytorch_lightning.Trainer)
 
 
@@ -81,7 +79,7 @@ def test_layers_that_are_lazy_at_first(fit) -> None:
     # Disjoint by their numbers of dimensions, which are known after the first forward pass.
     fit(module(), batches(2), ZNormCallback(min_ndim=2), ZNormCallback(include="*.bias"))
     refused = module()
-    with pytest.raises(MisconfigurationException, match=r"would do again .* gradients of net\.0\.weight: take"):
+    with pytest.raises(MisconfigurationException, match=r"would repeat .* gradients of net\.0\.weight: remove"):
         fit(refused, batches(2), ZNormCallback(min_ndim=2), ZNormCallback(include="*.weight"))
     assert not refused.weights
 
@@ -94,6 +92,6 @@ def test_parameters_that_come_later(fit) -> None:
                 self.optimizers().add_param_group({"params": self.net[-1].parameters()})
 
     module = Growing()
-    with pytest.raises(MisconfigurationException, match=r"would do again .* gradients of net\.3\.weight: take"):
+    with pytest.raises(MisconfigurationException, match=r"would repeat .* gradients of net\.3\.weight: remove"):
         fit(module, batches(1), ZNormCallback(exclude="*last*"), ZNormCallback(exclude="*first*"), max_epochs=2)
     assert module.moved == [True]
