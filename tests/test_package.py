@@ -170,6 +170,7 @@ ROOMS = [
     "callbacks",
     "functional",
     "gradients",
+    "arguments",
     "__init__",
 ]
 # What may be loaded together with a room, besides torch, what torch depends on and the standard library.

@@ -15,11 +15,11 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_znorm.arguments import checked_flag
 from lightning_znorm.callbacks.step_watch import StepWatch
 from lightning_znorm.callbacks.strategies import check_strategy, gradient_source
 from lightning_znorm.gradients import GradientMethod
 from lightning_znorm.gradients.amp import is_unscaled, unscales_in_step
-from lightning_znorm.gradients.arguments import checked_flag
 from lightning_znorm.gradients.places import Place
 from lightning_znorm.gradients.selection import ParameterFilter
 from lightning_znorm.gradients.sources import GradientSource

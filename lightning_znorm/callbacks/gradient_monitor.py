@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_znorm.arguments import checked_flag, checked_number, shown
 from lightning_znorm.callbacks.folders import run_folder, short_key
 from lightning_znorm.callbacks.gradient_callback import GradientCallback, ModelState
 from lightning_znorm.callbacks.pictures import log_picture
@@ -21,7 +22,6 @@ from lightning_znorm.callbacks.sigma_history import SigmaHistory
 from lightning_znorm.callbacks.step_watch import unwrapped
 from lightning_znorm.gradients import GradientMethod, ZScore
 from lightning_znorm.gradients.amp import scale_of
-from lightning_znorm.gradients.arguments import checked_flag, checked_number, shown
 from lightning_znorm.gradients.measure import measure_places
 from lightning_znorm.gradients.places import Place
 from lightning_znorm.gradients.summary import GradientSummary
@@ -127,7 +127,7 @@ class GradientMonitor(GradientCallback):
         if not prefix:
             raise ValueError("prefix must not be empty, for it is what tells these metrics from others")
         self.per_parameter = checked_flag("per_parameter", per_parameter)
-        self.sigma_threshold = checked_number("sigma_threshold", sigma_threshold)
+        self.sigma_threshold = checked_number("sigma_threshold", sigma_threshold, minimum=0, finite=True)
         self.eps = ZScore(eps).eps
         self.prefix = prefix
         self._history = SigmaHistory()

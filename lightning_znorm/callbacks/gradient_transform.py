@@ -12,6 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_znorm.arguments import checked_flag
 from lightning_znorm.callbacks.folders import short_key
 from lightning_znorm.callbacks.gradient_callback import GradientCallback, ModelState
 from lightning_znorm.callbacks.gradient_monitor import GradientMonitor
@@ -19,7 +20,6 @@ from lightning_znorm.callbacks.overlap import is_same_method, shared_names
 from lightning_znorm.functional import is_attached
 from lightning_znorm.gradients import GradientMethod, transform_places_
 from lightning_znorm.gradients.amp import found_inf, take_over_scale_
-from lightning_znorm.gradients.arguments import checked_flag
 from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.methods import describe
 from lightning_znorm.gradients.optimizers import takes_two_steps, wrapped_by

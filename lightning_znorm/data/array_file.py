@@ -13,7 +13,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
-from lightning_znorm.data.arguments import checked_folder
+from lightning_znorm.arguments import checked_folder
 
 
 @dataclass(frozen=True)

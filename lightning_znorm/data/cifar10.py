@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_znorm.data.arguments import checked_folder
+from lightning_znorm.arguments import checked_folder
 from lightning_znorm.data.augmentation import random_crop_and_flip
 from lightning_znorm.data.images import Labels
 from lightning_znorm.data.in_memory import Images, InMemoryDataModule

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from lightning_znorm.data.arguments import check_number, checked_folder
+from lightning_znorm.arguments import checked_folder, checked_integer
 from lightning_znorm.data.decoding import BadFileError, read_rgb, refuse
 from lightning_znorm.data.files import (
     AGAIN,
@@ -152,16 +152,14 @@ class ImageFolderDataModule(ImageDataModule):
         super().__init__(batch_size, val_fraction, seed, num_workers)
         root, image_size, resize_size = plain_values(root=root, image_size=image_size, resize_size=resize_size)
         self.save_hyperparameters()
-        check_number("image_size", image_size, int)
-        check_number("resize_size", resize_size, int)
+        self.image_size = checked_integer("image_size", image_size)
+        self.resize_size = checked_integer("resize_size", resize_size)
         if not 0 < image_size <= resize_size:
             raise ValueError(
                 f"image_size={image_size} must be at least 1 and at most resize_size={resize_size}, from whose centre "
                 "the images for evaluation are cut."
             )
         self.root = checked_folder("root", root)
-        self.image_size = image_size
-        self.resize_size = resize_size
 
     @property
     def classes(self) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_convert
 from typing_extensions import override
 
-from lightning_znorm.data.arguments import check_number
+from lightning_znorm.arguments import checked_integer, checked_number
 from lightning_znorm.data.loader import ResumableLoader
 from lightning_znorm.data.shuffle import EpochShuffle
 from lightning_znorm.hyperparameters import PlainHyperparameters, plain_values
@@ -60,16 +60,12 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
         batch_size, val_fraction, seed, num_workers = plain_values(
             batch_size=batch_size, val_fraction=val_fraction, seed=seed, num_workers=num_workers
         )
-        check_number("batch_size", batch_size, int, least=1, bits=31)
-        check_number("num_workers", num_workers, int, least=0, bits=31)
-        check_number("seed", seed, int, least=0, bits=32)
-        check_number("val_fraction", val_fraction, float)
+        self.batch_size = checked_integer("batch_size", batch_size, minimum=1, bits=31)
+        self.num_workers = checked_integer("num_workers", num_workers, minimum=0, bits=31)
+        self.seed = checked_integer("seed", seed, minimum=0, bits=32)
+        self.val_fraction = checked_number("val_fraction", val_fraction)
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction is the share of training images to validate on, in (0, 1): {val_fraction}.")
-        self.batch_size = batch_size
-        self.val_fraction = val_fraction
-        self.seed = seed
-        self.num_workers = num_workers
         self._order_seed: int | None = None
         self._sampler: EpochShuffle | None = None
 

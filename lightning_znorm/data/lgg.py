@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from lightning_znorm.data.arguments import check_number, checked_folder
+from lightning_znorm.arguments import checked_folder, checked_number
 from lightning_znorm.data.array_file import cache_folder
 from lightning_znorm.data.augmentation import random_flip_and_rotate
 from lightning_znorm.data.images import Batch, ImageDataModule
@@ -168,8 +168,8 @@ class LGGDataModule(ImageDataModule):
             max_memory_gb=max_memory_gb,
             cache_dir=cache_dir,
         )
-        check_number("test_fraction", test_fraction, float)
-        check_number("max_memory_gb", max_memory_gb, float, least=0)
+        self.test_fraction = checked_number("test_fraction", test_fraction)
+        self.max_memory = checked_number("max_memory_gb", max_memory_gb, minimum=0) * 1e9
         if not 0 < test_fraction < 1 - self.val_fraction:
             raise ValueError(
                 f"test_fraction is the share of patients to test on, in (0, 1 - val_fraction): {test_fraction}."
@@ -177,9 +177,7 @@ class LGGDataModule(ImageDataModule):
         self.save_hyperparameters()
         self.root = checked_folder("root", root)
         self.predict_root = None if predict_root is None else checked_folder("predict_root", predict_root)
-        self.test_fraction = test_fraction
         self.augment = augment
-        self.max_memory = max_memory_gb * 1e9
         self.cache = cache_folder(cache_dir)
         self.patients: dict[str, list[str]] = {}
         """Who is in which set, ``"train"``, ``"val"`` and ``"test"``, once they are drawn in `setup`."""

@@ -6,7 +6,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from lightning_znorm.data.arguments import check_number, checked_folder
+from lightning_znorm.arguments import checked_folder, checked_number
 from lightning_znorm.data.array_file import cache_folder
 from lightning_znorm.data.files import refuse_broken_links
 from lightning_znorm.data.images import ImageDataModule, stratified_indices
@@ -98,12 +98,11 @@ class PCamDataModule(ImageDataModule):
     ) -> None:
         super().__init__(batch_size, val_fraction, seed, num_workers)
         root, test_fraction, cache_dir = plain_values(root=root, test_fraction=test_fraction, cache_dir=cache_dir)
-        check_number("test_fraction", test_fraction, float)
+        self.test_fraction = checked_number("test_fraction", test_fraction)
         if not 0 < test_fraction < 1:
             raise ValueError(f"test_fraction is the share of the images to test on, in (0, 1): {test_fraction}.")
         self.save_hyperparameters()
         self.root = checked_folder("root", root)
-        self.test_fraction = test_fraction
         self.cache = cache_folder(cache_dir)
 
     @override
