@@ -187,7 +187,7 @@ class TestCases:
 
     def test_nothing_is_drawn_without_cases(self, tmp_path: Path, captions):
         run = trainer(callbacks=[MaskOverlay()], default_root_dir=tmp_path)
-        with pytest.warns(UserWarning, match="leaves nothing to score"):
+        with pytest.warns(UserWarning, match="there is nothing to score"):
             run.test(SegmentationTask(Copies()), data(3, empty=(0, 1, 2)), verbose=False)
         assert captions == []
         assert list(tmp_path.iterdir()) == []
