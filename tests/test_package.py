@@ -181,7 +181,7 @@ LIBRARIES = {
     "data": {"lightning", "numpy"},
     "hyperparameters": {"lightning", "numpy"},
     "metrics": {"numpy", "torchmetrics"},
-    "callbacks": {"lightning"},
+    "callbacks": {"fsspec", "lightning"},  # torch and lightning depend on fsspec
     "gradients": {"triton"},  # by what is loaded where there is a GPU
 }
 

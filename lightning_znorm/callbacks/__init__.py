@@ -4,8 +4,7 @@ from lightning_znorm.callbacks.gradient_centralization import GradientCentraliza
 from lightning_znorm.callbacks.gradient_monitor import GradientMonitor
 from lightning_znorm.callbacks.gradient_transform import GradientTransform
 from lightning_znorm.callbacks.last_checkpoint import LastCheckpoint
-from lightning_znorm.callbacks.mask_overlay import MaskOverlay
-from lightning_znorm.callbacks.mask_writer import MaskWriter
+from lightning_znorm.callbacks.masks import MaskOverlay, MaskWriter
 from lightning_znorm.callbacks.sing import SINGCallback
 from lightning_znorm.callbacks.znorm import ZNormCallback
 

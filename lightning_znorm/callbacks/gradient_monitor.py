@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_znorm.arguments import checked_flag, checked_number, shown
+from lightning_znorm.callbacks.drawing import log_picture
 from lightning_znorm.callbacks.folders import run_folder, short_key
 from lightning_znorm.callbacks.gradient_callback import GradientCallback, ModelState
-from lightning_znorm.callbacks.pictures import log_picture
 from lightning_znorm.callbacks.sigma_history import SigmaHistory
 from lightning_znorm.callbacks.step_watch import unwrapped
 from lightning_znorm.gradients import GradientMethod, ZScore
