@@ -18,8 +18,8 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 
 from benchmarks.timing import alternating_medians
 from lightning_znorm.data import CIFAR10DataModule, LGGDataModule, PCamDataModule
-from lightning_znorm.data.images import ImageDataModule, Labels
-from lightning_znorm.data.in_memory import Images, InMemoryImages
+from lightning_znorm.data.base import ImageDataModule
+from lightning_znorm.data.datasets import Images, InMemoryImages, Labels
 
 BATCH_SIZE = 256
 
@@ -33,7 +33,7 @@ def training_images(root: str | None, count: int) -> tuple[Images, Labels]:
 
 
 class GivenCIFAR10(CIFAR10):
-    """torchvision's data set, of images that were read already."""
+    """torchvision's data set, of images that are read already."""
 
     def __init__(self, images: Images, labels: Labels) -> None:
         transform = Compose([ToTensor(), Normalize(CIFAR10DataModule.mean, CIFAR10DataModule.std)])

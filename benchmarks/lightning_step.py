@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from benchmarks.data import training_images
 from lightning_znorm import ZNormCallback
 from lightning_znorm.data import CIFAR10DataModule, LGGDataModule
-from lightning_znorm.data.images import ImageDataModule
+from lightning_znorm.data.base import ImageDataModule
 from lightning_znorm.tasks import ClassificationTask, SegmentationTask
 from lightning_znorm.tasks.base import Task
 

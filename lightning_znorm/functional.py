@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_znorm.arguments import checked_flag, shown
 from lightning_znorm.gradients import (
     Centralization,
     GradientMethod,
@@ -21,7 +22,6 @@ from lightning_znorm.gradients import (
 )
 from lightning_znorm.gradients.adapters.plain import optimizer_slots
 from lightning_znorm.gradients.amp import check_grad_scaler, scale_of, unscales_in_step
-from lightning_znorm.gradients.arguments import checked_flag, shown
 from lightning_znorm.gradients.errors import untested_torch
 from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.methods import describe

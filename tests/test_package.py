@@ -170,6 +170,7 @@ ROOMS = [
     "callbacks",
     "functional",
     "gradients",
+    "arguments",
     "__init__",
 ]
 # What may be loaded together with a room, besides torch, what torch depends on and the standard library.
@@ -180,7 +181,7 @@ LIBRARIES = {
     "data": {"lightning", "numpy"},
     "hyperparameters": {"lightning", "numpy"},
     "metrics": {"numpy", "torchmetrics"},
-    "callbacks": {"lightning"},
+    "callbacks": {"fsspec", "lightning"},  # torch and lightning depend on fsspec
     "gradients": {"triton"},  # by what is loaded where there is a GPU
 }
 

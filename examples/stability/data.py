@@ -3,7 +3,7 @@
 import numpy as np
 
 from lightning_znorm.data import CIFAR10DataModule
-from lightning_znorm.data.in_memory import stratified_split
+from lightning_znorm.data.splits import stratified_split
 
 
 class SmallCIFAR10(CIFAR10DataModule):

@@ -1,8 +1,7 @@
 """Lightning callbacks that transform or show gradients, draw or write masks, and keep the last checkpoint."""
 
 from lightning_znorm.callbacks.last_checkpoint import LastCheckpoint
-from lightning_znorm.callbacks.mask_overlay import MaskOverlay
-from lightning_znorm.callbacks.mask_writer import MaskWriter
+from lightning_znorm.callbacks.masks import MaskOverlay, MaskWriter
 from lightning_znorm.callbacks.methods import GradientCentralizationCallback, SINGCallback, ZNormCallback
 from lightning_znorm.callbacks.monitor import GradientMonitor
 from lightning_znorm.callbacks.transform import GradientTransform

@@ -14,12 +14,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_znorm.arguments import checked_flag
 from lightning_znorm.callbacks.step_watch import StepWatch
 from lightning_znorm.callbacks.steps import Step, StepTracker
 from lightning_znorm.callbacks.strategies import check_strategy, gradient_adapter
 from lightning_znorm.gradients import GradientMethod
 from lightning_znorm.gradients.adapters.plain import GradientAdapter
-from lightning_znorm.gradients.arguments import checked_flag
 from lightning_znorm.gradients.selection import ParameterFilter
 from lightning_znorm.gradients.slots import GradientSlot
 

@@ -1,4 +1,4 @@
-"""Where files of a run go, and by which name a callback's are known."""
+"""The folder of a run's files, and names of callbacks that fit in a file name."""
 
 import hashlib
 import os
@@ -7,25 +7,25 @@ from functools import lru_cache
 
 import lightning.pytorch as pl
 
-# Bytes of a state key. Lightning's profilers name files by it, `validate-[Callback]KEY.on_validation_batch_start.prof`
-# for one, and most file systems have 255 bytes for a name.
+# Bytes of a state key. Lightning's profilers put it in names of files, such as
+# `validate-[Callback]KEY.on_validation_batch_start.prof`, and most file systems allow 255 bytes for a name.
 _LONGEST_KEY = 160
 
 
 @lru_cache(maxsize=64)  # Lightning asks before each hook
 def short_key(key: str) -> str:
-    """A callback's state key, short enough for the name of a file.
+    """Return a callback's state key, short enough for the name of a file.
 
-    A long one ends in its hash instead: other options, such as another pattern in a long list, give another key. It is
-    the same in every process and program.
+    The end of a long key is replaced by a hash of the whole key. So different options, such as another pattern in a
+    long list, give different keys. A key is the same in every process and program.
 
     Args:
-        key: As :meth:`lightning.pytorch.Callback._generate_state_key` makes it.
+        key: What :meth:`lightning.pytorch.Callback._generate_state_key` returns.
 
     Returns:
-        The key itself where it is short, as nearly all are, so that the states in older checkpoints are found.
+        The key itself if it is short, as nearly all are, so that states in older checkpoints are found.
     """
-    key = re.sub(r" at 0x[0-9a-fA-F]+", "", key)  # where an object is in memory, of which its repr may tell
+    key = re.sub(r" at 0x[0-9a-fA-F]+", "", key)  # the address of an object, which may be in its repr
     encoded = key.encode("utf-8", "backslashreplace")
     if len(encoded) <= _LONGEST_KEY:
         return key
@@ -34,18 +34,18 @@ def short_key(key: str) -> str:
 
 
 def run_folder(trainer: pl.Trainer) -> str:
-    """Folder of this run's files, the one that ``ModelCheckpoint`` makes its folder in.
+    """Return the folder of this run's files, in which ``ModelCheckpoint`` makes its own folder too.
 
-    ``trainer.log_dir`` is it for the loggers of CSV files and TensorBoard alone. For all others (Weights & Biases,
-    MLflow) it is the folder of all their runs, each of which would overwrite the files of the one before.
+    ``trainer.log_dir`` is that folder only for the CSV and TensorBoard loggers. For other loggers (Weights & Biases,
+    MLflow) it is the folder of all their runs, where each run would overwrite the files of the one before.
 
-    To be called in every process: they agree on it, and one that asked alone would wait for ever.
+    Every process must call this, because the result is broadcast: a process that calls it alone waits for ever.
 
     Args:
-        trainer: Of the run.
+        trainer: The trainer of the run.
 
     Returns:
-        A path or an address of a file system.
+        A path, or the URL of a remote file system.
     """
     folder: str = trainer.default_root_dir
     if (logger := trainer.logger) is not None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from fsspec.utils import get_protocol
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -20,9 +21,9 @@ _NAME = r"last(-v\d+)?"  # without the extension
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps ``last.ckpt``: the checkpoint of the last finished epoch, whether or not a metric improved in it.
+    """Keep ``last.ckpt``: the checkpoint of the last finished epoch, whether or not a metric improved in it.
 
-    ``ModelCheckpoint(monitor=..., save_last=True)`` writes ``last.ckpt`` only in epochs that are among its best: a
+    ``ModelCheckpoint(monitor=..., save_last=True)`` writes ``last.ckpt`` only in epochs that are among its best. A
     training that is resumed from it repeats every epoch since the best one. Use this callback beside it instead::
 
         callbacks:
@@ -30,31 +31,31 @@ class LastCheckpoint(ModelCheckpoint):
             init_args: {monitor: val/accuracy, mode: max, filename: best}
           - class_path: LastCheckpoint
 
-    ``last.ckpt`` is replaced as a whole, and only once the epoch's metrics are in the logs. So a process that is killed
-    at any moment leaves a checkpoint to resume from, and no epoch is missing from the logs. It holds the state of all
-    other callbacks after that epoch, wherever they stand in the list. Lightning finds it by ``ckpt_path="last"``, and
-    so does ``fit --ckpt_path last``.
+    ``last.ckpt`` is replaced as a whole, and only when the epoch's metrics are in the logs. So a process that is killed
+    at any moment leaves a checkpoint to resume from, and no epoch is missing from the logs. The checkpoint holds the
+    state of all other callbacks after that epoch, wherever they are in the list. ``ckpt_path="last"`` finds it, and so
+    does ``fit --ckpt_path last``.
 
-    It is written at the end of every training epoch, also of one that ``max_steps``, ``max_time`` or
-    :class:`~lightning.pytorch.callbacks.EarlyStopping` ended early; otherwise not in the middle of an epoch (for that
-    there is ``ModelCheckpoint(every_n_train_steps=...)``), after an exception, or with ``fast_dev_run``.
+    It is written at the end of every training epoch, also if ``max_steps``, ``max_time`` or
+    :class:`~lightning.pytorch.callbacks.EarlyStopping` ended the epoch early. It is not written in the middle of an
+    epoch (``ModelCheckpoint(every_n_train_steps=...)`` does that), after an exception, or with ``fast_dev_run``.
 
     With :class:`~lightning.pytorch.plugins.io.AsyncCheckpointIO`, training waits at the end of each epoch until the
     plugin's thread has written the checkpoint.
 
-    ``fit`` called again on the same Trainer goes on with the same file. With a new Trainer, the callback starts anew:
-    it looks for the default folder again, and does not replace the file of the former Trainer unless that is resumed.
+    If ``fit`` is called again on the same Trainer, the same file is replaced. With a new Trainer, the callback looks
+    for the default folder again, and does not replace the file of the former Trainer unless that is resumed.
 
     Note:
-        Lightning takes this callback for a ``ModelCheckpoint``. Without another one it adds none of its own: test with
-        ``ckpt_path="last"``. With another one, ``ckpt_path="best"`` is the best checkpoint of that one, and Lightning
-        warns that there are several.
+        Lightning takes this callback for a ``ModelCheckpoint``. If it is the only one, Lightning adds none of its own:
+        test with ``ckpt_path="last"``. Otherwise, ``ckpt_path="best"`` is the best checkpoint of the other one, and
+        Lightning warns that there are several.
 
     Args:
-        dirpath: Folder of the checkpoint. Default: that of the Trainer's first ``ModelCheckpoint``, or the one it would
-            use (``checkpoints`` beside the logs).
+        dirpath: Folder of the checkpoint. By default the folder of the Trainer's first ``ModelCheckpoint``, or the one
+            that a ``ModelCheckpoint`` would use (``checkpoints`` beside the logs).
         enable_version_counter: Whether to keep a ``last.ckpt`` that another, finished training left in the folder, and
-            to name this one ``last-v1.ckpt``. One that is resumed is replaced in any case.
+            to name this one ``last-v1.ckpt``. A checkpoint that is resumed is replaced in any case.
 
     Raises:
         MisconfigurationException:
@@ -79,9 +80,10 @@ class LastCheckpoint(ModelCheckpoint):
     def __init__(self, dirpath: str | Path | None = None, enable_version_counter: bool = True) -> None:
         super().__init__(dirpath, save_top_k=0, enable_version_counter=enable_version_counter)
         self._key = short_key(self._generate_state_key(dirpath=str(dirpath)))
-        self._is_written = False  # and has not taken its place yet
+        self._counts_versions = enable_version_counter
+        self._is_written = False  # but not in place yet
         self._found: str | Path | None = None  # the default folder
-        self._trainer: weakref.ref[pl.Trainer] | None = None  # the one that `last_model_path` is of
+        self._trainer: weakref.ref[pl.Trainer] | None = None  # the one that wrote `last_model_path`
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_trainer": None}  # a weak reference cannot be pickled, and a copy has no Trainer yet
@@ -89,7 +91,7 @@ class LastCheckpoint(ModelCheckpoint):
     @property
     @override
     def state_key(self) -> str:
-        return self._key  # Lightning refuses a second one for the same folder
+        return self._key  # Lightning refuses two callbacks with one key: here, with the same folder
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -119,28 +121,29 @@ class LastCheckpoint(ModelCheckpoint):
             self._found = self.dirpath
         following = typed.callbacks[typed.callbacks.index(self) + 1 :]
         if not all(isinstance(callback, LastCheckpoint) for callback in following):
-            typed.callbacks = [*others, self]  # for the checkpoint is to hold what they keep of the epoch
+            typed.callbacks = [*others, self]  # so that the checkpoint holds their states after the epoch
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._is_written = False
-        # The folders of all callbacks are known by now. One process decides for all: they may see other links.
+        # The folders of all callbacks are known now. Rank 0 decides, because the processes may see different links.
         if refusal := trainer.strategy.broadcast(self._refusal(trainer)):
             raise MisconfigurationException(refusal)
         if not self.last_model_path:
             self.last_model_path = self._resumed(trainer) or self._unused(trainer)
         if trainer.is_global_zero:
-            self._remove(self._new)  # unfinished, of a process that died
+            self._remove(self._new)  # an unfinished one of a process that died
         trainer.strategy.barrier("LastCheckpoint.on_train_start")
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning restores rightly only what is saved in this hook, but logs the epoch's metrics after it.
+        # Lightning only resumes correctly from what is saved in this hook, but logs the epoch's metrics after it.
         typed: Any = trainer
-        # The progress bar of rank 0 has reduced the epoch's metrics by now: the other ranks join it in that first.
+        # The progress bar of rank 0 has reduced the epoch's metrics already. The other ranks must take part in that
+        # before they take part in saving.
         _ = typed.callback_metrics
         if not typed.fast_dev_run:
-            trainer.save_checkpoint(self._new, weights_only=False)  # by all processes
+            trainer.save_checkpoint(self._new, weights_only=False)  # all processes take part
             self._wait_until_written(trainer)
             self._is_written = True
 
@@ -151,13 +154,13 @@ class LastCheckpoint(ModelCheckpoint):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._put_in_place(trainer)
-        trainer.strategy.barrier("LastCheckpoint.on_train_end")  # any process may read it from here on
+        trainer.strategy.barrier("LastCheckpoint.on_train_end")  # after this, any process may read it
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        # A SIGTERM is raised between two epochs, when the metrics are in the logs.
+        # Lightning raises at a SIGTERM between two epochs, when the metrics are in the logs.
         progress: Any = trainer.fit_loop.epoch_progress.current
-        # A former Trainer may have left a checkpoint behind: another callback raised before this one heard of an error.
+        # A former Trainer may have left a written checkpoint, if another callback raised before this hook was called.
         if self._is_of(trainer) and progress.completed == progress.processed:
             self._put_in_place(trainer)
 
@@ -171,7 +174,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._trainer = weakref.ref(trainer)
 
     def _refusal(self, trainer: pl.Trainer) -> str | None:
-        """Say which other callback writes the same file, if one does."""
+        """Return a message that names another callback that writes the same file, if there is one."""
         typed: Any = trainer
         for other in typed.callbacks:
             if other is self or not isinstance(other, ModelCheckpoint) or not self._is_in(other.dirpath):
@@ -191,21 +194,21 @@ class LastCheckpoint(ModelCheckpoint):
         return None
 
     def _is_name(self, name: str | None, other: ModelCheckpoint) -> bool:
-        """Whether a name is one that this callback gives, with a number only if it counts versions."""
-        own = _NAME if self._enable_version_counter else "last"
-        return other.FILE_EXTENSION == ".ckpt" and bool(re.fullmatch(own, name or ""))
+        """Whether this callback may give the name to a file. It adds a number only if it counts versions."""
+        pattern = _NAME if self._counts_versions else "last"
+        return other.FILE_EXTENSION == ".ckpt" and bool(re.fullmatch(pattern, name or ""))
 
     def _wait_until_written(self, trainer: pl.Trainer) -> None:
         plugin: Any = trainer.strategy.checkpoint_io
         wrapped, failed = plugin, None
-        while wrapped is not None:  # from the outermost to those that it wraps
+        while wrapped is not None:  # from the outermost plugin to the innermost
             if isinstance(wrapped, AsyncCheckpointIO):
                 try:
-                    wrapped.teardown()  # waits for its thread, and raises what that raised; the next save starts one
-                except Exception as error:  # the thread may have met any; raised below, when no process waits for it
+                    wrapped.teardown()  # waits for its thread, and raises its error; the next save starts a new one
+                except Exception as error:  # of any type; raised below, when no process waits for this one
                     failed = error
             wrapped = getattr(wrapped, "checkpoint_io", None)
-        is_written = self.file_exists(self._new, trainer)  # with all processes
+        is_written = self.file_exists(self._new, trainer)  # all processes take part
         if failed is not None:
             raise failed
         if not is_written:
@@ -217,17 +220,17 @@ class LastCheckpoint(ModelCheckpoint):
 
     @property
     def _new(self) -> str:
-        # Hidden from those who look for last*.ckpt.
+        # Hidden from programs that look for last*.ckpt.
         return os.path.join(str(self.dirpath), f".{os.path.basename(self.last_model_path)}.new")
 
     def _resumed(self, trainer: pl.Trainer) -> str:
-        """The last checkpoint of this folder that training goes on from, if it is one."""
+        """Return the path of the checkpoint that training resumes from, if it is a last one of this folder."""
         folder, name = os.path.split(str(trainer.ckpt_path or ""))
         return self._path(name) if self._is_in(folder) and re.fullmatch(rf"{_NAME}\.ckpt", name) else ""
 
     def _unused(self, trainer: pl.Trainer) -> str:
         path, version = self._path("last.ckpt"), self.STARTING_VERSION
-        while self._enable_version_counter and self.file_exists(path, trainer):
+        while self._counts_versions and self.file_exists(path, trainer):
             path, version = self._path(f"last-v{version}.ckpt"), version + 1
         return path
 
@@ -236,33 +239,41 @@ class LastCheckpoint(ModelCheckpoint):
 
     @property
     def _is_local(self) -> bool:
-        return _is_local_file_protocol(str(self.dirpath))
+        return _is_local_path(str(self.dirpath))
 
     def _is_in(self, folder: str | Path | None) -> bool:
         return _resolved(str(self.dirpath)) == _resolved(str(folder))
 
     def _put_in_place(self, trainer: pl.Trainer) -> None:
-        is_written, self._is_written = self._is_written, False  # an error is not to bring us here again
+        is_written, self._is_written = (
+            self._is_written,
+            False,
+        )  # so that on_exception does not try again
         if not is_written or not trainer.is_global_zero:
             return
         if self._is_local:
             _replace(Path(self._new), Path(self.last_model_path))
         else:
-            self._fs.mv(self._new, self.last_model_path)
+            get_filesystem(self._new).mv(self._new, self.last_model_path)
 
     def _remove(self, path: str) -> None:
-        if self._fs.exists(path):
-            self._fs.rm(path, recursive=True)
+        file_system = get_filesystem(path)
+        if file_system.exists(path):
+            file_system.rm(path, recursive=True)
+
+
+def _is_local_path(path: str) -> bool:
+    return bool(get_protocol(path) == "file")
 
 
 def _resolved(folder: str) -> str:
-    return os.path.realpath(folder) if _is_local_file_protocol(folder) else folder.rstrip("/")
+    return os.path.realpath(folder) if _is_local_path(folder) else folder.rstrip("/")
 
 
 def _replace(new: Path, last: Path) -> None:
-    """Put one checkpoint in the place of another, each a file or, of a strategy that shards checkpoints, a folder."""
+    """Replace a checkpoint by a new one. Each is a file, or a folder if the strategy shards checkpoints."""
     former = last.with_name(f"{last.stem}-former.ckpt")
-    # A folder can't take the place of another in one step. Meanwhile, who looks for last*.ckpt finds the former one.
+    # A folder cannot replace another in one step. Meanwhile, programs that look for last*.ckpt find the former one.
     if last.is_dir() or (new.is_dir() and last.exists()):
         _discard(former)
         last.rename(former)
@@ -271,9 +282,9 @@ def _replace(new: Path, last: Path) -> None:
 
 
 def _discard(checkpoint: Path) -> None:
-    """Delete a checkpoint under a hidden name: who looks for last*.ckpt must find none that is half deleted."""
+    """Delete a checkpoint under a hidden name, so that nobody finds a half deleted last*.ckpt."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.old")
-    _delete(hidden)  # of a process that died before it was gone
+    _delete(hidden)  # left by a process that died while deleting it
     if checkpoint.exists():
         checkpoint.rename(hidden)
         _delete(hidden)

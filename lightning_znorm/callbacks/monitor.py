@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_znorm.arguments import checked_flag, checked_number, shown
 from lightning_znorm.callbacks.base import GradientCallback
+from lightning_znorm.callbacks.drawing import log_picture
 from lightning_znorm.callbacks.folders import run_folder, short_key
 from lightning_znorm.callbacks.measurement import GradientMeter, logged_step
 from lightning_znorm.callbacks.monitor_history import SigmaHistory
-from lightning_znorm.callbacks.pictures import log_picture
 from lightning_znorm.callbacks.steps import Step, unwrapped
 from lightning_znorm.gradients import GradientMethod, ZScore
 from lightning_znorm.gradients.adapters.plain import GradientAdapter
-from lightning_znorm.gradients.arguments import checked_flag, checked_number, shown
 from lightning_znorm.gradients.slots import GradientSlot
 from lightning_znorm.gradients.summary import GradientSummary
 
@@ -128,7 +128,7 @@ class GradientMonitor(GradientCallback):
         if not prefix:
             raise ValueError("prefix must not be empty: it tells these metrics from others")
         self.per_parameter = checked_flag("per_parameter", per_parameter)
-        self.sigma_threshold = checked_number("sigma_threshold", sigma_threshold)
+        self.sigma_threshold = checked_number("sigma_threshold", sigma_threshold, minimum=0, finite=True)
         self.eps = ZScore(eps).eps
         self.prefix = prefix
         self._history = SigmaHistory()

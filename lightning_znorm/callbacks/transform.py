@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_znorm.arguments import checked_flag
 from lightning_znorm.callbacks.base import GradientCallback
 from lightning_znorm.callbacks.folders import short_key
 from lightning_znorm.callbacks.monitor import GradientMonitor
@@ -20,7 +21,6 @@ from lightning_znorm.functional import is_attached
 from lightning_znorm.gradients import AffineMethod, GradientMethod, transform_gradients_
 from lightning_znorm.gradients.adapters.plain import GradientAdapter
 from lightning_znorm.gradients.amp import found_inf
-from lightning_znorm.gradients.arguments import checked_flag
 from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.methods import describe
 from lightning_znorm.gradients.optimizers import takes_two_steps, wrapped_by

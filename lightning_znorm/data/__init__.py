@@ -1,4 +1,11 @@
-"""What is trained on: LightningDataModules."""
+"""LightningDataModules, one file a data set.
+
+To add a data set, write one new file with a subclass of a base class in `lightning_znorm.data.base`. Import it here.
+
+- `InMemoryDataModule` for images that fit in memory: the method ``load`` reads them.
+- `ImageDataModule` for other images: the method ``setup`` sets ``train_set``, ``val_set`` and ``test_set`` to datasets,
+  such as those in `lightning_znorm.data.datasets`.
+"""
 
 from lightning_znorm.data.cifar10 import CIFAR10DataModule
 from lightning_znorm.data.digits import DigitsDataModule

@@ -1,4 +1,4 @@
-"""Arrays of bytes in files: mapped into memory, and made once where they have to be decoded first."""
+"""Arrays of bytes in files: mapped into memory, and cached where the images have to be decoded first."""
 
 import hashlib
 import mmap
@@ -13,12 +13,12 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
-from lightning_znorm.data.arguments import checked_folder
+from lightning_znorm.arguments import checked_folder
 
 
 @dataclass(frozen=True)
 class ArrayFile:
-    """Where a uint8 array lies in a file, uncompressed and in one piece.
+    """Where a uint8 array lies in a file, uncompressed and contiguous.
 
     Args:
         path: The file.
@@ -31,10 +31,13 @@ class ArrayFile:
     shape: tuple[int, ...]
 
     def map(self) -> tuple[NDArray[np.uint8], mmap.mmap]:
-        """Return the array, read from the file when it is looked at and kept by the system alone, and its mapping.
+        """Map the file, and return the array and its mapping.
+
+        The system reads the array as it is used, and keeps it in its page cache. `np.memmap` would not do: it has no
+        public name for its mapping, on which `MappedImages` calls ``madvise``.
 
         Raises:
-            OSError: If the file is not there any more, or not as it was.
+            OSError: If the file is gone, cannot be read, or has become shorter.
         """
         try:
             size = self.path.stat().st_size
@@ -49,7 +52,7 @@ class ArrayFile:
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:
-    """Return the folder for decoded images: the one that is named, or the user's own."""
+    """Return the folder for decoded images: ``cache_dir``, or one in the user's cache folder."""
     if cache_dir is not None:
         return checked_folder("cache_dir", cache_dir)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_znorm"
@@ -62,38 +65,38 @@ def cached_array(
     fill: Callable[[NDArray[np.uint8]], None],
     folder: Path,
 ) -> ArrayFile:
-    """Make an array in a file, unless an earlier run made it from the same files, of whichever user.
+    """Return an array in a file, which is made unless an earlier run, of any user, made it from the same files.
 
-    Other processes may do the same at the same time: a file appears when it is complete. Who may read it the umask
-    says, as of any file.
+    Several processes may call this at the same time, because a file appears only when it is complete. The umask decides
+    who may read it, as for any file. joblib's Memory would not do: it has the whole array in memory before it writes.
 
     Args:
         name: What the file's name begins with.
-        sources: Files that the array is made from. If the path, size or time of one of them is another than it was,
-            the array is made anew.
+        sources: Files that the array is made from. If the path, size or time of one of them has changed, the array is
+            made again.
         shape: Of the array.
         fill: Sets all values of the array.
-        folder: For the file; made if need be.
+        folder: Where the file is; made if it does not exist.
 
     Returns:
         Where the array is.
 
     Raises:
-        OSError: If there is no room for it, or if it is there and may not be read.
+        OSError: If there is no room for the file, or if it exists and may not be read.
     """
     key = hashlib.sha256(repr(shape).encode())
     for source in sources:
         state = source.stat()
         key.update(f"{source}\0{state.st_size}\0{state.st_mtime_ns}\0".encode(errors="surrogateescape"))
     array_file = ArrayFile(folder / f"{name}-{key.hexdigest()[:16]}.u8", 0, shape)
-    if _size(array_file.path) != prod(shape):  # a machine that went down may have left it incomplete
+    if _size(array_file.path) != prod(shape):  # a crash of the machine may have left it incomplete
         rank_zero_info(f"Decoding into {array_file.path} ({prod(shape) / 2**30:.1f} GiB), once for all runs.")
         _make(array_file, fill)
     return array_file
 
 
 def _size(path: Path) -> int | None:
-    """Size of a file that can be read; None if there is none, or a folder."""
+    """Return the size of a file that can be read; None if there is none, or a folder."""
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_size
@@ -111,7 +114,7 @@ def _make(array_file: ArrayFile, fill: Callable[[NDArray[np.uint8]], None]) -> N
     part = folder / f"{path.name}{secrets.token_hex(8)}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = part.open("x+b")  # not by tempfile, whose files nobody else may read
+        file = part.open("x+b")  # files of the module tempfile can be read by their owner only
     except OSError as error:
         raise OSError(f"{folder} takes no files ({error.strerror}): let cache_dir name a folder that does.") from error
     try:
@@ -120,7 +123,7 @@ def _make(array_file: ArrayFile, fill: Callable[[NDArray[np.uint8]], None]) -> N
         array = np.memmap(part, np.uint8, "r+", shape=array_file.shape)
         fill(array)
         array.flush()
-        del array  # Windows renames no file that is mapped
+        del array  # Windows does not rename a mapped file
         _replace(part, path)
     except BaseException:
         os.unlink(part)
@@ -138,7 +141,7 @@ def _replace(part: Path, path: Path) -> None:
 
 
 def _reserve(descriptor: int, size: int, folder: Path) -> None:
-    """Claim the room: where it gives out under a mapping, the system kills the process without a word."""
+    """Reserve the disk space. If a mapped file runs out of it later, the system kills the process without a message."""
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size)

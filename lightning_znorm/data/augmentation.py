@@ -1,4 +1,7 @@
-"""Random changes of training images, a batch at a time on the batch's device."""
+"""Random augmentation of training images, a batch at a time on the batch's device.
+
+torchvision's transforms draw once for a whole batch; these draw for each image.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,18 +9,18 @@ from torch import Tensor
 
 
 def random_crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
-    """Shift each image by up to ``padding`` pixels and mirror every second one, each image by its own draw.
+    """Shift each image by up to ``padding`` pixels and mirror it with probability 1/2, by draws of its own.
 
-    As torchvision's ``RandomCrop(size, padding)`` and ``RandomHorizontalFlip()`` do image by image: a window of the
-    image's own size is cut from the image in a frame of zeros, then mirrored left to right with probability 1/2. The
-    draws come from torch's generator of the batch's device, so that the seed repeats them.
+    It does what torchvision's ``RandomCrop(size, padding)`` and ``RandomHorizontalFlip()`` do for single images: it
+    pads the image with zeros, cuts a window of the image's size, and may mirror it left to right. The draws come from
+    torch's generator of the batch's device, so the same seed gives the same images.
 
     Source:
         He et al. 2016, section 4.2.
 
     Args:
         images: Shape ``(N, C, H, W)``, any dtype.
-        padding: Width of the frame, in pixels.
+        padding: Width of the frame of zeros, in pixels.
 
     Returns:
         New images of the same shape and dtype.
@@ -40,15 +43,15 @@ def random_crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
 
 
 def random_flip_and_rotate(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Mirror each image and turn it by a multiple of 90 degrees, at random, and its mask with it.
+    """Mirror each image and rotate it by a multiple of 90 degrees, at random, and its mask with it.
 
-    Each of the eight ways to lay a square is as likely as the others, and each image gets its own draw; images that are
-    not square are turned by 0 or 180 degrees alone. The draws come from torch's generator of the batch's device, so
-    that the seed repeats them.
+    The eight orientations of a square are equally likely, and each image gets its own draw. Images that are not square
+    are rotated by 0 or 180 degrees only. The draws come from torch's generator of the batch's device, so the same seed
+    gives the same images.
 
     Args:
-        *tensors: Tensors of shape ``(N, C, H, W)``, of any number of channels and any dtype, that are changed alike:
-            images, masks.
+        *tensors: Tensors of shape ``(N, C, H, W)``, of any number of channels and any dtype, that get the same
+            changes: images and their masks.
 
     Returns:
         New tensors of the same shapes and dtypes.

@@ -6,10 +6,10 @@ import numpy as np
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_znorm.data.arguments import checked_folder
+from lightning_znorm.arguments import checked_folder
 from lightning_znorm.data.augmentation import random_crop_and_flip
-from lightning_znorm.data.images import Labels
-from lightning_znorm.data.in_memory import Images, InMemoryDataModule
+from lightning_znorm.data.base import InMemoryDataModule
+from lightning_znorm.data.datasets import Images, Labels
 from lightning_znorm.hyperparameters import plain_values
 
 _DOWNLOAD = "download=True (on the command line: --data.init_args.download=true)"
@@ -18,7 +18,7 @@ _DOWNLOAD = "download=True (on the command line: --data.init_args.download=true)
 class CIFAR10DataModule(InMemoryDataModule):
     """CIFAR-10: 50,000 images for training and validation and 10,000 for the test, 32x32 pixels, RGB, ten classes.
 
-    Read through `torchvision.datasets.CIFAR10`, which unpickles no file whose MD5 sum is not the published one::
+    Read through `torchvision.datasets.CIFAR10`, which only unpickles files with the published MD5 sums::
 
         root/
           cifar-10-batches-py/
@@ -35,9 +35,9 @@ class CIFAR10DataModule(InMemoryDataModule):
         batch_size: Images per batch and process.
         val_fraction: Share of the training images that become validation images, between 0 and 1.
         seed: Draws the validation images, and nothing else.
-        augment: Shift each training image by up to 4 pixels and mirror every second one
+        augment: Shift each training image by up to 4 pixels and mirror it with probability 1/2
             (`lightning_znorm.data.augmentation.random_crop_and_flip`).
-        download: Fetch the data (170 MB) where they are missing or damaged.
+        download: Download the data (170 MB) if they are missing or damaged.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -73,14 +73,14 @@ class CIFAR10DataModule(InMemoryDataModule):
 
     @override
     def prepare_data(self) -> None:
-        """Download the data, if asked to; one process per machine runs this."""
+        """Download the data, if ``download`` is set. One process per machine runs this."""
         if not self.download:
             return
         from torchvision.datasets import CIFAR10
 
         try:
             CIFAR10(self.root, train=False, download=True)
-        except OSError as error:  # urllib's errors among them
+        except OSError as error:  # the errors of urllib are subclasses
             raise RuntimeError(
                 f"CIFAR-10 could not be downloaded into {self.root} ({error}): fetch {CIFAR10.url} another way and "
                 "unpack it there."
@@ -94,17 +94,17 @@ class CIFAR10DataModule(InMemoryDataModule):
         try:
             dataset = CIFAR10(self.root, train=train)
         except RuntimeError as error:
-            raise _explained(self.root) from error
+            raise _read_error(self.root) from error
         return dataset.data.transpose(0, 3, 1, 2), np.array(dataset.targets, dtype=np.int64)
 
     @override
     def augment_batch(self, images: Tensor) -> Tensor:
-        """Shift and mirror each image, if asked to."""
+        """Shift and mirror each image, if ``augment`` is set."""
         return random_crop_and_flip(images) if self.augment else images
 
 
-def _explained(root: Path) -> Exception:
-    """Say what torchvision, which names no file, found wrong."""
+def _read_error(root: Path) -> Exception:
+    """Return an error that names the missing or damaged files, which torchvision's does not."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 

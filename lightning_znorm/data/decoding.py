@@ -1,4 +1,4 @@
-"""Image files read as they are, many at once, and everything wrong with them found at once."""
+"""Decoding of image files: as they are stored, many at once, with one error that names all bad files."""
 
 import os
 import re
@@ -18,19 +18,18 @@ T = TypeVar("T")
 
 
 class BadFileError(ValueError):
-    """What is wrong with one file, in words that follow its path."""
+    """Says what is wrong with one file, in words that follow its path."""
 
 
 VERSION = 3
-"""Of what `read_pixels` returns or refuses: images decoded into a cache by another version are decoded anew."""
-# Those whose files are known to be read whole, or refused below.
+"""Version of what `read_pixels` returns or refuses. Images that another version has cached are decoded again."""
+# Formats whose files Pillow reads whole, or that are refused below.
 _FORMATS = ("JPEG", "PNG", "BMP", "PPM", "GIF", "TIFF", "WEBP")
-# Tags of TIFF and EXIF.
-_TIFF_BITS, _ORIENTATION, _TIFF_CHANNELS, _TIFF_EXTRA, _TIFF_NUMBERS = 258, 274, 277, 338, 339
-_TIFF_UNSIGNED = {1, 4}  # 4: not said
+# Values of the TIFF tags SampleFormat and ExtraSamples.
+_TIFF_UNSIGNED = {1, 4}  # 4: undefined
 _TIFF_PREMULTIPLIED = 1
 _NETPBM_HEAD = re.compile(rb"\s*P[1-7]\s")
-_LISTED = 1000
+_LISTED = 1000  # faults that one error names
 
 
 def read_pixels(path: Path, modes: Iterable[str]) -> NDArray[np.uint8]:
@@ -38,17 +37,19 @@ def read_pixels(path: Path, modes: Iterable[str]) -> NDArray[np.uint8]:
 
     Colour profiles and gamma, which tell a screen what to show, are not applied.
 
+    torchvision's decoders and Pillow alone would not do: they cut or convert without a word what is refused here.
+
     Args:
         path: A JPEG, PNG, BMP, PPM, GIF, TIFF or WebP file, whatever its suffix.
-        modes: Kinds of pixels that are accepted, by Pillow's names.
+        modes: Modes of Pillow that are accepted.
 
     Returns:
         Pixels of shape ``(H, W)``, or ``(H, W, 3)`` in colour.
 
     Raises:
-        BadFileError: If the file cannot be read to its end, holds another kind of pixels, several images (but a
-            camera's JPEG file of several views, MPO, of which the first is read), or more bits or channels than Pillow
-            reads, or is stored turned or mirrored: a mask would not fit what a viewer shows.
+        BadFileError: If the file cannot be read to its end, has another mode, holds several images, or has more bits or
+            channels than Pillow reads. Also if it is stored rotated or mirrored, because a mask would not fit what a
+            viewer shows. Of a camera's JPEG file of several views (MPO) the first view is read.
     """
     image = _load(path, as_stored=True)
     if image.mode not in modes:
@@ -59,9 +60,9 @@ def read_pixels(path: Path, modes: Iterable[str]) -> NDArray[np.uint8]:
 def read_rgb(path: str) -> "Image":
     """Read an image file in RGB, as torchvision's `ImageFolder` does.
 
-    Grey, palettes, CMYK and YCbCr are converted. Transparency is left out, and the colours of transparent pixels are
-    those that are stored. Neither colour profiles and gamma nor the orientation in a camera's EXIF data is applied
-    (but Pillow turns TIFF files as theirs says).
+    Grey, palettes, CMYK and YCbCr are converted. Transparency is left out: transparent pixels keep the colours that are
+    stored. Colour profiles, gamma and the orientation in a camera's EXIF data are not applied (Pillow does rotate TIFF
+    files by their orientation).
 
     Args:
         path: A JPEG, PNG, BMP, PPM, GIF, TIFF or WebP file, whatever its suffix.
@@ -70,27 +71,29 @@ def read_rgb(path: str) -> "Image":
         A Pillow image.
 
     Raises:
-        BadFileError: If the file cannot be read to its end, or holds several images (but a camera's JPEG file of
-            several views, MPO, of which the first is read), more bits or channels than Pillow reads, or colours that
-            are multiplied by their transparency, which Pillow would divide by it.
+        BadFileError: If the file cannot be read to its end, holds several images, or has more bits or channels than
+            Pillow reads. Also if its colours are multiplied by their transparency, by which Pillow would divide them.
+            Of a camera's JPEG file of several views (MPO) the first view is read.
     """
     image = _load(path)
     try:
         if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")  # else Pillow warns
+            image = image.convert("RGBA")  # Pillow warns if it is converted to RGB directly
         return image.convert("RGB")
     except ValueError as error:
-        raise BadFileError(f"has pixels of Pillow's mode {image.mode}, which do not become RGB ({error})") from error
+        raise BadFileError(
+            f"has pixels of Pillow's mode {image.mode}, which cannot be converted to RGB ({error})"
+        ) from error
 
 
 def size_of(path: Path) -> tuple[int, int] | None:
-    """Read height and width from the head of an image file; None if it has none."""
+    """Return height and width from the header of an image file; None if the header cannot be read."""
     from PIL import Image
 
     try:
         with Image.open(path, formats=_FORMATS) as image:
             return image.height, image.width
-    except Exception:  # which `read_pixels` finds too, and reports
+    except Exception:  # Pillow's decoders raise any; `read_pixels` meets it again and reports it
         return None
 
 
@@ -102,7 +105,7 @@ def _load(path: str | Path, as_stored: bool = False) -> "Image":
             _refuse_what_would_be_altered(image)
             if as_stored:
                 if (orientation := _orientation(image)) in range(2, 9):
-                    raise BadFileError(f"is stored turned or mirrored (EXIF orientation {orientation})")
+                    raise BadFileError(f"is stored rotated or mirrored (EXIF orientation {orientation})")
                 if _hides_transparency(image):
                     raise BadFileError("has a fourth channel that varies, and 3 would be read")
             image.load()
@@ -111,13 +114,15 @@ def _load(path: str | Path, as_stored: bool = False) -> "Image":
             return image
     except BadFileError:
         raise
-    except Exception as error:  # those of Pillow's many decoders have no common base
+    except Exception as error:  # the errors of Pillow's decoders have no common base
         raise BadFileError(f"cannot be read as an image ({type(error).__name__}: {error})") from error
 
 
 def _refuse_what_would_be_altered(image: Any) -> None:
-    """Refuse what Pillow would read in part or change: all but one image with up to 8 bits for each channel."""
-    # A camera's JPEG file may hold other views or sizes of its image behind it.
+    """Refuse what Pillow would cut or change: more than one image, more than 8 bits a channel, further channels."""
+    from PIL.ExifTags import Base
+
+    # MPO is a camera's JPEG file with other views or sizes of its image after the first.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise BadFileError(f"holds {image.n_frames} images (pages of a volume, or frames), and one is expected")
     if _is_deep(image):
@@ -126,28 +131,31 @@ def _refuse_what_would_be_altered(image: Any) -> None:
         raise BadFileError("holds several images, and one is expected")
     if image.format != "TIFF":
         return
-    stored, read = image.tag_v2.get(_TIFF_CHANNELS, 1), len(image.getbands()) - (image.mode == "RGBX")
+    stored, read = image.tag_v2.get(Base.SamplesPerPixel, 1), len(image.getbands()) - (image.mode == "RGBX")
     if stored != read:
         raise BadFileError(f"has {stored} channels, of which {read} would be read")
-    if not {*image.tag_v2.get(_TIFF_NUMBERS, ())} <= _TIFF_UNSIGNED:
+    if not {*image.tag_v2.get(Base.SampleFormat, ())} <= _TIFF_UNSIGNED:
         raise BadFileError("has signed values, which would be read as unsigned")
 
 
 def _is_deep(image: Any) -> bool:
+    """Whether a channel has more than 8 bits."""
+    from PIL.ExifTags import Base
+
     if image.mode[0] in "IF":
         return True
     if image.format == "TIFF":
-        bits: tuple[int, ...] = image.tag_v2.get(_TIFF_BITS, (1,))
+        bits: tuple[int, ...] = image.tag_v2.get(Base.BitsPerSample, (1,))
         return max(bits) > 8
-    arguments = [tile[3] for tile in image.tile]  # of the decoder
+    arguments = [tile[3] for tile in image.tile]  # of the decoders
     if image.format == "PNG":
         return any(";16" in pixels for pixels in arguments)
-    # Of PPM's, the last one is the largest value.
+    # The last argument of the PPM decoder is the largest value.
     return image.format == "PPM" and any(not isinstance(each, str) and (each[-1] or 0) > 255 for each in arguments)
 
 
 def _has_further_image(image: Any) -> bool:
-    """Whether another image lies behind the first, which Pillow does not say of Netpbm's formats."""
+    """Whether another image follows the first, which Pillow does not tell for Netpbm's formats."""
     decoder, _, start, _ = image.tile[0]
     if decoder == "ppm_plain":  # numbers and comments
         image.fp.seek(start)
@@ -158,15 +166,17 @@ def _has_further_image(image: Any) -> bool:
 
 
 def _is_divided(image: Any) -> bool:
-    """Whether Pillow has divided the colours of a TIFF file by their transparency, which it does if there is some."""
-    if image.format != "TIFF" or _TIFF_PREMULTIPLIED not in image.tag_v2.get(_TIFF_EXTRA, ()):
+    """Whether Pillow has divided the colours of a TIFF file by their transparency."""
+    from PIL.ExifTags import Base
+
+    if image.format != "TIFF" or _TIFF_PREMULTIPLIED not in image.tag_v2.get(Base.ExtraSamples, ()):
         return False
     *_, last = image.getbands()
     return last in "Aa" and image.getchannel(last).getextrema() != (255, 255)
 
 
 def _hides_transparency(image: Any) -> bool:
-    """Whether a BMP file of 32 bits, of which Pillow reads 24, has more in the others than 0 or 255 everywhere."""
+    """Whether Pillow, which reads 24 bits of a BMP file of 32, leaves out more than 0 or 255 everywhere."""
     if image.format != "BMP" or image.info["compression"] or image.tile[0][3][0] != "BGRX":
         return False
     image.fp.seek(image.tile[0][2])
@@ -175,20 +185,22 @@ def _hides_transparency(image: Any) -> bool:
 
 
 def _orientation(image: Any) -> Any:
-    return (image.tag_v2 if image.format == "TIFF" else image.getexif()).get(_ORIENTATION)
+    from PIL.ExifTags import Base
+
+    return (image.tag_v2 if image.format == "TIFF" else image.getexif()).get(Base.Orientation)
 
 
 def read_all(read: Callable[[int], Iterable[str]], count: int, what: str) -> list[str]:
-    """Call a function for each number below ``count``, on all cores, under a progress bar.
+    """Call a function for each number below ``count``, on all cores, with a progress bar.
 
     Args:
-        read: Reads one item, given its number, and returns what is wrong with it. It runs on threads,
-            which wait for the disk together and decompress at the same time.
+        read: Reads one item, given its number, and returns its faults. It runs in threads, because Pillow releases the
+            interpreter's lock while it decodes.
         count: Number of items.
         what: What they are, for the progress bar.
 
     Returns:
-        Everything that was wrong, in order.
+        The faults of all items, in order.
     """
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         faults = with_progress(threads.map(read, range(count)), count, f"Decoding {what}")
@@ -196,7 +208,7 @@ def read_all(read: Callable[[int], Iterable[str]], count: int, what: str) -> lis
 
 
 def with_progress(items: Iterable[T], count: int, description: str) -> Iterable[T]:
-    """Draw a progress bar on stderr, in the first process alone, as the items are taken."""
+    """Return the items, with a progress bar on stderr in the process of rank 0."""
     from rich.console import Console
     from rich.progress import track
 
@@ -205,10 +217,10 @@ def with_progress(items: Iterable[T], count: int, description: str) -> Iterable[
 
 
 def refuse(faults: list[str], folder: Path) -> None:
-    """Raise one error that names the faults, the first thousand of them, if there are any.
+    """Raise one error that names the faults, at most the first thousand, if there are any.
 
     Raises:
-        ValueError: If there are.
+        ValueError: If there are faults.
     """
     if faults:
         listed = "\n".join(f"  {fault}" for fault in faults[:_LISTED])

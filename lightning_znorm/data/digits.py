@@ -3,19 +3,20 @@
 import numpy as np
 from typing_extensions import override
 
-from lightning_znorm.data.images import Labels
-from lightning_znorm.data.in_memory import Images, InMemoryDataModule, stratified_split
+from lightning_znorm.data.base import InMemoryDataModule
+from lightning_znorm.data.datasets import Images, Labels
+from lightning_znorm.data.splits import stratified_split
 
 
 class DigitsDataModule(InMemoryDataModule):
-    """1,797 real handwritten digits, 8x8 pixels in 17 shades of grey, that come with scikit-learn: no download.
+    """1,797 real handwritten digits, 8x8 pixels in 17 shades of grey. They come with scikit-learn: no download.
 
-    A fifth of them (360, stratified) is the test set, the same whatever the seed; of the others (1,437) a share is
-    split off for validation.
+    A fifth of them (360, stratified) is the test set, the same for every seed. Of the others (1,437) a share is split
+    off for validation.
 
     Source:
         Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998
-        (CC BY 4.0): the test part of it, as `sklearn.datasets.load_digits` has it.
+        (CC BY 4.0): its test part, which `sklearn.datasets.load_digits` returns.
 
     Args:
         batch_size: Images per batch and process.
@@ -51,5 +52,5 @@ class DigitsDataModule(InMemoryDataModule):
 
         digits = load_digits()
         images, labels = digits.images[:, None].astype(np.uint8), digits.target.astype(np.int64)
-        rest, test = stratified_split(images, labels, fraction=0.2, seed=0)
-        return rest if train else test
+        training, test = stratified_split(images, labels, fraction=0.2, seed=0)
+        return training if train else test

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 from torch import Tensor
 
-from lightning_znorm.gradients.arguments import checked_number, shown
+from lightning_znorm.arguments import checked_number, shown
 from lightning_znorm.gradients.statistics import Statistics
 
 Over: TypeAlias = Literal["tensor", "row"]
@@ -85,7 +85,7 @@ class ZScore(AffineMethod):
     """
 
     def __init__(self, eps: float = 1e-10) -> None:
-        self.eps = checked_number("eps", eps)
+        self.eps = checked_number("eps", eps, minimum=0, finite=True)
 
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:  # noqa: D102
         std = stats.std
@@ -152,7 +152,7 @@ class SING(AffineMethod):
     pooled = True
 
     def __init__(self, eps: float = 1e-8) -> None:
-        self.eps = checked_number("eps", eps)
+        self.eps = checked_number("eps", eps, minimum=0, finite=True)
 
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:  # noqa: D102
         norm = stats.std * stats.count.sqrt()

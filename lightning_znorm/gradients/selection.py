@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from lightning_znorm.gradients.arguments import checked_count, checked_patterns
+from lightning_znorm.arguments import checked_integer, checked_patterns
 from lightning_znorm.gradients.slots import GradientSlot
 
 
@@ -28,7 +28,7 @@ class ParameterFilter:
     ) -> None:
         self.include = checked_patterns("include", include)
         self.exclude = checked_patterns("exclude", exclude)
-        self.min_ndim = checked_count("min_ndim", min_ndim)
+        self.min_ndim = checked_integer("min_ndim", min_ndim, minimum=0)
 
     def matches(self, slot: GradientSlot) -> bool:
         """Whether a parameter is chosen; a shared one is, if one of its names is included and none excluded."""

@@ -1,4 +1,8 @@
-"""Exact distances between sets of pixels, in time and memory that do not depend on how many they are."""
+"""Exact Hausdorff distances between masks, on the CPU and on a GPU.
+
+MONAI and torchmetrics only take distances between surfaces. torchmetrics fails on empty masks, and holds the distances
+of all pairs of pixels in memory. MONAI's distance transform needs cuCIM on a GPU.
+"""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -16,19 +20,19 @@ _CHUNK = 2**24  # sums held at once in `_squared_distances`: 64 MiB
 def hausdorff_distances(
     preds: Tensor, target: Tensor, spacing: Sequence[float], percentile: float | None = None
 ) -> Tensor:
-    """Hausdorff distance of each pair of masks.
+    """Return the Hausdorff distance of each pair of masks.
 
     Args:
         preds: Shape ``(M, H, W)`` or ``(M, D, H, W)``, bool.
-        target: Likewise.
+        target: Of the same shape and dtype.
         spacing: Distance of neighbouring pixels along each axis.
-        percentile: Of the distances between surfaces; by default the largest distance over all pixels.
+        percentile: Of the distances between surfaces. By default the largest distance over all pixels.
 
     Returns:
-        Shape ``(M,)``, float32. Where a mask is empty, any number.
+        Shape ``(M,)``, float32. If a mask is empty, any number.
     """
-    # SciPy's transform is linear in the number of pixels, ours is not, but batched and on the device. What MPS has in
-    # memory is the CPU's as well, and it has no float64.
+    # SciPy's transform takes time linear in the number of pixels; ours takes more, but runs batched on the device. MPS
+    # shares its memory with the CPU, and has no float64.
     if preds.device.type not in ("cpu", "mps"):
         return hausdorff_distances_on_device(preds, target, spacing, percentile)
     pairs = zip(preds.cpu().numpy(), target.cpu().numpy(), strict=True)
@@ -44,12 +48,12 @@ def _hausdorff_distance(preds: Mask, target: Mask, spacing: Sequence[float], per
     box = _bounding_box(preds | target)
     preds, target = preds[box], target[box]
     if percentile is None:
-        # What both masks hold is at distance 0.
-        there, back = _distances(preds & ~target, target, spacing), _distances(target & ~preds, preds, spacing)
-        return float(max(there.max(initial=0), back.max(initial=0)))
+        # Pixels in both masks have distance 0.
+        forward, backward = _distances(preds & ~target, target, spacing), _distances(target & ~preds, preds, spacing)
+        return float(max(forward.max(initial=0), backward.max(initial=0)))
     preds, target = preds & ~binary_erosion(preds), target & ~binary_erosion(target)
-    there, back = _distances(preds, target, spacing), _distances(target, preds, spacing)
-    return float(max(np.percentile(there, percentile), np.percentile(back, percentile)))
+    forward, backward = _distances(preds, target, spacing), _distances(target, preds, spacing)
+    return float(max(np.percentile(forward, percentile), np.percentile(backward, percentile)))
 
 
 def _bounding_box(mask: Mask) -> tuple[slice, ...]:
@@ -61,65 +65,65 @@ def _bounding_box(mask: Mask) -> tuple[slice, ...]:
 
 
 def _distances(points: Mask, mask: Mask, spacing: Sequence[float]) -> npt.NDArray[np.float64]:
-    """From each of the points to the nearest pixel of the mask."""
+    """Return the distance of each of the points from the nearest pixel of the mask."""
     from scipy.ndimage import distance_transform_edt
 
     where = np.nonzero(points)
     if len(where[0]) == 0:
         return np.zeros(0)
-    # Distances at the points alone: SciPy's own, of all pixels, take several times the memory.
+    # Only the distances at the points: SciPy's distances of all pixels take several times the memory.
     nearest: Any = distance_transform_edt(~mask, sampling=spacing, return_distances=False, return_indices=True)
     squared = np.zeros(len(where[0]))
-    for here, there, step in zip(where, nearest, spacing, strict=True):
-        squared += ((here - there[where]) * step) ** 2
+    for position, nearest_position, step in zip(where, nearest, spacing, strict=True):
+        squared += ((position - nearest_position[where]) * step) ** 2
     return np.sqrt(squared)
 
 
 def hausdorff_distances_on_device(
     preds: Tensor, target: Tensor, spacing: Sequence[float], percentile: float | None = None
 ) -> Tensor:
-    """`hausdorff_distances` in torch alone, of all masks at once, without a wait for the device."""
+    """Return what `hausdorff_distances` does, in torch only: all masks at once, without waiting for the device."""
     if preds.numel() == 0:
         return torch.zeros(len(preds), dtype=torch.float32, device=preds.device)
     if percentile is not None:
         preds, target = _surface(preds), _surface(target)
-    there = _squared_distances(target, spacing).flatten(1)
-    back = _squared_distances(preds, spacing).flatten(1)
+    forward = _squared_distances(target, spacing).flatten(1)
+    backward = _squared_distances(preds, spacing).flatten(1)
     preds, target = preds.flatten(1), target.flatten(1)
     if percentile is None:
         furthest = torch.maximum(
-            torch.where(preds, there, 0.0).amax(dim=1),
-            torch.where(target, back, 0.0).amax(dim=1),
+            torch.where(preds, forward, 0.0).amax(dim=1),
+            torch.where(target, backward, 0.0).amax(dim=1),
         )
         return furthest.sqrt()
     return torch.maximum(
-        _percentile(there.sqrt(), preds, percentile),
-        _percentile(back.sqrt(), target, percentile),
+        _percentile(forward.sqrt(), preds, percentile),
+        _percentile(backward.sqrt(), target, percentile),
     )
 
 
 def _surface(masks: Tensor) -> Tensor:
-    """The pixels of each mask with a side neighbour, or the image's edge, outside of it."""
+    """Return the pixels of each mask with a side neighbour outside of it, or at the image's edge."""
     inside = masks
     for dim in range(1, masks.ndim):
         edge = torch.zeros_like(masks.narrow(dim, 0, 1))
         before = torch.cat([edge, masks.narrow(dim, 0, masks.shape[dim] - 1)], dim)
-        behind = torch.cat([masks.narrow(dim, 1, masks.shape[dim] - 1), edge], dim)
-        inside = inside & before & behind
+        after = torch.cat([masks.narrow(dim, 1, masks.shape[dim] - 1), edge], dim)
+        inside = inside & before & after
     return masks & ~inside
 
 
 def _squared_distances(masks: Tensor, spacing: Sequence[float]) -> Tensor:
-    """From each pixel to the nearest pixel of its mask; infinite if that is empty.
+    """Return the squared distance of each pixel from the nearest pixel of its mask; infinite if the mask is empty.
 
-    The squared distance is a sum over the axes, so its minimum may be taken one axis after the other: of each row, the
-    least of the minima so far plus the squared distances along the row.
+    The squared distance is a sum over the axes, so its minimum may be taken one axis after the other. For each pixel of
+    a row, it is the minimum, over the row, of the minima so far plus the squared distances along the row.
     """
     squared = torch.zeros(masks.shape, dtype=torch.float32, device=masks.device).masked_fill_(~masks, torch.inf)
     for axis, step in enumerate(spacing, start=1):
         n = masks.shape[axis]
         position = torch.arange(n, dtype=torch.float32, device=masks.device)
-        # The difference first: that of whole numbers is exact.
+        # The difference comes first, because that of whole numbers is exact.
         along = ((position.unsqueeze(1) - position) * step).square()
         rows = squared.movedim(axis, -1)
         shape = rows.shape
@@ -130,8 +134,11 @@ def _squared_distances(masks: Tensor, spacing: Sequence[float]) -> Tensor:
 
 
 def _percentile(distances: Tensor, points: Tensor, percentile: float) -> Tensor:
-    """Of the distances at the points of each row; interpolated linearly, as by `numpy.percentile`."""
-    # Without points, and with infinite distances, the result is replaced: see MaskMetric.
+    """Return the percentile of each row's distances at its points, interpolated linearly as `numpy.percentile` does.
+
+    `torch.quantile` has no mask, and takes at most 16 million elements.
+    """
+    # If there are no points, or infinite distances, MaskMetric replaces the result.
     in_order = distances.masked_fill(~points, torch.inf).sort(dim=1).values
     position = (points.sum(dim=1, keepdim=True) - 1).clamp_min(0).double() * (percentile / 100)
     lower = in_order.gather(1, position.floor().long())

@@ -1,4 +1,4 @@
-"""The distance between two masks."""
+"""Hausdorff distance between two masks."""
 
 import math
 from collections.abc import Sequence
@@ -12,43 +12,46 @@ from lightning_znorm.metrics.mask_metric import MaskMetric
 
 
 class HausdorffDistance(MaskMetric):
-    r"""Hausdorff distance of masks: how far the pixel that is furthest off is from the other mask.
+    r"""Hausdorff distance of masks: the largest distance of a pixel of one mask from the other mask.
 
     For the sets of predicted pixels :math:`A` and true pixels :math:`B`, with the Euclidean distance,
 
     .. math::
         H(A, B) = \max \left( \max_{a \in A} \min_{b \in B} |a - b|, \max_{b \in B} \min_{a \in A} |a - b| \right)
 
-    over all pixels of both masks, so that a filled hole counts. MONAI and torchmetrics take the pixels of the surfaces
-    alone, and a hole that was filled is nearer to those. One stray pixel decides this distance; the field's answer is
-    ``percentile=95``, known as HD95, over the pixels of the surfaces (those with a side neighbour, or the image's edge,
-    outside of the mask): of the distances from one surface to the other, and of those back, the 95th percentile each
-    (interpolated linearly), and the larger of the two. It is what MONAI's ``compute_hausdorff_distance`` gives;
-    ``percentile=100`` is the plain distance of the surfaces.
+    over all pixels of both masks, so that a filled hole counts. MONAI and torchmetrics only take the pixels of the
+    surfaces, and a filled hole is nearer to those.
 
-    medpy's ``hd95`` is another number: one percentile of the distances of both directions together. If a square of
-    20x20 pixels is found exactly, and a false spot of 3x3 pixels 20 rows and 20 columns away from it, HD95 is 31.04
-    here and in MONAI, and 1.48 in medpy.
+    One stray pixel decides this distance. Therefore ``percentile=95``, known as HD95, is common. It is taken over the
+    pixels of the surfaces (those with a side neighbour outside of the mask, or at the image's edge). The distances from
+    the first surface to the second have a 95th percentile (interpolated linearly), and so have those from the second to
+    the first; HD95 is the larger one. It equals MONAI's ``compute_hausdorff_distance``. ``percentile=100`` is the
+    Hausdorff distance of the surfaces.
 
-    Each image and channel has a distance of its own; the result is the mean over those that count:
+    medpy's ``hd95`` is another number: one percentile of the distances of both directions together. For a prediction
+    that has the true square of 20x20 pixels, and a false spot of 3x3 pixels 20 rows and 20 columns away from it, HD95
+    is 31.04 here and in MONAI, and 1.48 in medpy.
+
+    Each image and channel has a distance of its own, and the result is their mean:
 
     - both masks empty: left out, and counted in ``metric.skipped``.
     - one empty: the diagonal of the image, which is the distance between the centres of its opposite corner pixels, in
-      the units of ``spacing``, and the largest distance that two masks can have.
+      the units of ``spacing``. It is the largest distance that two masks can have.
     - all left out: NaN, with one warning.
 
-    Computed exactly by distance transforms, on the CPU by SciPy's, on a GPU without leaving it. There time grows with
-    the number of pixels times the side length; memory grows with the number of pixels, however the masks look.
+    Distances are exact. On the CPU they come from SciPy's distance transform. On a GPU they are computed there, in a
+    time that grows with the number of pixels times the side length. Memory grows with the number of pixels, and does
+    not depend on the masks.
 
     Source:
         Equation 12 of Yun, "ZNorm: Z-Score Gradient Normalization", arXiv 2408.01215. Percentiles: Huttenlocher et al.
         1993, "Comparing images using the Hausdorff distance"; over surfaces as in MONAI.
 
     Args:
-        percentile: Of the distances between surfaces, in (0, 100]; by default the largest distance over all pixels.
+        percentile: Of the distances between surfaces, in (0, 100]. By default the largest distance over all pixels.
         spacing: Distance of neighbouring pixels along each axis, in the order of the masks' axes, or one number for all
-            of them; 1 by default.
-        threshold: Probability from which on a pixel belongs to the predicted mask.
+            axes; 1 by default.
+        threshold: Smallest probability of a pixel in the predicted mask.
         **kwargs: Arguments of `torchmetrics.Metric`.
 
     Attributes:
@@ -110,7 +113,7 @@ class HausdorffDistance(MaskMetric):
         steps = (spacing,) * axes if isinstance(spacing, int | float) else tuple(spacing)
         if len(steps) != axes:
             raise ValueError(
-                f"spacing has {len(steps)} numbers, and these masks have {axes} axes: give one number for each, "
+                f"spacing has {len(steps)} numbers, and these masks have {axes} axes: give one number for each axis, "
                 f"in the order {'D, H, W' if axes == 3 else 'H, W'}."
             )
         return steps

@@ -1,4 +1,4 @@
-"""What all scores of masks share: their input, their mean, and what an empty mask counts."""
+"""Base class of the scores of masks, and dtypes to compute them in."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -10,28 +10,26 @@ from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightning_znorm.metrics.dtypes import at_least_float32, orderable, widest_float
-
 
 class MaskMetric(Metric):
-    """Base of the scores of masks: the mean over images and channels, each of which has a score of its own.
+    """Base of the scores of masks: each image and channel has a score, and the result is their mean.
 
-    The one policy for empty masks:
+    The policy for empty masks is the same in all of them:
 
     - both empty: there is nothing to find and nothing was found. The mask is left out of the mean, and counted in
       ``skipped``.
-    - one empty: the worst score there is (:meth:`worst`), so that predicting nothing never pays.
+    - one empty: it gets the worst score (:meth:`worst`), so that predicting nothing never pays.
     - all left out: the mean is NaN, with one warning.
 
-    A subclass has :meth:`scores` and :meth:`worst`, and passes its other arguments on as ``settings``.
+    A subclass implements :meth:`scores` and :meth:`worst`, and passes its other arguments as ``settings``.
 
     Args:
-        threshold: Probability from which on a pixel belongs to the predicted mask.
-        settings: All other arguments that scores depend on.
+        threshold: Smallest probability of a pixel in the predicted mask.
+        settings: All other arguments that the scores depend on.
         **kwargs: Arguments of `torchmetrics.Metric`.
 
     Attributes:
-        total: Sum of the scores that count.
+        total: Sum of the scores in the mean.
 
     Raises:
         ValueError: If ``threshold`` is not in (0, 1).
@@ -49,22 +47,22 @@ class MaskMetric(Metric):
             raise ValueError(f"threshold is a probability, in (0, 1), got {threshold}.")
         self.threshold = threshold
         self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        # MetricCollection takes metrics whose states agree after the first batch for one and updates only the first
-        # from then on, and over empty or perfect masks all of ours agree. The name of this state keeps them apart.
+        # MetricCollection takes metrics for equal if their states agree after the first batch, and then updates only
+        # the first. Over empty or perfect masks all of ours agree, so the name of this state tells them apart.
         self._counts = f"counts of {type(self).__name__}{(threshold, *settings)}"
-        # Of masks in the mean, of masks left out; of batches with values that preds cannot have, that target cannot.
+        # Masks in the mean, masks left out, batches with impossible values in preds, batches with such in target.
         self.add_state(self._counts, torch.tensor([0, 0, 0, 0], dtype=torch.int64), dist_reduce_fx="sum")
         self._within_forward = False
         self._warned = False
 
     @property
     def counted(self) -> Tensor:
-        """Number of masks in the mean; of this process, and of all of them while synchronised."""
+        """Number of masks in the mean: of this process, or of all processes while the metric is synchronised."""
         return self._numbers[0]
 
     @property
     def skipped(self) -> Tensor:
-        """Number of masks left out, because they are empty in prediction and truth; of this process, likewise."""
+        """Number of masks left out because they are empty in prediction and truth, of the same processes."""
         return self._numbers[1]
 
     @property
@@ -78,21 +76,25 @@ class MaskMetric(Metric):
 
         Args:
             preds: Predicted masks, shape ``(M, H, W)`` or ``(M, D, H, W)``, bool.
-            target: True masks, likewise.
+            target: True masks, of the same shape and dtype.
 
         Returns:
-            Shape ``(M,)``, float32 or float64 whatever torch's default is. Where a mask is empty, any number.
+            Shape ``(M,)``, float32 or float64 whatever torch's default is. If a mask is empty, any number.
         """
 
     @abstractmethod
     def worst(self, size: Sequence[int]) -> float:
-        """Return the score of a pair of masks of which one is empty, ``size`` pixels large along each axis."""
+        """Return the score of a pair of masks of which one is empty.
+
+        Args:
+            size: Number of pixels along each axis.
+        """
 
     @override
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch to the mean.
 
-        Values are looked at as well: at once on the CPU, and on other devices, where a look makes the program wait,
+        On the CPU, the values are checked at once. On other devices a check makes the program wait, so they are checked
         when the mean is computed.
 
         Args:
@@ -120,10 +122,10 @@ class MaskMetric(Metric):
 
     @override
     def compute(self) -> Tensor:
-        """Return the mean over all masks that count, in float32; NaN if there is none.
+        """Return the mean over all masks that are not left out, in float32; NaN if there are none.
 
         Raises:
-            ValueError: If ``preds`` or ``target`` had values that they cannot have.
+            ValueError: If ``preds`` or ``target`` had impossible values.
         """
         if not self._within_forward:
             self._require_fitting_values(self._numbers[2:])
@@ -133,7 +135,7 @@ class MaskMetric(Metric):
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add a batch to the mean, and return the mean of the batch alone."""
-        # A batch of empty masks is nothing to warn of; and to look at the states would wait for the device.
+        # One batch of empty masks is no reason to warn, and to read the states would wait for the device.
         self._within_forward = True
         try:
             return super().forward(*args, **kwargs)
@@ -142,11 +144,11 @@ class MaskMetric(Metric):
 
     @override
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot one value or several; needs matplotlib.
+        """Plot one value or several. Needs matplotlib.
 
         Args:
             val: What ``compute`` or ``forward`` returned, or a list of such values; by default ``compute()``.
-            ax: The matplotlib axes to draw into; new ones by default.
+            ax: The matplotlib axes to draw in; new ones by default.
 
         Returns:
             Figure and axes; no figure if ``ax`` is given.
@@ -154,12 +156,13 @@ class MaskMetric(Metric):
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        return self._plot(val, ax)
+        return self._plot(val, ax)  # what torchmetrics tells subclasses to call
 
     @override
     def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> nn.Module:
-        # A sum in half precision stops growing at a few hundred: Module.to(dtype), by which Lightning makes a module
-        # "bf16-true", and Metric.set_dtype move states to another device but leave their types alone.
+        # A sum in half precision stops growing at a few hundred. So Module.to(dtype), which Lightning calls for
+        # "bf16-true", and Metric.set_dtype may move the states to another device, but not change their dtypes. There is
+        # no public hook for that: torch and torchmetrics convert in `_apply`, with `_defaults` and `_computed`.
         computed = self._computed
         super()._apply(fn, [*exclude_state, *self._defaults])
         for name, default in self._defaults.items():
@@ -174,15 +177,15 @@ class MaskMetric(Metric):
         return moved
 
     def _marked(self, preds: Tensor) -> Tensor:
-        # In half precision the threshold would be rounded as well.
+        # In half precision the threshold would be rounded too.
         return preds if preds.dtype == torch.bool else at_least_float32(preds) >= self.threshold
 
     def _require_masks(self, preds: Tensor, target: Tensor) -> None:
         name = type(self).__name__
         if not (preds.dtype == torch.bool or preds.is_floating_point()):
             raise TypeError(
-                f"{name} takes preds that are probabilities or bool, got {preds.dtype}: of masks of 0 and 1 pass "
-                "preds.bool(), of class labels a mask for each class."
+                f"{name} takes preds that are probabilities or bool, got {preds.dtype}: for masks of 0 and 1 pass "
+                "preds.bool(), for class labels a mask for each class."
             )
         if target.is_floating_point() or target.is_complex():
             raise TypeError(
@@ -205,26 +208,26 @@ class MaskMetric(Metric):
             )
         if target:
             raise ValueError(
-                f"{name} takes a target of 0 and 1, and some values were neither: of masks of 0 and 255 pass "
-                "target > 0, of class labels a mask for each class."
+                f"{name} takes a target of 0 and 1, and some values were neither: for masks of 0 and 255 pass "
+                "target > 0, for class labels a mask for each class."
             )
 
     def _warn_of_nothing(self) -> None:
-        # torchmetrics warns itself where there was no update.
+        # If there was no update, torchmetrics warns.
         if self._warned or not self.update_called or self.counted:
             return
         self._warned = True
         rank_zero_warn(
-            f"{type(self).__name__} is NaN: all {int(self.skipped)} masks are empty in prediction and truth, which "
-            "leaves nothing to score.",
+            f"{type(self).__name__} is NaN: all {int(self.skipped)} masks are empty in prediction and truth, so "
+            "there is nothing to score.",
             UserWarning,
         )
 
 
 def _not_empty(masks: Tensor) -> Tensor:
     if masks.device.type == "cpu":
-        # By NumPy, in one thread: torch divides the search among threads, which then wait for one another, and on a
-        # busy machine for far longer than the search takes.
+        # NumPy searches in one thread. torch divides the search among threads, which wait for one another: on a busy
+        # machine much longer than the search takes.
         return torch.from_numpy(masks.flatten(1).numpy().any(axis=1))
     return masks.flatten(1).any(dim=1)
 
@@ -232,5 +235,21 @@ def _not_empty(masks: Tensor) -> Tensor:
 def _leaves_unit_interval(values: Tensor) -> Tensor:
     if values.dtype == torch.bool or values.numel() == 0:
         return torch.zeros((), dtype=torch.bool, device=values.device)
-    low, high = orderable(values.detach()).aminmax()  # NaN if there is one, which no comparison holds for
+    low, high = orderable(values.detach()).aminmax()  # NaN if there is one: then no comparison is true
     return ~((low >= 0) & (high <= 1))
+
+
+# Dtypes are chosen by device and input, never by torch's default dtype, which a Trainer's precision changes.
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the floating-point dtype of the highest precision that a device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return values in float32 if they are in half precision, and otherwise as they are."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def orderable(values: Tensor) -> Tensor:
+    """Return values in a dtype that torch can compare: it can hardly compute with uint16, uint32 and uint64."""
+    return values.long() if values.dtype in (torch.uint16, torch.uint32, torch.uint64) else values

@@ -21,7 +21,7 @@ from torchmetrics import MetricCollection
 from typing_extensions import override
 
 from lightning_znorm.hyperparameters import PlainHyperparameters, plain_values, python_scalars
-from lightning_znorm.metrics.dtypes import at_least_float32
+from lightning_znorm.metrics.mask_metric import at_least_float32
 from lightning_znorm.tasks.random_state import random_state, set_random_state
 from lightning_znorm.tasks.targets import TargetCheck
 

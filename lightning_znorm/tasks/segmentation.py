@@ -14,8 +14,7 @@ from typing_extensions import override
 
 from lightning_znorm.hyperparameters import plain_value, plain_values
 from lightning_znorm.metrics import DiceScore, HausdorffDistance, TverskyIndex
-from lightning_znorm.metrics.dtypes import at_least_float32, orderable
-from lightning_znorm.metrics.mask_metric import MaskMetric
+from lightning_znorm.metrics.mask_metric import MaskMetric, at_least_float32, orderable
 from lightning_znorm.tasks.base import BUILD_IT, Task
 from lightning_znorm.tasks.batches import described, images_and_targets, images_of, logits_of
 from lightning_znorm.tasks.networks import create_segmenter

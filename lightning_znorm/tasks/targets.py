@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_znorm.metrics.dtypes import orderable, widest_float
+from lightning_znorm.metrics.mask_metric import orderable, widest_float
 
 STAGES = ("training", "validation", "test")
 

@@ -157,9 +157,9 @@ def test_share_below_the_threshold(fit) -> None:
         fit(Training(), batches(1), GradientMonitor(sigma_threshold=threshold), collected, **QUIET)
         shares.append(collected.metrics[0]["grad/share_below"])
     assert shares == [0.0, 1.0]
-    with pytest.raises(ValueError, match="sigma_threshold must be a finite number that is not negative, got -1"):
+    with pytest.raises(ValueError, match="sigma_threshold must be finite and at least 0, got -1"):
         GradientMonitor(sigma_threshold=-1)
-    with pytest.raises(ValueError, match="eps must be a finite number"):
+    with pytest.raises(ValueError, match="eps must be finite and at least 0"):
         GradientMonitor(eps=-1)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_znorm import MaskOverlay
-from lightning_znorm.callbacks import mask_overlay
+from lightning_znorm.callbacks import masks
 from lightning_znorm.callbacks.drawing import GAP, LEAST_SIZE, LINE, Case, grid, outline
 from lightning_znorm.tasks import SegmentationTask
 from tests.callbacks.ddp_masks import draw_and_write
@@ -134,7 +134,7 @@ def captions(monkeypatch) -> list[list[str]]:
         pictures.append([case.caption for case in cases])
         return grid(cases, **kwargs)
 
-    monkeypatch.setattr(mask_overlay, "grid", recording)
+    monkeypatch.setattr(masks, "grid", recording)
     return pictures
 
 
@@ -161,7 +161,7 @@ class TestCases:
 
     def test_keeps_no_batch(self, tmp_path: Path, monkeypatch):
         drawn: list[Case] = []
-        monkeypatch.setattr(mask_overlay, "grid", lambda cases: drawn.extend(cases) or grid(cases))
+        monkeypatch.setattr(masks, "grid", lambda cases: drawn.extend(cases) or grid(cases))
         trainer(callbacks=[MaskOverlay()], default_root_dir=tmp_path).test(
             SegmentationTask(Copies()), data(), verbose=False
         )
@@ -187,7 +187,7 @@ class TestCases:
 
     def test_nothing_is_drawn_without_cases(self, tmp_path: Path, captions):
         run = trainer(callbacks=[MaskOverlay()], default_root_dir=tmp_path)
-        with pytest.warns(UserWarning, match="leaves nothing to score"):
+        with pytest.warns(UserWarning, match="there is nothing to score"):
             run.test(SegmentationTask(Copies()), data(3, empty=(0, 1, 2)), verbose=False)
         assert captions == []
         assert list(tmp_path.iterdir()) == []
@@ -207,7 +207,7 @@ class TestCases:
 
     def test_slice_of_a_volume(self, tmp_path: Path, monkeypatch):
         drawn: list[Case] = []
-        monkeypatch.setattr(mask_overlay, "grid", lambda cases: drawn.extend(cases) or grid(cases))
+        monkeypatch.setattr(masks, "grid", lambda cases: drawn.extend(cases) or grid(cases))
         volume = torch.zeros(1, 1, 5, 32, 32)
         volume[0, 0, 1, 4:6, 4:6] = 1
         volume[0, 0, 3, 4:9, 4:9] = 1
@@ -313,8 +313,8 @@ class TestOwnModule:
     [
         ({"num_cases": 0}, "at least 1, got 0 and 1"),
         ({"every_n_epochs": 0}, "at least 1, got 6 and 0"),
-        ({"cases": []}, "numbers from 0 on"),
-        ({"cases": [3, -1]}, "numbers from 0 on"),
+        ({"cases": []}, "numbers that are at least 0"),
+        ({"cases": [3, -1]}, "numbers that are at least 0"),
     ],
 )
 def test_arguments(arguments: dict[str, Any], message: str):

@@ -97,7 +97,7 @@ def test_nan_is_no_empty_mask(tmp_path: Path, named: bool):
     logits[3, 0, 0, 0] = torch.nan
     data = Named(logits, ["a.png", "b.png", "c.png", "d.png", "e.png"]) if named else TensorDataset(logits)
     image = "d.png" if named else "image 1 of batch 1"
-    with pytest.raises(ValueError, match=f"MaskWriter was given NaN for {image}, which no threshold finds"):
+    with pytest.raises(ValueError, match=f"MaskWriter was given NaN for {image}, which is above no threshold"):
         predict(tmp_path / "out", data)
     assert len(rows(tmp_path / "out")) == 2
 

@@ -92,9 +92,9 @@ def test_what_does_not_fit_the_model_is_refused_before_training(fit, callback, m
 
 
 def test_options_are_checked_at_once() -> None:
-    with pytest.raises(ValueError, match="min_ndim must not be negative, got -1"):
+    with pytest.raises(ValueError, match="min_ndim must be at least 0, got -1"):
         ZNormCallback(min_ndim=-1)
-    with pytest.raises(ValueError, match="eps must be a finite number"):
+    with pytest.raises(ValueError, match="eps must be finite and at least 0"):
         ZNormCallback(eps=-1e-10)
 
 

@@ -1,4 +1,4 @@
-"""Two processes train on the numbered images. Called by test_in_memory.py."""
+"""Two processes train on the numbered images. Called by test_base.py."""
 
 from tests.data.numbered import NumberedDataModule, Recorder
 from tests.trainers import trainer

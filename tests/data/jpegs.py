@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_znorm.data.images import ImageDataModule
+from lightning_znorm.data.base import ImageDataModule
 
 
 def shades(number: int, height: int, width: int) -> np.ndarray:

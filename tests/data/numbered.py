@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_znorm.data.in_memory import InMemoryDataModule
+from lightning_znorm.data.base import InMemoryDataModule
 
 
 class NumberedDataModule(InMemoryDataModule):

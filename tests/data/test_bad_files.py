@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_znorm.data import PCamDataModule
-from lightning_znorm.data.images import stratified_indices
+from lightning_znorm.data.splits import stratified_indices
 from lightning_znorm.tasks import ClassificationTask
 from tests.data.somebody_else import as_somebody_else
 from tests.fuzz.mutations import read_mutated

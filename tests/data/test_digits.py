@@ -5,7 +5,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from lightning_znorm.data import DigitsDataModule
-from lightning_znorm.data.in_memory import InMemoryImages
+from lightning_znorm.data.datasets import InMemoryImages
 
 
 def counted(*data_sets) -> Counter:

@@ -23,7 +23,7 @@ from lightning_znorm import MaskWriter
 from lightning_znorm.data import ImageFolderDataModule, LGGDataModule, PCamDataModule
 from lightning_znorm.data.array_file import cached_array
 from lightning_znorm.data.decoding import read_rgb
-from lightning_znorm.data.files import same_files
+from lightning_znorm.data.listing import same_files
 from lightning_znorm.tasks import SegmentationTask
 from tests.data.jpegs import write_image_folder
 from tests.data.odd_images import COLOURS, CONVERTED, REFUSED, RGB, SIZE, TURNED, tiff
@@ -141,7 +141,7 @@ class TestKinds:
     def test_stored_turned(self, kind: str, tmp_path: Path):
         (tmp_path / "slices").mkdir()
         TURNED[kind](tmp_path / "slices" / "a.png")
-        with refused(f"{tmp_path}/slices/a.png: is stored turned or mirrored (EXIF orientation"):
+        with refused(f"{tmp_path}/slices/a.png: is stored rotated or mirrored (EXIF orientation"):
             predicted(tmp_path / "slices")
 
     @pytest.mark.parametrize("kind", [*CONVERTED, *TURNED])
@@ -175,7 +175,7 @@ class TestKinds:
         image.save(tmp_path / "a.tif", format=format, **save)
         data = LGGDataModule("nowhere", predict_root=tmp_path)
         data.setup("predict")
-        assert np.array_equal(data.predict_set.slices[0].transpose(1, 2, 0), image.convert("RGB"))
+        assert np.array_equal(data.predict_set.images[0].transpose(1, 2, 0), image.convert("RGB"))
 
     @pytest.mark.parametrize(("fourth", "is_read"), [(0, True), (255, True), (128, False), (None, False)])
     def test_fourth_channel_of_a_bmp(self, fourth: int | None, is_read: bool, tmp_path: Path):
@@ -226,7 +226,7 @@ class TestKinds:
         name = {"lgg": "lgg", "kaggle": "pcam-kaggle"}[layout]
         cached_array(name, sources, shape, lambda array: array.fill(0), cache)
         if layout == "lgg":
-            assert trained(tmp_path, max_memory_gb=0, cache_dir=cache).train_set.slices[:, :3].any()
+            assert trained(tmp_path, max_memory_gb=0, cache_dir=cache).train_set.images[:, :3].any()
         else:
             assert patches(tmp_path).train_set[0][0].any()
         assert len(list(cache.iterdir())) == 2
@@ -241,7 +241,7 @@ class TestLinks:
         (images / "train" / "n00000002" / "itself").symlink_to(".")
         (images / "val" / "n00000000" / "root").symlink_to(images)
         with pytest.warns(
-            UserWarning, match=r"3 entries are left out: further names of what counts once \(3: train/n0"
+            UserWarning, match=r"3 entries are left out: other names of what is listed already \(3: train/n0"
         ):
             assert names_in(folder_data(images)) == before
         (lgg / "loop").mkdir()
@@ -291,16 +291,16 @@ class TestLinks:
         first = min(folder.iterdir())
         link(first, folder / "0.jpg")
         kept = first.name if link is os.symlink else "0.jpg"  # the first, unless it is a link
-        with pytest.warns(UserWarning, match=r"1 entry is left out: further names of what counts once \(1: "):
+        with pytest.warns(UserWarning, match=r"1 entry is left out: other names of what is listed already \(1: "):
             names = names_in(folder_data(images))
         assert len(names) == 12
         assert f"n00000001/{kept}" in names
-        with pytest.warns(UserWarning, match="further names"):
+        with pytest.warns(UserWarning, match="other names"):
             assert predicted(folder)[0] == kept
         folder = patient(lgg, 1)
         for mask in ("", "_mask"):
             link(slice_of(folder, 1, mask), slice_of(folder, 9, mask))
-        with pytest.warns(UserWarning, match="1 entry is left out: further names"):
+        with pytest.warns(UserWarning, match="1 entry is left out: other names"):
             assert slices_in(trained(lgg)) == 20
 
     @pytest.mark.parametrize("link", [os.link, os.symlink])
@@ -431,13 +431,13 @@ class TestNames:
         twin = path.with_suffix(suffix)
         Image.open(path).save(twin, format="TIFF" if suffix != ".png" else "PNG")
         first, other = sorted([path, twin], key=lambda path: path.name)
-        with refused(f"{other}: has the name of {first.name} but for the suffix"):
+        with refused(f"{other}: differs from {first.name} only in the suffix"):
             trained(lgg)
 
     def test_two_patches_of_one_name(self, kaggle: Path):
         path = min(kaggle.iterdir())
         shutil.copy(path, path.with_suffix(".tiff"))
-        with refused(f"{path.with_suffix('.tiff')}: has the name of {path.name} but for the suffix"):
+        with refused(f"{path.with_suffix('.tiff')}: differs from {path.name} only in the suffix"):
             patches(kaggle.parent)
 
     @pytest.mark.parametrize("suffix", [".tiff", ".png", ".PNG", ".bmp"])
@@ -448,7 +448,7 @@ class TestNames:
                 image.save(path.with_suffix(suffix))
             path.unlink()
         after = trained(lgg)
-        assert np.array_equal(before.train_set.slices, after.train_set.slices)
+        assert np.array_equal(before.train_set.images, after.train_set.images)
 
     @pytest.mark.parametrize("format", ["png", "tif"])
     def test_predicted_masks_are_read_back(self, format: str, lgg: Path, tmp_path: Path):
@@ -459,13 +459,13 @@ class TestNames:
         data = LGGDataModule("nowhere", predict_root=lgg)
         run = trainer(callbacks=[MaskWriter(tmp_path / "out", format=format)])
         run.predict(SegmentationTask(Bright()), datamodule=data, return_predictions=False)
-        slices = data.predict_set.slices[:, 1].astype(np.float32) / 255
+        slices = data.predict_set.images[:, 1].astype(np.float32) / 255
         marked = (slices - data.mean[1]) / data.std[1] >= 1
         for path in lgg.rglob("*_mask.tif"):
             path.unlink()
         shutil.copytree(tmp_path / "out", lgg, dirs_exist_ok=True)
         (lgg / "scores.csv").unlink()
-        assert np.array_equal(trained(lgg).train_set.slices[:, 3], marked)
+        assert np.array_equal(trained(lgg).train_set.images[:, 3], marked)
         assert len(predicted(lgg)) == 20  # without the masks
 
     def test_masks_of_several_classes(self, tmp_path: Path):
@@ -474,7 +474,7 @@ class TestNames:
         with pytest.warns(UserWarning, match=r"masks without an image beside them \(2: b_mask_0.png, gas_mask.png\)"):
             assert predicted(tmp_path) == ["a.png"]
         (tmp_path / "a.png").unlink()
-        with pytest.warns(UserWarning, match="4: "), pytest.raises(FileNotFoundError, match="and are no masks"):
+        with pytest.warns(UserWarning, match="4: "), pytest.raises(FileNotFoundError, match="and are not masks"):
             predicted(tmp_path)
 
     @pytest.mark.parametrize("mask", ["_MASK", "_Mask"])
@@ -483,7 +483,7 @@ class TestNames:
         for path in lgg.rglob("*_mask.tif"):
             path.rename(path.with_name(path.name.replace("_mask", mask)))
         assert len(predicted(lgg)) == 20
-        assert np.array_equal(before.train_set.slices, trained(lgg).train_set.slices)
+        assert np.array_equal(before.train_set.images, trained(lgg).train_set.images)
         for folder in lgg.glob("TCGA_*"):
             folder.rename(folder.with_name(folder.name[5:]))
         assert slices_in(trained(lgg)) == 20
@@ -491,7 +491,7 @@ class TestNames:
     def test_masks_that_differ_in_their_case(self, lgg: Path):
         path = slice_of(patient(lgg, 2), 3, "_mask")
         shutil.copy(path, slice_of(patient(lgg, 2), 3, "_MASK"))
-        with refused(f"{path}: has the name of {path.stem[:-5]}_MASK.tif but for the suffix or the case of letters"):
+        with refused(f"{path}: differs from {path.stem[:-5]}_MASK.tif only in the suffix or the case of letters"):
             trained(lgg)
 
     def test_dates_of_other_data_are_none(self, tmp_path: Path):

@@ -13,8 +13,8 @@ from torchvision import transforms
 
 from lightning_znorm.cli import main
 from lightning_znorm.data import ImageFolderDataModule
-from lightning_znorm.data.images import ImageDataModule
-from lightning_znorm.data.shuffle import SeededShuffle
+from lightning_znorm.data.base import ImageDataModule
+from lightning_znorm.data.samplers import SeededSampler
 from tests.data.ddp_image_folder import see_folder
 from tests.data.jpegs import numbers, pixels, write_image_folder
 from tests.distributed import run_distributed
@@ -239,7 +239,7 @@ class TestLoaders:
         data = module(images)
         data.setup("fit")
         data.setup("test")
-        assert isinstance(data.train_dataloader().sampler, SeededShuffle)
+        assert isinstance(data.train_dataloader().sampler, SeededSampler)
         for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
             assert isinstance(loader.sampler, SequentialSampler)
 
@@ -305,14 +305,14 @@ class TestMistakes:
         (own_images / part / "n00000001").rename(own_images / part / "n00000009")
         with pytest.raises(ValueError, match="train and val have different classes") as caught:
             module(own_images).setup("fit")
-        assert f"n00000009 in {own_images / part} alone" in str(caught.value)
-        assert f"n00000001 in {own_images / other} alone" in str(caught.value)
+        assert f"n00000009 only in {own_images / part}" in str(caught.value)
+        assert f"n00000001 only in {own_images / other}" in str(caught.value)
 
     @pytest.mark.parametrize("part", ["train", "val"])
     def test_more_classes(self, own_images, part):
         for number in range(5):
             (own_images / part / f"a{number}").mkdir()
-        message = f"(a0, a1, a2 and 2 more in {own_images / part} alone): both must hold the same folders."
+        message = f"(a0, a1, a2 and 2 more only in {own_images / part}): both must hold the same folders."
         with pytest.raises(ValueError, match="different classes") as caught:
             module(own_images).setup("test")
         assert str(caught.value).endswith(message)
@@ -328,7 +328,7 @@ class TestMistakes:
     def test_one_image_of_a_class(self, own_images):
         for path in sorted((own_images / "train" / "n00000002").iterdir())[1:]:
             path.unlink()
-        with pytest.raises(ValueError, match=f"{own_images / 'train' / 'n00000002'} holds one image alone, "):
+        with pytest.raises(ValueError, match=f"{own_images / 'train' / 'n00000002'} holds only one image, "):
             module(own_images).setup("fit")
 
     @pytest.mark.parametrize("val_fraction", [0.01, 0.99])

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
 from lightning_znorm.data import LGGDataModule
-from lightning_znorm.data.patients import split_patients
+from lightning_znorm.data.splits import split_patients
 from tests.medical import write_lgg
 from tests.trainers import trainer
 
@@ -118,10 +118,10 @@ class TestReading:
     def test_decoded_once_for_all_stages(self, fake_lgg, monkeypatch):
         data = set_up(fake_lgg)
         monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("read again"))
-        slices = data.train_set.slices
+        slices = data.train_set.images
         for stage in ("validate", "test", "predict"):
             data.setup(stage)
-        assert data.test_set.slices is data.predict_set.slices is slices
+        assert data.test_set.images is data.predict_set.images is slices
 
     @pytest.mark.parametrize("is_terminal", [True, False])
     def test_progress(self, fake_lgg, monkeypatch, capsys, is_terminal):
@@ -377,7 +377,7 @@ class TestNormalized:
         data, module = LGGDataModule(fake_lgg), Segmenter()
         trainer().test(module, datamodule=data, verbose=False)
         images, _ = module.seen["test"][0]
-        raw = data.test_set.slices[data.test_set.rows, :3] / 255
+        raw = data.test_set.images[data.test_set.rows, :3] / 255
         expected = (raw - np.reshape(data.mean, (3, 1, 1))) / np.reshape(data.std, (3, 1, 1))
         np.testing.assert_allclose(images, expected, rtol=1e-4, atol=1e-5)
 
@@ -413,8 +413,8 @@ class TestAugment:
         assert len(drawn) == 8
         for stage, rows in (("val", data.val_set), ("test", data.test_set)):
             ((images, masks),) = module.seen[stage]
-            assert np.array_equal(pixels(data, images).transpose(0, 3, 1, 2), data.train_set.slices[rows.rows, :3])
-            assert np.array_equal(masks, data.train_set.slices[rows.rows, 3:])
+            assert np.array_equal(pixels(data, images).transpose(0, 3, 1, 2), data.train_set.images[rows.rows, :3])
+            assert np.array_equal(masks, data.train_set.images[rows.rows, 3:])
 
     def test_not_by_default(self, fake_lgg):
         data, module = LGGDataModule(fake_lgg), Segmenter()
@@ -480,21 +480,21 @@ class TestLargerThanMemory:
 
     def test_the_same_slices(self, mapped):
         data, other = set_up(**mapped), set_up(mapped["root"])
-        assert not data.train_set.slices.flags.owndata
-        assert other.train_set.slices.flags.owndata
-        assert np.array_equal(data.train_set.slices, other.train_set.slices)
+        assert not data.train_set.images.flags.owndata
+        assert other.train_set.images.flags.owndata
+        assert np.array_equal(data.train_set.images, other.train_set.images)
         assert data.patients == other.patients
 
     def test_the_limit(self, mapped):
         size = 20 * 4 * 32 * 32 / 1e9
-        assert set_up(**{**mapped, "max_memory_gb": size}).train_set.slices.flags.owndata
-        assert not set_up(**{**mapped, "max_memory_gb": size * 0.99}).train_set.slices.flags.owndata
+        assert set_up(**{**mapped, "max_memory_gb": size}).train_set.images.flags.owndata
+        assert not set_up(**{**mapped, "max_memory_gb": size * 0.99}).train_set.images.flags.owndata
 
     def test_decoded_by_one_process_and_found_by_later_runs(self, mapped, monkeypatch):
         LGGDataModule(**mapped).prepare_data()
         (file,) = mapped["cache_dir"].iterdir()
         assert file.stat().st_size == 20 * 4 * 32 * 32
-        monkeypatch.setattr("lightning_znorm.data.lgg_files._read", lambda *_: pytest.fail("decoded again"))
+        monkeypatch.setattr("lightning_znorm.data.lgg._read", lambda *_: pytest.fail("decoded again"))
         data = set_up(**mapped)
         assert len(data.train_set) == 12
         assert list(mapped["cache_dir"].iterdir()) == [file]
@@ -504,14 +504,14 @@ class TestLargerThanMemory:
         path = one(mapped["root"], "TCGA_CS_4900_*_1.tif")
         Image.fromarray(np.full((32, 32, 3), 77, np.uint8)).save(path)
         after = set_up(**mapped)
-        assert (after.train_set.slices[0, :3] == 77).all()
-        assert not (before.train_set.slices[0, :3] == 77).all()
+        assert (after.train_set.images[0, :3] == 77).all()
+        assert not (before.train_set.images[0, :3] == 77).all()
 
     def test_predicted_images(self, mapped):
         data, module = LGGDataModule(**{**mapped, "root": "nowhere"}, predict_root=mapped["root"]), Segmenter()
         trainer().predict(module, datamodule=data)
         assert len(module.seen["predict"][0][1]) == 20
-        assert not data.predict_set.slices.flags.owndata
+        assert not data.predict_set.images.flags.owndata
 
     def test_faults_leave_nothing_behind(self, mapped):
         path = one(mapped["root"], "TCGA_CS_4900_*_1.tif")
@@ -554,7 +554,7 @@ class TestRealSlices:
         assert len({patient for patients in data.patients.values() for patient in patients}) == 30
         sets = (data.train_set, data.val_set, data.test_set)
         assert sum(map(len, sets)) == 1114
-        assert data.train_set.slices.shape == (1114, 4, 256, 256)
+        assert data.train_set.images.shape == (1114, 4, 256, 256)
         folders = [path.split("/")[0] for path in data._named_test_set.names]
         drawn = [{folders[row] for row in rows.rows} for rows in sets]
         assert [len(part) for part in drawn] == [21, 3, 6]
@@ -569,7 +569,7 @@ class TestRealSlices:
 
     @pytest.mark.full
     def test_mean_and_std(self, data):
-        channels = data.train_set.slices[:, :3]
+        channels = data.train_set.images[:, :3]
         counts = np.stack([np.bincount(channels[:, c].ravel(), minlength=256) for c in range(3)])
         values = np.arange(256) / 255
         mean = counts @ values / counts.sum(1)
@@ -581,7 +581,7 @@ class TestRealSlices:
         names = data._named_test_set.names
         for row in (0, 500, 1113):
             path = real_lgg / "kaggle_3m" / names[row]
-            assert np.array_equal(data.train_set.slices[row, :3].transpose(1, 2, 0), Image.open(path))
+            assert np.array_equal(data.train_set.images[row, :3].transpose(1, 2, 0), Image.open(path))
             mask = np.asarray(Image.open(path.with_name(f"{path.stem}_mask.tif")))
-            assert np.array_equal(data.train_set.slices[row, 3] * 255, mask)
-        assert math.isclose(data.train_set.slices[:, 3].mean(), 0.01035, abs_tol=1e-5)
+            assert np.array_equal(data.train_set.images[row, 3] * 255, mask)
+        assert math.isclose(data.train_set.images[:, 3].mean(), 0.01035, abs_tol=1e-5)

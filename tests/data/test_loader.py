@@ -13,18 +13,15 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from numbered import NumberedDataModule, Recorder
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
-from lightning_znorm.data.in_memory import InMemoryImages
+from lightning_znorm.data.datasets import InMemoryImages
 from lightning_znorm.data.loader import ResumableLoader
-from lightning_znorm.data.mapped import BlockShuffle
-from lightning_znorm.data.shuffle import EpochShuffle, SeededShuffle
+from lightning_znorm.data.samplers import EpochSampler
 from tests.trainers import trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
-
-SHUFFLES = pytest.mark.parametrize("shuffle", [EpochShuffle, SeededShuffle, BlockShuffle])
 
 
 class Counted(InMemoryImages):
@@ -43,7 +40,7 @@ def loader(data: Counted, batch_size: int = 3, processes: int = 1, **kwargs) -> 
     return ResumableLoader(
         data,
         batch_size=batch_size,
-        sampler=EpochShuffle(data, num_replicas=processes, seed=1),
+        sampler=EpochSampler(data, num_replicas=processes, seed=1),
         collate_fn=torch.utils.data.default_convert,
         **kwargs,
     )
@@ -51,56 +48,6 @@ def loader(data: Counted, batch_size: int = 3, processes: int = 1, **kwargs) -> 
 
 def labels(batches) -> list[list[int]]:
     return [batch[1].tolist() for batch in batches]
-
-
-class TestEpochShuffle:
-    @pytest.mark.parametrize(("length", "processes"), [(10, 1), (10, 3), (2, 4)])
-    def test_processes_share_the_images(self, length, processes):
-        parts = [list(EpochShuffle(range(length), processes, rank)) for rank in range(processes)]
-        assert {len(part) for part in parts} == {-(-length // processes)}
-        assert {index for part in parts for index in part} == set(range(length))
-
-    def test_follows_from_seed_and_epoch(self):
-        def order(seed: int, epoch: int) -> tuple[int, ...]:
-            sampler = EpochShuffle(range(100), seed=seed)
-            sampler.set_epoch(epoch)
-            return tuple(sampler)
-
-        assert order(3, 5) == order(3, 5)
-        assert len({order(seed, epoch) for seed in range(3) for epoch in range(3)}) == 9  # 0 + 1 is not 1 + 0
-
-    @SHUFFLES
-    @pytest.mark.parametrize("seed", [0, 3, 2**31 - 1, 2**32 + 5])
-    def test_every_pass_has_an_order_of_its_own(self, shuffle, seed):
-        def order(epoch: int, pass_number: int) -> tuple[object, ...]:
-            sampler = shuffle(range(100), seed=seed)
-            sampler.set_epoch(epoch)
-            sampler.pass_number = pass_number
-            return tuple(sampler)
-
-        places = [(epoch, number) for epoch in range(4) for number in range(4)]
-        assert len({order(*place) for place in places}) == 16
-        assert [order(*place) for place in places] == [order(*place) for place in places]
-
-    @pytest.mark.parametrize("seed", [0, 3, 2**32 + 5])
-    @pytest.mark.parametrize("epoch", [0, 1, 7])
-    def test_the_first_pass_is_that_of_former_versions(self, seed, epoch):
-        """Or a checkpoint of theirs would go on in another order."""
-        sampler = SeededShuffle(range(100), seed=seed)
-        sampler.set_epoch(epoch)
-        images, seeds = zip(*sampler, strict=True)
-        assert list(images) == np.random.default_rng((seed, epoch)).permutation(100).tolist()
-        drawn = np.random.default_rng((seed, epoch, 1)).integers(2**63, size=100)
-        assert list(seeds) == drawn[list(images)].tolist()
-
-    def test_seeds_belong_to_images_and_not_to_places(self):
-        alone = dict(SeededShuffle(range(50), seed=4))
-        halves = [dict(SeededShuffle(range(50), 2, rank, seed=4)) for rank in (0, 1)]
-        assert halves[0] | halves[1] == alone
-        assert len(set(alone.values())) == 50
-        later = SeededShuffle(range(50), seed=4)
-        later.set_epoch(1)
-        assert not set(dict(later).values()) & set(alone.values())
 
 
 class TestResumableLoader:
@@ -204,7 +151,7 @@ class TestResumableLoader:
         other = loader(Counted(), **change)
         other.load_state_dict(whole.state_dict())
         other.sampler.set_epoch(0)
-        with pytest.raises(ValueError, match=f"after 1 batches, and batches are others now .*{said}"):
+        with pytest.raises(ValueError, match=f"after 1 batches, and the batches have changed .*{said}"):
             next(iter(other))
 
     def test_other_samplers(self):

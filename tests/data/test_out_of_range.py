@@ -14,7 +14,7 @@ from lightning_znorm.data import (
     LGGDataModule,
     PCamDataModule,
 )
-from lightning_znorm.data.images import ImageDataModule
+from lightning_znorm.data.base import ImageDataModule
 
 MODULES = [CIFAR10DataModule, DigitsDataModule, ImageFolderDataModule, LGGDataModule, PCamDataModule]
 NAN = math.nan

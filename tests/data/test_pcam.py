@@ -17,7 +17,7 @@ from torch.utils.data import SequentialSampler
 from torchvision.datasets import PCAM as TorchvisionPCAM
 
 from lightning_znorm.data import PCamDataModule
-from lightning_znorm.data.mapped import BlockShuffle
+from lightning_znorm.data.samplers import BlockSampler
 from tests.data.ddp_pcam import see
 from tests.distributed import run_distributed
 from tests.medical import PCAM, patches, write_kaggle_pcam, write_pcam
@@ -279,7 +279,7 @@ class TestMistakes:
         path = self.path(fake_pcam, what="y")
         with h5py.File(path, "r+") as file:
             file["y"][[7, 30], 0, 0, 0] = 2
-        self.refused(fake_pcam, ValueError, f"^Label 7 of {path} is 2, and 2 labels in all are neither 0")
+        self.refused(fake_pcam, ValueError, f"^Label 7 of {path} is 2, and 2 labels in total are neither 0")
 
     def test_lengths_differ(self, fake_pcam):
         path = self.path(fake_pcam, what="y")
@@ -430,7 +430,7 @@ class TestLoaders:
 
     def test_training_alone_is_shuffled(self, fake_pcam):
         data = set_up(fake_pcam)
-        assert isinstance(data.train_dataloader().sampler, BlockShuffle)
+        assert isinstance(data.train_dataloader().sampler, BlockSampler)
         for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
             assert isinstance(loader.sampler, SequentialSampler)
 

@@ -20,9 +20,8 @@ from torchvision.datasets import CIFAR10
 from lightning_znorm.cli import main
 from lightning_znorm.cli.errors import sentence
 from lightning_znorm.data import CIFAR10DataModule, ImageFolderDataModule
-from lightning_znorm.data.lgg_files import find_images, find_patients
-from lightning_znorm.data.pcam_h5 import read_h5
-from lightning_znorm.data.pcam_kaggle import read_kaggle
+from lightning_znorm.data.lgg import find_images, find_patients
+from lightning_znorm.data.pcam import read_h5, read_kaggle
 from tests.cifar10 import write_cifar10
 from tests.data.jpegs import write_image_folder
 from tests.medical import PCAM, write_kaggle_pcam, write_lgg, write_pcam

@@ -147,7 +147,7 @@ def test_states_keep_their_types(name: str, convert: str) -> None:
 @pytest.mark.parametrize("value", [2, 255, 2**16 - 1])
 def test_large_unsigned_targets_are_refused(dtype: torch.dtype, value: int) -> None:
     target = torch.tensor([[[[0, value]]]], dtype=torch.int64).to(dtype)
-    with pytest.raises(ValueError, match="some values were neither: of masks of 0 and 255"):
+    with pytest.raises(ValueError, match="some values were neither: for masks of 0 and 255"):
         DiceScore().update(torch.zeros(1, 1, 1, 2), target)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_znorm.gradients.arguments import shown
+from lightning_znorm.arguments import shown
 from lightning_znorm.gradients.methods import AffineMethod
 from lightning_znorm.gradients.statistics import Statistics
 

@@ -1,4 +1,4 @@
-"""Scores of how much two masks overlap."""
+"""Dice score and Tversky index: how much two masks overlap."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_znorm.metrics.dtypes import widest_float
-from lightning_znorm.metrics.mask_metric import MaskMetric
+from lightning_znorm.metrics.mask_metric import MaskMetric, widest_float
 
 
 class TverskyIndex(MaskMetric):
-    r"""Tversky index of masks: an overlap in which missed pixels may weigh more than false ones.
+    r"""Tversky index of masks: an overlap score in which missed pixels may weigh more than false ones.
 
     For the sets of predicted pixels :math:`P` and true pixels :math:`G`,
 
@@ -20,12 +19,12 @@ class TverskyIndex(MaskMetric):
         S(P, G; \alpha, \beta) = \frac{|P \cap G|}{|P \cap G| + \alpha |P \setminus G| + \beta |G \setminus P|}
 
     so ``alpha`` weighs false positives and ``beta`` false negatives. With both 0.5 it is the Dice score, with both 1
-    the Jaccard index; with 0 and 1 the recall, with 1 and 0 the precision.
+    the Jaccard index, with 0 and 1 the recall, with 1 and 0 the precision.
 
-    Each image and channel has an index of its own; the result is the mean over those that count:
+    Each image and channel has an index of its own, and the result is their mean:
 
     - both masks empty: left out, and counted in ``metric.skipped``.
-    - one empty: 0, as the definition has it (also for a weight of 0, for which it would be 0 / 0).
+    - one empty: 0, by the definition (also with a weight of 0, where the definition gives 0 / 0).
     - all left out: NaN, with one warning.
 
     Source:
@@ -35,7 +34,7 @@ class TverskyIndex(MaskMetric):
     Args:
         alpha: Weight of false positives.
         beta: Weight of false negatives.
-        threshold: Probability from which on a pixel belongs to the predicted mask.
+        threshold: Smallest probability of a pixel in the predicted mask.
         **kwargs: Arguments of `torchmetrics.Metric`.
 
     Attributes:
@@ -89,24 +88,24 @@ class DiceScore(MaskMetric):
     .. math::
         D(P, G) = \frac{2 |P \cap G|}{|P| + |G|}
 
-    Each image and channel has a score of its own; the result is the mean over those that count:
+    Each image and channel has a score of its own, and the result is their mean:
 
     - both masks empty: left out, and counted in ``metric.skipped``.
     - one empty: 0.
     - all left out: NaN, with one warning.
 
-    It differs from torchmetrics' ``DiceScore`` in that its memory does not grow with the data, and in that each mask
-    that counts has the same weight: there the mean is over images, of means over the channels that count.
+    torchmetrics' ``DiceScore`` differs in two ways. Its memory grows with the data, and its masks have different
+    weights, because it takes the mean over the channels of each image first.
 
-    MONAI's ``DiceMetric`` leaves out every mask whose truth is empty, whatever was predicted for it. On a case of its
-    own tests (six masks, all predicted, four of them in vain) it gives 0.857, and this score 0.286. With
-    ``ignore_empty=False`` it gives 0.286 too, but counts masks that are empty in both as 1.
+    MONAI's ``DiceMetric`` leaves out every mask whose truth is empty, whatever was predicted for it. In a case of its
+    own tests (six predicted masks, of which four have an empty truth) it gives 0.857, and this score 0.286. With
+    ``ignore_empty=False`` it gives 0.286 too, but masks that are empty in both get a score of 1.
 
     Source:
         Dice 1945, "Measures of the amount of ecologic association between species".
 
     Args:
-        threshold: Probability from which on a pixel belongs to the predicted mask.
+        threshold: Smallest probability of a pixel in the predicted mask.
         **kwargs: Arguments of `torchmetrics.Metric`.
 
     Attributes:
@@ -147,5 +146,5 @@ class DiceScore(MaskMetric):
 
 
 def _sizes(masks: Tensor) -> Tensor:
-    # A quotient of integers would be of torch's default type, and float16 ends at 65504 pixels.
+    # A quotient of integers would have torch's default dtype, and float16 ends at 65504 pixels.
     return masks.flatten(1).sum(dim=1).to(widest_float(masks.device))

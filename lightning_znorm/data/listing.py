@@ -1,4 +1,4 @@
-"""Which files in a folder are images, each of them once, and which are left out."""
+"""Listings of folders: which files are images, each of them once, and which are left out."""
 
 import os
 from collections.abc import Collection, Iterable
@@ -9,29 +9,32 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-# What systems leave in folders, besides hidden files.
+# What operating systems leave in folders, besides hidden files.
 _LITTER = {"__macosx", "desktop.ini", "lost+found", "thumbs.db"}
-# What often comes with images and is none; README and LICENSE have no suffix.
+# Files that often lie beside images; README and LICENSE have no suffix.
 _TEXTS = {"", ".bib", ".csv", ".html", ".json", ".log", ".md", ".pdf", ".rst", ".tsv", ".txt", ".xml", ".yaml", ".yml"}
 
 OTHER_TYPES = "of other types"
 OUTSIDE = "outside of the folders that hold the images"
 NESTED = "folders where only files are expected"
-AGAIN = "further names of what counts once"
+AGAIN = "other names of what is listed already"
 
 
 @dataclass
 class Listing:
-    """What lies in a folder.
+    """The files of a folder.
 
-    Hidden files and folders, what systems leave behind, and texts such as README and data.csv are neither listed nor
-    named as skipped: they are everywhere, and nobody takes them for images.
+    Hidden files and folders, what operating systems leave in folders, and texts such as README and data.csv are neither
+    listed nor named as skipped: they are common, and nobody takes them for images.
+
+    It goes beyond torchvision's ImageFolder: that reads a file twice if it has two names, and a training image may be a
+    test image.
 
     Args:
-        paths: The files that were asked for, by folder and then by name.
-        inodes: Of each of them; names of one file have the same.
+        paths: The files that were asked for, sorted by folder and then by name.
+        inodes: Inode of each file. Several names of one file have the same inode.
         skipped: Paths of other files and folders, by the reason why they are left out.
-        faults: What keeps the folder from being used, in sentences that begin with a path.
+        faults: Why the folder cannot be used, in sentences that begin with a path.
     """
 
     paths: list[str] = field(default_factory=list)
@@ -40,12 +43,12 @@ class Listing:
     faults: list[str] = field(default_factory=list)
 
     def skip(self, reason: str, paths: Iterable[str]) -> None:
-        """Add paths, if there are any, to those that are left out."""
+        """Add paths, if there are any, to the skipped ones."""
         if paths := [*paths]:
             self.skipped.setdefault(reason, []).extend(paths)
 
     def extend(self, other: "Listing") -> None:
-        """Add all of another listing."""
+        """Add everything in another listing."""
         self.paths += other.paths
         self.inodes += other.inodes
         self.faults += other.faults
@@ -54,23 +57,23 @@ class Listing:
 
 
 def list_files(folder: str | Path, suffixes: Collection[str], recursive: bool = True) -> Listing:
-    """List the files in a folder that end in one of some suffixes, in upper or lower case.
+    """List the files in a folder that have one of some suffixes, in upper or lower case.
 
-    Links to files and folders are followed. No folder is entered twice: a link to a folder above it, or to one that is
-    listed already, is skipped.
+    Links to files and folders are followed. No folder is entered twice: a link to a folder that is listed already, or
+    to one that contains ``folder``, is skipped.
 
     Args:
         folder: Where to look.
         suffixes: In lower case, with their dots.
-        recursive: Whether to look in the folders inside it too; else these are skipped.
+        recursive: Whether to look in the folders inside it too; otherwise they are skipped.
 
     Returns:
-        The files. Folders that cannot be listed and links that lead nowhere are among the faults.
+        The files. Folders that cannot be listed and broken links are among the faults.
     """
     listing = Listing()
     by_folder: dict[str, Listing] = {}
     entered = _identities_above(folder)
-    # Links last: what lies inside the folder is then found under its own name.
+    # Links come last, so that a file is listed by its path without links, if it has one.
     folders, links = [os.fspath(folder)], list[str]()
     while folders or links:
         path = folders.pop() if folders else links.pop(0)
@@ -100,11 +103,11 @@ def list_files(folder: str | Path, suffixes: Collection[str], recursive: bool = 
 def list_subfolders(folder: str | Path, suffixes: Collection[str]) -> tuple[list[str], Listing]:
     """List the folders in a folder; files beside them are skipped.
 
-    Links that lead nowhere may be those of folders: they are among the faults.
+    Broken links may have led to folders, so they are among the faults.
 
     Args:
         folder: Where to look.
-        suffixes: Of the files that the folders are to hold, in lower case.
+        suffixes: Of the files that the folders should hold, in lower case.
 
     Returns:
         Names of the folders, sorted, and what is skipped or wrong.
@@ -123,13 +126,13 @@ def list_subfolders(folder: str | Path, suffixes: Collection[str]) -> tuple[list
 
 
 def refuse_broken_links(paths: Iterable[Path]) -> None:
-    """Refuse a link that leads nowhere, in place of which other data would be read.
+    """Refuse a broken link, because other data would be read in its place.
 
     Args:
         paths: Of files and folders, which need not exist.
 
     Raises:
-        FileNotFoundError: If one is such a link.
+        FileNotFoundError: If one is a broken link.
     """
     for path in paths:
         if os.path.islink(path) and not os.path.exists(path):
@@ -141,16 +144,16 @@ def same_files(paths: list[str], inodes: list[int]) -> list[tuple[int, int]]:
 
     Args:
         paths: Of files, from a `Listing`.
-        inodes: Of each of them, from there too.
+        inodes: Inode of each file, from there too.
 
     Returns:
-        Pairs of indices of ``paths``: the first name of a file, which is no link if there is such a name, and
-        another.
+        Pairs of indices of ``paths``: the first name of a file (which is not a link if the file has such a name), and
+        another name.
     """
     numbers = np.array([inode % 2**64 for inode in inodes], dtype=np.uint64)  # some are longer on Windows
     order = np.argsort(numbers, kind="stable")
     repeated = np.flatnonzero(numbers[order][1:] == numbers[order][:-1])
-    # These files are looked at: inodes of two file systems may be equal by chance.
+    # These files are compared in full, because inodes of two file systems may be equal by chance.
     by_identity: dict[object, list[int]] = {}
     for index in sorted({*order[repeated].tolist(), *order[repeated + 1].tolist()}):
         by_identity.setdefault(file_identity(paths[index]), []).append(index)
@@ -162,14 +165,14 @@ def same_files(paths: list[str], inodes: list[int]) -> list[tuple[int, int]]:
 
 
 def file_identity(path: str | Path) -> object:
-    """Return what all names of a file or folder have in common."""
+    """Return a key that all names of a file or folder have in common."""
     state = os.stat(path)
-    # Some network file systems number nothing.
+    # Some network file systems have no inode numbers.
     return (state.st_dev, state.st_ino) if state.st_ino else os.path.realpath(path)
 
 
 def warn_of_skipped(folder: Path, listing: Listing) -> None:
-    """Say what is left out of a folder, once in a process; but where there are faults, these are to be mended first."""
+    """Warn once of what is left out of a folder, unless it has faults: these are to be mended first."""
     if listing.faults:
         return
     reasons = [
@@ -182,7 +185,7 @@ def warn_of_skipped(folder: Path, listing: Listing) -> None:
 
 
 def some(names: Iterable[str]) -> str:
-    """Join a few names, and count the others."""
+    """Return the first three names, and how many more there are."""
     names = sorted(names)
     others = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{others}"
@@ -194,7 +197,7 @@ def _warn_once(message: str) -> None:
 
 
 def _entries(folder: str | Path) -> list["os.DirEntry[str]"]:
-    """Return the entries of a folder by name, without hidden ones and what systems leave behind."""
+    """Return the entries of a folder by name, without hidden ones and what operating systems leave there."""
     with os.scandir(folder) as entries:
         shown = [entry for entry in entries if entry.name[0] != "." and entry.name.lower() not in _LITTER]
     return sorted(shown, key=lambda entry: entry.name)
@@ -203,12 +206,12 @@ def _entries(folder: str | Path) -> list["os.DirEntry[str]"]:
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
+    except OSError:  # it is a link to itself
         return False
 
 
 def _fault_of_link(entry: "os.DirEntry[str]") -> str:
-    """Say that a link leads nowhere, if it does; but of texts, for other links may have led to folders."""
+    """Return a sentence if an entry is a broken link. One with the suffix of a text did not lead to images."""
     if not entry.is_symlink() or _suffix(entry) in _TEXTS - {""}:
         return ""
     try:
@@ -234,11 +237,11 @@ def _add_file(entry: "os.DirEntry[str]", suffixes: Collection[str], listing: Lis
         listing.faults.append(f"{entry.path}: is neither a file nor a folder")
         return
     listing.paths.append(entry.path)
-    # Files that are no links need no look.
+    # For entries that are not links, the inode is known without another system call.
     listing.inodes.append(entry.stat().st_ino if entry.is_symlink() else entry.inode())
 
 
 def _identities_above(folder: str | Path) -> set[object]:
-    """Identify the folders that a folder lies in, by its path and by where that leads."""
+    """Return the identities of the folders that contain a folder, by its path and by its path without links."""
     parents = {*Path(os.path.abspath(folder)).parents, *Path(os.path.realpath(folder)).parents}
     return {file_identity(parent) for parent in parents}

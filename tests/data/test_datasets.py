@@ -1,13 +1,13 @@
 import mmap
 import pickle
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from numbered import NumberedDataModule
 
 from lightning_znorm.data.array_file import ArrayFile
-from lightning_znorm.data.mapped import BlockShuffle, MappedImages
+from lightning_znorm.data.datasets import InMemoryImages, MappedImages
 
 
 @pytest.fixture
@@ -16,22 +16,6 @@ def images(tmp_path) -> tuple[ArrayFile, np.ndarray]:
     array = np.random.default_rng(0).integers(0, 256, (1000, 5, 4, 3), dtype=np.uint8)
     (tmp_path / "images").write_bytes(bytes(77) + array.tobytes() + b"tail")
     return ArrayFile(tmp_path / "images", 77, array.shape), array
-
-
-class OfLength(MappedImages):
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-
-def order(length: int, epoch: int = 0, **kwargs) -> list[int]:
-    sampler = BlockShuffle(OfLength(length), **kwargs)
-    sampler.set_epoch(epoch)
-    drawn = list(sampler)
-    assert len(drawn) == len(sampler)
-    return drawn
 
 
 class TestMappedImages:
@@ -99,46 +83,32 @@ class TestMappedImages:
         assert len(announced) == 4
 
 
-class TestBlockShuffle:
-    @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 20_000])
-    def test_every_image_once(self, length):
-        assert sorted(order(length)) == list(range(length))
+class TestInMemoryImages:
+    rng = np.random.default_rng(0)
+    data = InMemoryImages(rng.integers(0, 256, (7, 3, 4, 5), dtype=np.uint8), np.arange(7))
 
-    def test_blocks_stay_in_their_window(self):
-        drawn = np.array(order(4096, block=16, window=512))
-        for window in np.split(drawn, 8):
-            assert sorted(Counter((window // 16).tolist()).values()) == [16] * 32
+    def test_a_batch_is_its_items_stacked(self):
+        indices = [5, 0, 6, 5]
+        images, labels = self.data.__getitems__(indices)
+        assert images.dtype == torch.uint8
+        assert labels.dtype == torch.int64
+        assert labels.tolist() == indices
+        items = [self.data[i] for i in indices]
+        assert torch.equal(images, torch.stack([image for image, _ in items]))
+        assert torch.equal(labels, torch.stack([label for _, label in items]))
 
-    def test_windows_of_equal_size(self):
-        drawn = np.array(order(1100, block=10, window=500))  # not 500, 500 and 100
-        sizes = [367, 367, 366]
-        for window in np.split(drawn, np.cumsum(sizes)[:-1]):
-            assert len(set((window // 10).tolist())) in (37, 38)
+    def test_a_batch_is_a_copy(self):
+        images, _ = self.data.__getitems__([0])
+        before = self.data.images.copy()
+        images.zero_()
+        assert np.array_equal(self.data.images, before)
 
-    def test_mixes_neighbours_and_strangers(self):
-        drawn = np.array(order(100_000))
-        batches = drawn[: len(drawn) // 256 * 256].reshape(-1, 256)
-        blocks = [len(set((batch // 32).tolist())) for batch in batches]
-        assert np.mean(blocks) > 150  # of 256 in the window
-        # A batch is a sample of the whole: its mean lies about as near as that of images drawn at random.
-        spread = batches.mean(1).std() / (100_000 / 12**0.5 / 16)
-        assert spread < 2.5  # sqrt(2) is expected, and 16 without blocks of random order
-
-    def test_follows_from_seed_and_epoch(self):
-        assert order(1000, seed=3, epoch=5) == order(1000, seed=3, epoch=5)
-        orders = [tuple(order(1000, seed=seed, epoch=epoch)) for seed in (0, 1) for epoch in (0, 1, 2)]
-        assert len(set(orders)) == 6
-
-    @pytest.mark.parametrize(("length", "processes"), [(1000, 4), (1001, 4), (1003, 2), (3, 8), (10_007, 3)])
-    def test_processes_share_the_images(self, length, processes):
-        parts = [order(length, num_replicas=processes, rank=rank) for rank in range(processes)]
-        each = -(-length // processes)
-        assert [len(part) for part in parts] == [each] * processes
-        counts = Counter(index for part in parts for index in part)
-        assert set(counts) == set(range(length))
-        if length >= processes:
-            assert sum(count - 1 for count in counts.values()) == each * processes - length < processes
-
-    def test_processes_have_blocks_of_their_own(self):
-        parts = [set((np.array(order(6400, num_replicas=4, rank=rank, block=64)) // 64).tolist()) for rank in range(4)]
-        assert sum(map(len, parts)) == len(set.union(*parts)) == 100
+    def test_the_loader_takes_whole_batches(self, monkeypatch):
+        taken = []
+        monkeypatch.setattr(InMemoryImages, "__getitem__", lambda *_: pytest.fail("image by image"))
+        getitems = InMemoryImages.__getitems__
+        monkeypatch.setattr(InMemoryImages, "__getitems__", lambda s, i: (taken.append(i), getitems(s, i))[1])
+        data = NumberedDataModule(batch_size=32)
+        data.setup("fit")
+        assert [len(labels) for _, labels in data.val_dataloader()] == [20]
+        assert taken == [list(range(20))]

@@ -7,7 +7,6 @@ from numbered import NumberedDataModule, Recorder
 from torch.utils.data import DataLoader, SequentialSampler
 from torchvision.transforms.v2.functional import normalize
 
-from lightning_znorm.data.in_memory import InMemoryImages
 from tests.data.ddp_numbers import see
 from tests.distributed import run_distributed
 from tests.trainers import trainer
@@ -19,37 +18,6 @@ def numbers(data, batches) -> list[list[int]]:
 
 def flat(lists: list[list[int]]) -> list[int]:
     return [number for numbers in lists for number in numbers]
-
-
-class TestInMemoryImages:
-    rng = np.random.default_rng(0)
-    data = InMemoryImages(rng.integers(0, 256, (7, 3, 4, 5), dtype=np.uint8), np.arange(7))
-
-    def test_a_batch_is_its_items_stacked(self):
-        indices = [5, 0, 6, 5]
-        images, labels = self.data.__getitems__(indices)
-        assert images.dtype == torch.uint8
-        assert labels.dtype == torch.int64
-        assert labels.tolist() == indices
-        items = [self.data[i] for i in indices]
-        assert torch.equal(images, torch.stack([image for image, _ in items]))
-        assert torch.equal(labels, torch.stack([label for _, label in items]))
-
-    def test_a_batch_is_a_copy(self):
-        images, _ = self.data.__getitems__([0])
-        before = self.data.images.copy()
-        images.zero_()
-        assert np.array_equal(self.data.images, before)
-
-    def test_the_loader_takes_whole_batches(self, monkeypatch):
-        taken = []
-        monkeypatch.setattr(InMemoryImages, "__getitem__", lambda *_: pytest.fail("image by image"))
-        getitems = InMemoryImages.__getitems__
-        monkeypatch.setattr(InMemoryImages, "__getitems__", lambda s, i: (taken.append(i), getitems(s, i))[1])
-        data = NumberedDataModule(batch_size=32)
-        data.setup("fit")
-        assert [len(labels) for _, labels in data.val_dataloader()] == [20]
-        assert taken == [list(range(20))]
 
 
 class TestLoaders:

@@ -1,38 +1,33 @@
-"""What the data modules of images share: a validation split, four loaders, and normalization on the device."""
+"""Base classes of the data modules: what all of them share, and what those whose images fit in memory do."""
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_convert
 from typing_extensions import override
 
-from lightning_znorm.data.arguments import check_number
+from lightning_znorm.arguments import checked_integer, checked_number
+from lightning_znorm.data.datasets import Batch, Images, InMemoryImages, Labels
 from lightning_znorm.data.loader import ResumableLoader
-from lightning_znorm.data.shuffle import EpochShuffle
+from lightning_znorm.data.samplers import EpochSampler
+from lightning_znorm.data.splits import stratified_split
 from lightning_znorm.hyperparameters import PlainHyperparameters, plain_values
-
-Labels: TypeAlias = NDArray[np.int64]
-"""Shape ``(N,)``."""
-Batch: TypeAlias = tuple[Tensor, Tensor]
-"""Images of shape ``(N, C, H, W)`` and labels of shape ``(N,)``."""
 
 
 class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
     """Base of the data modules of images.
 
-    A subclass sets ``train_set`` and ``val_set``, or ``test_set``, in `setup`, and says what its images are (the class
-    attributes). Images travel as uint8 and are normalized on the device to zero mean and unit standard deviation per
+    A subclass sets ``train_set`` and ``val_set``, or ``test_set``, in `setup`, and describes its images by the class
+    attributes. Images travel as uint8 and are normalized on the device to zero mean and unit standard deviation per
     channel.
 
-    The training images come in an order that follows from a number, drawn by torch's generator when a training begins,
-    and from the epoch's: it is the same with any number of workers, and a training that is resumed from a checkpoint
-    goes on in its order and behind the last batch that it has had, in the middle of an epoch too.
+    The order of the training images follows from two numbers: one that torch's generator draws when a training begins,
+    and the epoch. So the order is the same with any number of workers, and a training that is resumed from a checkpoint
+    continues in its order after the last processed batch, in the middle of an epoch too.
 
     Args:
         batch_size: Images per batch and process.
@@ -42,7 +37,7 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
 
     Raises:
         ValueError: If one of these is out of range.
-        TypeError: If one is no number.
+        TypeError: If one is not a number.
     """
 
     train_set: Dataset[Any]
@@ -60,42 +55,39 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
         batch_size, val_fraction, seed, num_workers = plain_values(
             batch_size=batch_size, val_fraction=val_fraction, seed=seed, num_workers=num_workers
         )
-        check_number("batch_size", batch_size, int, least=1, bits=31)
-        check_number("num_workers", num_workers, int, least=0, bits=31)
-        check_number("seed", seed, int, least=0, bits=32)
-        check_number("val_fraction", val_fraction, float)
+        self.batch_size = checked_integer("batch_size", batch_size, minimum=1, bits=31)
+        self.num_workers = checked_integer("num_workers", num_workers, minimum=0, bits=31)
+        self.seed = checked_integer("seed", seed, minimum=0, bits=32)
+        self.val_fraction = checked_number("val_fraction", val_fraction)
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction is the share of training images to validate on, in (0, 1): {val_fraction}.")
-        self.batch_size = batch_size
-        self.val_fraction = val_fraction
-        self.seed = seed
-        self.num_workers = num_workers
         self._order_seed: int | None = None
-        self._sampler: EpochShuffle | None = None
+        self._sampler: EpochSampler | None = None
 
     @override
     def setup(self, stage: str) -> None:
-        """Begin a training with orders of its own."""
+        """Let a training that begins draw new orders."""
         if stage == "fit":
             self._order_seed = self._sampler = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return what the orders of the training images are drawn from."""
+        """Return the seed of the orders of the training images."""
         return {"order_seed": self._order_seed}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on in the orders of the training that is resumed."""
+        """Continue in the orders of the training that is resumed."""
         self._order_seed = state_dict.get("order_seed")
         if self._sampler is not None and self._order_seed is not None:
-            # Made already: a schedule asked for the number of batches, under a strategy that restores late.
+            # A schedule that asks for the number of batches makes the loader early, and some strategies restore late.
             self._sampler.seed = self._order_seed
 
     def loader(self, dataset: Dataset[Any], shuffle: bool) -> DataLoader[Batch]:
-        """Make the loader of one of the sets."""
+        """Return the loader of one of the sets."""
         loader, sampler = DataLoader[Any], None
-        # Its own, or each iterator would draw a number from torch's, and resumed trainings make fewer iterators.
+        # A generator for each loader. With torch's own, each iterator would draw a number from it, and a resumed
+        # training makes fewer iterators.
         generator = torch.Generator()
         if shuffle:
             seed = self._seed_of_orders()
@@ -109,7 +101,7 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            # A batch is taken as a whole where it can be.
+            # A dataset that gives whole batches leaves nothing to collate.
             collate_fn=default_convert if hasattr(dataset, "__getitems__") else None,
             pin_memory=self.pin_memory,
             generator=generator,
@@ -118,24 +110,24 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
             made.trainer = self.trainer
         return made
 
-    def sampler(self, dataset: Dataset[Any], num_replicas: int = 1, rank: int = 0, seed: int = 0) -> EpochShuffle:
-        """Make what draws the order of the training images."""
-        return EpochShuffle(dataset, num_replicas, rank, seed)
+    def sampler(self, dataset: Dataset[Any], num_replicas: int = 1, rank: int = 0, seed: int = 0) -> EpochSampler:
+        """Return the sampler of the training images."""
+        return EpochSampler(dataset, num_replicas, rank, seed)
 
     def _processes(self) -> dict[str, int]:
         # None without a trainer, and in one process.
         return getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
 
     def _seed_of_orders(self) -> int:
-        """Draw the seed of all orders of a training, from torch's generator, unless the training is resumed."""
+        """Return the seed of all orders of a training: a resumed training's, or one that torch's generator draws."""
         if self._order_seed is None or self.trainer is None:
             seed = int(torch.randint(2**31, ()))
-            # The same in all processes, whose generators need not agree.
+            # Broadcast, because the generators of the processes may differ.
             self._order_seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
         return self._order_seed
 
     def augment_batch(self, images: Tensor) -> Tensor:
-        """Change a batch of training images, uint8 on the device; by default not at all."""
+        """Return a batch of training images, uint8 on the device, augmented; by default as it is."""
         return images
 
     @property
@@ -145,66 +137,83 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
 
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Training batches, in a new order each epoch."""
+        """Return the loader of training batches, in a new order each epoch."""
         return self.loader(self.train_set, shuffle=True)
 
     @override
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Validation batches."""
+        """Return the loader of validation batches."""
         return self.loader(self.val_set, shuffle=False)
 
     @override
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Test batches."""
+        """Return the loader of test batches."""
         return self.loader(self.test_set, shuffle=False)
 
     @override
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Test batches."""
+        """Return the loader of test batches."""
         return self.loader(self.test_set, shuffle=False)
 
     @override
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Augment (in training alone) and normalize, on the device."""
+        """Augment (in training only) and normalize, on the device."""
         images, labels = batch
         if self.trainer is not None and self.trainer.training:
             images = self.augment_batch(images)
         return self.normalized(images), labels
 
     def normalized(self, images: Tensor) -> Tensor:
-        """Normalize uint8 images, in the precision that the network is given."""
+        """Normalize uint8 images, in the precision of the network's input."""
         mean, std = _mean_and_std(self.mean, self.std, self.max_value, images.device)
-        images = images.float().sub_(mean).div_(std)  # in place: on a CPU, fresh memory costs more than sums
+        # In place: on a CPU, to allocate memory costs more than the sums.
+        images = images.float().sub_(mean).div_(std)
         return self.in_precision(images)
 
     def in_precision(self, values: Tensor) -> Tensor:
         """Convert floats to the precision of the trainer, if there is one."""
         if self.trainer is None:
             return values
-        # Lightning converts to the precision of "16-true" and its like before the hook above, when there are no floats.
+        # Lightning converts floats to the precision of "16-true" and the like before `on_after_batch_transfer`, where
+        # the images are still uint8.
         converted: Tensor = self.trainer.precision_plugin.convert_input(values)
         return converted
 
 
-def stratified_indices(labels: Labels, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Draw ``fraction`` of the indices, the same share of every class; return those that are left, and the drawn.
+class InMemoryDataModule(ImageDataModule):
+    """Base of the data modules whose images fit in memory.
 
-    Raises:
-        ValueError: If there are too few images.
+    A subclass reads its images in `load` and describes them by the class attributes. There are no worker processes:
+    indexing an array is faster than passing batches between processes. (On a machine with more than two cores,
+    Lightning advises workers all the same.)
+
+    Validation images are split off from the training images, stratified by class. The test images are read only for
+    ``test`` and ``predict``.
+
+    Args:
+        batch_size: Images per batch and process.
+        val_fraction: Share of the training images that become validation images, between 0 and 1.
+        seed: Draws the validation images, and nothing else.
     """
-    from sklearn.model_selection import train_test_split
 
-    try:
-        rest, taken = train_test_split(np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=seed)
-    except ValueError as error:
-        raise ValueError(
-            f"{len(labels)} images of {len(np.unique(labels))} classes cannot be split so that a share of {fraction} "
-            "and what is left both hold images of every class: add images, or change the share."
-        ) from error
-    return rest, taken
+    num_classes: int
+
+    @abstractmethod
+    def load(self, train: bool) -> tuple[Images, Labels]:
+        """Read all training images (the validation images among them), or all test images."""
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Read the images that the stage needs."""
+        super().setup(stage)
+        if stage in ("fit", "validate"):
+            train, val = stratified_split(*self.load(train=True), self.val_fraction, self.seed)
+            self.train_set, self.val_set = InMemoryImages(*train), InMemoryImages(*val)
+        else:
+            self.test_set = InMemoryImages(*self.load(train=False))
 
 
-# Kept on the device: to send them with every batch would make the CPU wait for it.
+# Cached on the device: to copy them with every batch, as torchvision's normalize does, would make the CPU wait for it.
 @lru_cache
 def _mean_and_std(
     mean: tuple[float, ...], std: tuple[float, ...], max_value: int, device: torch.device

@@ -1,0 +1,88 @@
+"""Splits of a data set: by class, or by patient."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_znorm.data.datasets import Images, Indices, Labels
+
+
+def stratified_indices(labels: Labels, fraction: float, seed: int) -> tuple[Indices, Indices]:
+    """Split the indices of images in two, with the same share of every class in each part.
+
+    Args:
+        labels: Of the images.
+        fraction: Share of the images in the second part.
+        seed: Draws them.
+
+    Returns:
+        The indices of both parts.
+
+    Raises:
+        ValueError: If there are too few images.
+    """
+    from sklearn.model_selection import train_test_split
+
+    try:
+        first, second = train_test_split(np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=seed)
+    except ValueError as error:
+        raise ValueError(
+            f"{len(labels)} images of {len(np.unique(labels))} classes cannot be split so that a share of {fraction} "
+            "and the other images both hold images of every class: add images, or change the share."
+        ) from error
+    return first, second
+
+
+def stratified_split(
+    images: Images, labels: Labels, fraction: float, seed: int
+) -> tuple[tuple[Images, Labels], tuple[Images, Labels]]:
+    """Split images and labels as `stratified_indices` does."""
+    first, second = stratified_indices(labels, fraction, seed)
+    return (images[first], labels[first]), (images[second], labels[second])
+
+
+def split_patients(
+    shares: Mapping[str, float], val_fraction: float, test_fraction: float, seed: int
+) -> dict[str, list[str]]:
+    """Split patients in three, with little and much tumour alike in each part.
+
+    scikit-learn stratifies by classes, of which a share of tumour has none.
+
+    Args:
+        shares: How much tumour each patient has, in any measure.
+        val_fraction: Share of the patients to validate on; at least one.
+        test_fraction: Share of the patients to test on; at least one.
+        seed: Draws them. The patients of the test set do not depend on ``val_fraction``.
+
+    Returns:
+        The patients of ``"train"``, ``"val"`` and ``"test"``, each list sorted.
+
+    Raises:
+        ValueError: If no patient remains for training.
+
+    Example:
+        >>> split = split_patients({"a": 0.1, "b": 0.1, "c": 0.8, "d": 0.9}, 0.25, 0.5, seed=0)
+        >>> {name: len(patients) for name, patients in split.items()}
+        {'train': 1, 'val': 1, 'test': 2}
+    """
+    n_val, n_test = (max(1, round(fraction * len(shares))) for fraction in (val_fraction, test_fraction))
+    if n_val + n_test >= len(shares):
+        raise ValueError(
+            f"Of {len(shares)} patients, val_fraction={val_fraction} takes {n_val} and test_fraction={test_fraction} "
+            f"{n_test}, which leaves none for training: lower them, or add patients."
+        )
+    rng = np.random.default_rng(seed)
+    names = rng.permutation(sorted(shares))  # a random order among patients with equal shares
+    ordered = names[np.argsort([shares[name] for name in names], kind="stable")]
+    remaining, test = _drawn_evenly(ordered, n_test, rng)
+    train, val = _drawn_evenly(remaining, n_val, rng)
+    return {name: sorted(part.tolist()) for name, part in (("train", train), ("val", val), ("test", test))}
+
+
+def _drawn_evenly(
+    ordered: NDArray[np.str_], count: int, rng: np.random.Generator
+) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
+    """Draw one from each of ``count`` groups of neighbours; return the others, and the drawn."""
+    drawn = [rng.choice(group) for group in np.array_split(np.arange(len(ordered)), count)]
+    return np.delete(ordered, drawn), ordered[drawn]
