@@ -18,11 +18,10 @@ from typing_extensions import override
 from lightning_znorm.callbacks.step_watch import StepWatch
 from lightning_znorm.callbacks.strategies import check_strategy, gradient_adapter
 from lightning_znorm.gradients import GradientMethod
-from lightning_znorm.gradients.adapters.plain import GradientAdapter
+from lightning_znorm.gradients.adapters import GradientAdapter
 from lightning_znorm.gradients.amp import is_unscaled, unscales_in_step
 from lightning_znorm.gradients.arguments import checked_flag
-from lightning_znorm.gradients.selection import ParameterFilter
-from lightning_znorm.gradients.slots import GradientSlot
+from lightning_znorm.gradients.slots import GradientSlot, ParameterFilter
 
 
 @dataclass(eq=False)

@@ -21,10 +21,9 @@ from lightning_znorm.callbacks.sigma_history import SigmaHistory
 from lightning_znorm.callbacks.step_watch import unwrapped
 from lightning_znorm.gradients import GradientMethod, ZScore
 from lightning_znorm.gradients.amp import scale_of
+from lightning_znorm.gradients.apply import GradientSummary, measure_gradients
 from lightning_znorm.gradients.arguments import checked_flag, checked_number, shown
-from lightning_znorm.gradients.measure import measure_gradients
 from lightning_znorm.gradients.slots import GradientSlot
-from lightning_znorm.gradients.summary import GradientSummary
 
 
 class GradientMonitor(GradientCallback):

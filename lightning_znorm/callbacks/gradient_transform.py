@@ -18,10 +18,10 @@ from lightning_znorm.callbacks.gradient_monitor import GradientMonitor
 from lightning_znorm.callbacks.overlap import is_same_method, shared_names
 from lightning_znorm.functional import is_attached
 from lightning_znorm.gradients import GradientMethod, transform_gradients_
-from lightning_znorm.gradients.adapters.plain import GradientAdapter
+from lightning_znorm.gradients.adapters import GradientAdapter
 from lightning_znorm.gradients.amp import found_inf, take_over_scale_
+from lightning_znorm.gradients.apply import check_finite
 from lightning_znorm.gradients.arguments import checked_flag
-from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.methods import describe
 from lightning_znorm.gradients.optimizers import takes_two_steps, wrapped_by
 from lightning_znorm.gradients.slots import GradientSlot

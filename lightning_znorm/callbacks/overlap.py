@@ -5,8 +5,7 @@ from functools import partial
 from typing import Any
 
 from lightning_znorm.gradients import AffineMethod, GradientMethod
-from lightning_znorm.gradients.selection import ParameterFilter
-from lightning_znorm.gradients.slots import GradientSlot
+from lightning_znorm.gradients.slots import GradientSlot, ParameterFilter
 
 
 def shared_names(first: ParameterFilter, second: ParameterFilter, slots: Iterable[GradientSlot]) -> list[str]:

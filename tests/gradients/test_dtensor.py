@@ -150,9 +150,7 @@ def test_mesh_of_some_ranks(method: str) -> None:
 
 def test_refused_by_name_before_anything_changes() -> None:
     for messages in records("refused"):
-        assert (
-            "gradient of parameter 2 is neither whole nor sharded, but stands for Partial(max)" in messages["largest"]
-        )
+        assert "gradient of parameter 2 is neither replicated nor sharded, but Partial(max)" in messages["largest"]
         assert "redistribute" in messages["largest"]
         assert (
             "parameter 0 is sharded over processes, and _VariableFunctionsClass.sign is a function"

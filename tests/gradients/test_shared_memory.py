@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_znorm.functional import attach, transform_grads_, zscore_grads_
 from lightning_znorm.gradients import SING, Centralization, UnsupportedGradientError, ZScore, transform_gradients_
-from lightning_znorm.gradients.measure import measure_gradients
+from lightning_znorm.gradients.apply import measure_gradients
 from lightning_znorm.gradients.shards import BoxShard, FlatShard, Shard
 from lightning_znorm.gradients.shared_memory import has_internal_overlap, may_share_memory
 from lightning_znorm.gradients.slots import GradientSlot, ParameterSlot, UnnamedSlots

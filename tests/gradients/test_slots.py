@@ -132,7 +132,7 @@ def test_refused_by_name(make: Callable[[], nn.Parameter], message: str) -> None
 def test_numbers_are_those_of_the_first_occurrence() -> None:
     first, second, third = (param(torch.randn(2, 3)) for _ in range(3))
     assert [slot.names for slot in UnnamedSlots([first, first, second])] == [("parameter 0",), ("parameter 2",)]
-    slots = UnnamedSlots([first, second], [second, third], are_an_optimizers=True)
+    slots = UnnamedSlots([first, second], [second, third], names_groups=True)
     assert [slot.names for slot in slots] == [
         ("parameter 0 of group 0",),
         ("parameter 1 of group 0",),
