@@ -211,10 +211,10 @@ class GradientSummary:
 def check_finite(slots: Iterable[GradientSlot], found_inf: Iterable[Tensor] = (), step: int | None = None) -> None:
     """Raise if gradients that an optimizer is about to use hold an inf or NaN.
 
-    It takes one pass over the gradients, and one wait for the device. If gradients are sharded, the processes that hold
-    their parts exchange a number for each parameter and all come to the same answer, so that none is left waiting: they
-    must call this with the same slots in the same order. Gradients that cannot be normalized, such as sparse ones, are
-    not checked.
+    It takes one pass over the gradients, and one wait for the device. If gradients are sharded, all processes that hold
+    a part must call this with the same slots in the same order. They exchange a number for each parameter and come to
+    the same answer, so that all of them raise. Gradients that cannot be normalized, such as sparse ones, are not
+    checked.
 
     Args:
         slots: The slots.

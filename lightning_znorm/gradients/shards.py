@@ -32,7 +32,7 @@ class Segment(NamedTuple):
 
 
 def unsharded_segments(grads: Iterable[Tensor], over: Over) -> list[Segment]:
-    """Return the segments of unsharded gradients. Those without several elements, in a row if need be, are left out."""
+    """Return the segments of unsharded gradients, without those of a single element, or with rows of one."""
     if over == "row":
         return [Segment(grad, True) for grad in grads if grad.ndim > 1 and grad.numel() > grad.shape[0]]
     return [Segment(grad) for grad in grads if grad.numel() > 1]

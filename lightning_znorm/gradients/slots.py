@@ -114,7 +114,7 @@ class ParameterSlot(GradientSlot):
 
 
 class UnnamedSlots:
-    """The slots of parameters that have no names. They are made when iterated over, as most steps need none.
+    """The slots of parameters that have no names. They are made when iterated over, because most steps need no slots.
 
     Args:
         groups: The parameters; one that occurs twice counts once.

@@ -130,12 +130,12 @@ class Training(LightningModule):
     def on_after_backward(self) -> None:
         grads = self.own_gradients()
         self.infinite.append(not all(bool(grad.isfinite().all()) for grad in grads.values()))
-        self.slots = {name: grad.data_ptr() for name, grad in grads.items()}
+        self.addresses = {name: grad.data_ptr() for name, grad in grads.items()}
 
     # Lightning calls the callbacks' hook before the module's.
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         grads = self.own_gradients()
-        self.moved += [name for name, grad in grads.items() if grad.data_ptr() != self.slots.get(name)]
+        self.moved += [name for name, grad in grads.items() if grad.data_ptr() != self.addresses.get(name)]
         self.storages.append(len({grad.untyped_storage().data_ptr() for grad in grads.values()}))
 
     def own_gradients(self) -> Weights:

@@ -20,8 +20,8 @@ from lightning_znorm.gradients.slots import GradientSlot, ParameterSlot
 class DeepSpeedAdapter(GradientAdapter):
     """The gradients of a DeepSpeed engine, where its step will read them, after their reduction.
 
-    DeepSpeed's own access to them, ``safe_get_full_grad`` and ``safe_set_full_grad``, gathers every gradient, and is
-    wrong in some configurations (with ``round_robin_gradients``, or where stage 3 shares a parameter out unevenly).
+    DeepSpeed's own functions, ``safe_get_full_grad`` and ``safe_set_full_grad``, gather every gradient, and are wrong
+    in some configurations (with ``round_robin_gradients``, or if stage 3 shards a parameter unevenly).
 
     Args:
         module: The model, which gives the names.
@@ -229,7 +229,7 @@ class _Zero(_Store):
     def refresh(self) -> None:
         averaged = self.optimizer.averaged_gradients
         if self.offloaded:
-            # The copies to the CPU need not have arrived.
+            # The copies to the CPU may not have arrived yet.
             if torch.accelerator.is_available():
                 torch.accelerator.synchronize()
             return

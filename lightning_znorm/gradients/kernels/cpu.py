@@ -1,4 +1,4 @@
-"""The kernels for gradients on a CPU that need no copy of their own, or are tiny.
+"""The kernels for gradients on a CPU that need no copy, or are tiny.
 
 Clipping by norm reads each gradient, then reads and writes it. So does the kernel for contiguous gradients: squares,
 sum and rewriting follow each other while a gradient is in cache, and ``(g - shift) * scale`` is one addition,
@@ -214,13 +214,13 @@ def _segment_sums(vector: Tensor, lengths: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # the next caller may need a tensor that is none of inference mode
+@torch.inference_mode(False)  # the next caller may need a normal tensor
 def _counts(sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.tensor(sizes, dtype=dtype)
 
 
 @lru_cache(maxsize=32)  # of half a MiB at most each
-@torch.inference_mode(False)  # the next caller may need tensors that are none of inference mode
+@torch.inference_mode(False)  # the next caller may need normal tensors
 def _lengths(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Return the lengths of segments, the same as floating-point numbers, and for each element its segment's index."""
     lengths = torch.tensor(sizes)

@@ -67,8 +67,8 @@ def measure_shards(shards: Iterable[Shard]) -> tuple[list[Shard], Tensor, Tensor
 
     Returns:
         The shards in the order of the statistics, the means, and the squared deviations of all elements, both of shape
-        ``(S,)``, in float64 (float32 where there is none) on a device of the gradients'; the means are complex if any
-        gradient is.
+        ``(S,)``, in float64 (float32 on devices without it) on one of the gradients' devices; the means are complex if
+        any gradient is.
     """
     by_groups: defaultdict[tuple[ProcessGroup, ...], list[Shard]] = defaultdict(list)
     for shard in shards:
@@ -121,8 +121,8 @@ class ShardedStatistics:
         shards: This process' parts of the gradients.
         over: What the means are taken over.
         sum_groups: The process groups over which the sums are reduced.
-        m2_groups: If squared deviations are to be those of whole tensors, whatever ``over`` is: the process groups
-            over which they are reduced. Means of tensors without rows are then zero.
+        m2_groups: The process groups over which squared deviations are reduced, if they are taken over whole tensors,
+            whatever ``over`` is. Means of tensors without rows are then zero.
         needs_std: Whether the squared deviations are needed.
         read_only: Whether to leave the gradients as they are, and to measure single elements too.
 
@@ -230,7 +230,7 @@ class ShardedStatistics:
 def _subtract_(buffers: list[Tensor], mean: Tensor, needs_std: bool, keep: bool = False) -> Tensor | None:
     """Subtract means, one for each flat tensor and row of a matrix, and return squared deviations if needed.
 
-    With ``keep``, the buffers stay as they are, and differences take memory of their own, a block of them at a time.
+    With ``keep``, the buffers stay as they are, and differences take extra memory, a block of them at a time.
     """
     subtract = Tensor.sub if keep else Tensor.sub_
     m2s = []

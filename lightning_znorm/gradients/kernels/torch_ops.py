@@ -1,7 +1,7 @@
 """The kernel in PyTorch operations: right on every device, fast on the CPU, where blocks stay in cache.
 
-It works on *buffers*: contiguous memory in the type of the statistics, which is the gradients' own wherever possible.
-A buffer is a flat tensor, which is a whole segment, or a matrix, whose rows are segments or the rows of one segment.
+It works on *buffers*: contiguous memory in the type of the statistics, wherever possible that of the gradients. A
+buffer is a flat tensor, which is one segment, or a matrix, whose rows are segments or the rows of one segment.
 """
 
 from collections import defaultdict
@@ -81,7 +81,7 @@ def _subtract_mean_(buffer: Tensor, needs_std: bool) -> tuple[Tensor, Tensor]:
     dot = torch.vdot if buffer.is_complex() else torch.dot
     block = block_numel(buffer.device)
     m2s = []
-    # Backwards, because the end of the tensor is what summing it has left in cache.
+    # Backwards, because the end of the tensor is still in cache after the sum.
     for part in (buffer,) if numel <= block else reversed(torch.split(buffer, block)):
         part.sub_(total, alpha=1 / numel)
         if needs_std:
@@ -118,7 +118,7 @@ def split_by_buffer(numbers: Tensor, buffers: list[Tensor]) -> tuple[Tensor, ...
 
 
 @lru_cache(maxsize=1024)
-@torch.inference_mode(False)  # the next caller may need a tensor that is none of inference mode
+@torch.inference_mode(False)  # the next caller may need a normal tensor
 def _counts(shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the number of elements of each flat tensor and row; cached, because a copy to a device waits for it.
 
@@ -136,10 +136,10 @@ def contiguous_buffers(
 ) -> Iterator[tuple[list[Segment], list[Tensor]]]:
     """Yield buffers to transform together in place, and write them back when the next ones are asked for.
 
-    Most buffers are the segments' own memory. Copies (small tensors in a matrix, half precision in float32) are of one
-    tensor at a time, or of small ones that take 4 MiB together. As many tensors as that allows come at once, so that
-    what is computed from their statistics, in a dozen small operations, is computed once. The same segments come in the
-    same buffers each time.
+    Most buffers are the memory of the segments. Others are copies (small tensors in a matrix, half precision in
+    float32), of one tensor at a time, or of small ones that take 4 MiB together. As many tensors as that allows come at
+    once, because the dozen small operations on their statistics are then done once. The same segments come in the same
+    buffers each time.
 
     Args:
         segments: The memory.
