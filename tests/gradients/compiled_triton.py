@@ -21,7 +21,7 @@ CONSTANTS = "constexprs" if "constexprs" in inspect.signature(ASTSource).paramet
 
 
 def memory_instructions(name: str, dtype: torch.dtype, by_row: bool) -> dict[str, int]:
-    """How many of each there are in a pass that finishes ZScore, or of rows Centralization."""
+    """Count the loads and stores of a pass that rewrites tensors by ZScore, or rows by Centralization."""
     program = getattr(triton_programs, name)
     plan = triton._launch_plan((torch.Size((2, 9)) if by_row else 9,), dtype, torch.device("cpu"))
     constants = dict(plan.constants)

@@ -31,7 +31,7 @@ assert dispatch.runs_triton(CPU)
 
 @pytest.fixture(autouse=True)
 def left(monkeypatch: pytest.MonkeyPatch) -> list[Segment]:
-    """Takes the CPU for a device that runs Triton. What it leaves to the PyTorch kernel is in this list."""
+    """Takes the CPU for a device that runs Triton, and lists the segments that go to the PyTorch kernel."""
     segments: list[Segment] = []
     in_pytorch_ = torch_ops.transform_any_segments_
 

@@ -53,7 +53,7 @@ def test_others_are_unsupported(unsupported: list[Tensor]) -> None:
 
 
 class Tagged(Tensor):
-    """A subclass of Tensor, which inference mode need not suit."""
+    """A subclass of Tensor, which may not work in inference mode."""
 
 
 class TestRows:

@@ -57,7 +57,7 @@ def box_shard(local: Tensor | None, box: Tensor, whole: Tensor, cuts: dict[Group
 
 
 def contributions(shard: Shard, over: Over, start: int) -> list[tuple[int, int]]:
-    """Each element's value, and the index of the statistics that it contributes to, in order."""
+    """Return each element's value, and the index of the statistics that it contributes to, in order."""
     pairs = []
     for segment in shard.segments(over, start):
         assert segment.tensor.numel() > 0
@@ -172,7 +172,7 @@ class Flat:
     def transformed(
         self, method: AffineMethod, loss_scale: Tensor | None = None, empty_as_none: bool = True
     ) -> list[Tensor]:
-        """The gradients, put together from what all ranks make of their parts."""
+        """Return the gradients, put together from what all ranks make of their parts."""
 
         def on_rank(rank: int) -> list[Tensor]:
             parts = [
@@ -239,7 +239,7 @@ def test_intervals_become_what_the_whole_becomes(
 
 
 def _deviates(grad: Tensor, method: AffineMethod) -> bool:
-    """Whether no row, or the tensor, is constant but for rounding, where a quotient of deviations says nothing."""
+    """Whether rows and tensor vary by more than rounding, so that a quotient of deviations has a meaning."""
     if not isinstance(method, (RowZScore, SING)) or grad.numel() == 1:
         return True
     rows = wide(grad).reshape(len(grad), -1) if method.over == "row" and grad.ndim > 1 else wide(grad).reshape(1, -1)

@@ -1,4 +1,4 @@
-"""Where gradients are found: one by one, and all at once."""
+"""Reading gradients from their slots: one by one, and all at once."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -166,7 +166,7 @@ def untried_dtensors() -> Iterator[None]:
     ],
 )
 def test_what_is_missing_of_dtensors_is_named(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> None:
-    """Before anything is changed; a release of torch that lacks it would otherwise have shards taken for wholes."""
+    """Before anything is changed. Otherwise such a release of torch would have shards taken for gradients."""
     monkeypatch.delitem(sys.modules, "lightning_znorm.gradients.adapters.dtensor", raising=False)
     monkeypatch.delattr(adapters, "dtensor", raising=False)
     params = [param(torch.tensor([1.0, 5.0]), (2,)), param(torch.zeros(2, 3).as_subclass(ShardedTensor))]

@@ -54,7 +54,7 @@ def test_refused_before_anything_is_changed(use: str, dtype: torch.dtype) -> Non
             USES[use](parameters)
         for one, (value, grad) in zip(parameters, before, strict=True):
             assert one.grad is not None
-            # Compared as bytes, for torch compares no numbers of some of these types.
+            # Compared as bytes, because torch cannot compare numbers of some of these types.
             assert torch.equal(one.detach().view(torch.uint8), value.view(torch.uint8))
             assert torch.equal(one.grad.view(torch.uint8), grad.view(torch.uint8))
 
