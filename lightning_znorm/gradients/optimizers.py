@@ -1,6 +1,6 @@
 """The steps of optimizers: whether they run hooks, and whether one runs inside another."""
 
-import sys
+import inspect
 from collections.abc import Iterator
 from functools import lru_cache
 from types import CodeType, FrameType
@@ -64,7 +64,7 @@ def _around_step() -> CodeType | None:
 
 
 def _callers() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None:
         yield frame
         frame = frame.f_back

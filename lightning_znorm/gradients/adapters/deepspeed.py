@@ -376,6 +376,7 @@ def _store_of(optimizer: Any, stage: int) -> _Store:
 
 
 def _widened(part: Tensor) -> Tensor:
+    """Return a copy in float32, marked as padding if the part is."""
     wide = part.float()
     if getattr(part, "_zero_padding", False):
         wide._zero_padding = True  # type: ignore[attr-defined]
