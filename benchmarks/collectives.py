@@ -1,10 +1,10 @@
 """Time and collectives of ``zscore_grads_`` on sharded gradients: ``python -m benchmarks.collectives``.
 
-The gradients are DTensors cut along their rows, as FSDP2 leaves them, over processes on the CPU (gloo). Beside ours:
-the obvious loop with ``DTensor.mean`` and ``DTensor.std``, and one that gathers each gradient, normalizes it and keeps
-its own part. Every row works on the same gradients, each in its turn; the ratio is that of the first process' medians.
-A collective is any operation of ``torch.distributed``, as ``CommDebugMode`` counts them. ``--plot FILE`` draws both
-over the number of parameters.
+The gradients are DTensors that are sharded along their rows, as with FSDP2, over processes on the CPU (gloo). Beside
+``zscore_grads_`` run the obvious loop with ``DTensor.mean`` and ``DTensor.std``, and a loop that gathers each gradient,
+normalizes it and keeps the local part. All rows work on the same gradients and take turns; the ratio is that of the
+first process' medians. Collectives are counted by ``CommDebugMode``, which counts every operation of
+``torch.distributed``. ``--plot FILE`` draws both over the number of parameters.
 """
 
 import argparse
@@ -31,7 +31,7 @@ EPS = 1e-10
 
 
 def dtensor_by_dtensor_(parameters: list[nn.Parameter]) -> None:
-    """The obvious loop."""
+    """Normalize the gradients by the obvious loop."""
     for parameter in parameters:
         grad = parameter.grad
         assert grad is not None
@@ -42,14 +42,14 @@ def gathered_one_by_one_(parameters: list[nn.Parameter]) -> None:
     for parameter in parameters:
         grad = parameter.grad
         assert isinstance(grad, DTensor)
-        whole = grad.full_tensor()
+        full = grad.full_tensor()
         mesh = grad.device_mesh
-        own = torch.tensor_split(whole, mesh.size())[mesh.get_local_rank()]
-        grad.to_local().copy_((own - whole.mean()) / (whole.std(correction=0) + EPS))
+        local = torch.tensor_split(full, mesh.size())[mesh.get_local_rank()]
+        grad.to_local().copy_((local - full.mean()) / (full.std(correction=0) + EPS))
 
 
 def parameters_of(count: int, mesh: DeviceMesh, rows: int, columns: int) -> list[nn.Parameter]:
-    """Half of them matrices and half vectors, as layers have weights and biases."""
+    """Return parameters of which half are matrices and half are vectors, like the weights and biases of layers."""
     parameters = []
     for index in range(count):
         local = torch.randn(rows // mesh.size(), columns) if index % 2 == 0 else torch.randn(rows // mesh.size())
@@ -74,7 +74,7 @@ def collectives_of(function: Callable[[], object]) -> int:
 
 
 def agree_on_the_result(mesh: DeviceMesh) -> None:
-    """Makes sure that the rows do the same work."""
+    """Check that all rows compute the same result."""
     results: list[list[Tensor]] = []
     for name in ("zscore_grads_", "DTensor by DTensor", "gathered one by one"):
         torch.manual_seed(mesh.get_local_rank())
@@ -113,9 +113,9 @@ def work(rank: int, store: str, args: argparse.Namespace) -> None:
                 print(row, flush=True)
     if rank == 0 and args.plot:
         plot(args.plot, args.parameters, times, counts)
-    dist.barrier()  # gloo aborts a process whose partner has left in mid-talk
+    dist.barrier()  # gloo aborts a process whose partner ends during a collective
     dist.destroy_process_group()
-    # Without taking the interpreter down, in which a thread of gloo's that is still running aborts the process.
+    # Not by the end of the interpreter, in which a thread of gloo that is still running aborts the process.
     sys.stdout.flush()
     os._exit(0)
 
@@ -123,13 +123,13 @@ def work(rank: int, store: str, args: argparse.Namespace) -> None:
 def plot(
     file: Path, parameters: list[int], times: Mapping[str, list[float]], collectives: Mapping[str, list[int]]
 ) -> None:
-    """Draws time and collectives over the number of parameters, both axes logarithmic."""
+    """Draw time and collectives over the number of parameters, with logarithmic axes."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, values, label in ((left, times, "milliseconds"), (right, collectives, "collectives")):
-        for (name, own), marker, color in zip(values.items(), "os^D", ("C0", "C1", "C2", "C3"), strict=True):
-            if any(own):  # none has no place on a logarithmic axis
-                axes.plot(parameters, own, color, marker=marker, label=name)
+        for (name, points), marker, color in zip(values.items(), "os^D", ("C0", "C1", "C2", "C3"), strict=True):
+            if any(points):  # a logarithmic axis has no zero
+                axes.plot(parameters, points, color, marker=marker, label=name)
         axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel=label)
         axes.grid(alpha=0.3)
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)

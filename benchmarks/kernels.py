@@ -1,11 +1,11 @@
 """Time of ``zscore_grads_`` beside ``clip_grad_norm_`` and other ways to write it: ``python -m benchmarks.kernels``.
 
-Every row works on the same gradients in the same process, each in its turn; the ratio is that of the medians. All rows
-normalize in place, so each finds the gradients that the row before it left: of the same size, in the same memory.
+All rows work on the same gradients in the same process and take turns; the ratio is that of the medians. All rows
+normalize in place, so each gets the gradients that the row before it made: of the same size, in the same memory.
 
-The floor is the time in which the device, as fast as it copies a large tensor, reads all gradients twice and writes
-them once; gradients that stay in a cache may come below it. With ``--device cuda``, a call ends when the device is
-done, and "in a graph" is without the CPU's share.
+The floor is the time that the device takes to read all gradients twice and to write them once, at the speed at which it
+copies a large tensor. Gradients that stay in a cache may come below it. With ``--device cuda``, a call ends when the
+device is done; "in a graph" does not count the time on the CPU.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from lightning_znorm.models import resnet56
 
 
 def transformer(width: int = 2048, layers: int = 20, vocabulary: int = 32_000) -> nn.Module:
-    """The parameters of a decoder of a billion, without its arithmetic."""
+    """Return a module with the parameters of a decoder, a billion, that computes nothing."""
     shapes = [(vocabulary, width)]
     for _ in range(layers):
         shapes += [(3 * width, width), (3 * width,), (width, width), (width,), (4 * width, width), (4 * width,)]
@@ -47,7 +47,7 @@ ON_A_CPU = ["ResNet-56", "DenseNet-121", "ResNet-152", "ViT-B/16"]
 
 
 def tensor_by_tensor_(parameters: list[Tensor], eps: float = 1e-10) -> None:
-    """The obvious loop."""
+    """Normalize the gradients by the obvious loop."""
     for parameter in parameters:
         grad = parameter.grad
         assert grad is not None
@@ -76,7 +76,7 @@ def rows(parameters: list[Tensor]) -> dict[str, Callable[[], object]]:
 
 
 def cuda_rows(parameters: list[Tensor]) -> dict[str, Callable[[], object]]:
-    """Those that there are without Triton, and without the CPU's share."""
+    """Return the rows for a GPU: with Triton, without it, and in CUDA graphs, which take no time on the CPU."""
 
     def in_pytorch() -> None:
         with patch.object(dispatch, "DEVICE_TYPES", frozenset()):
@@ -108,7 +108,7 @@ def finished(function: Callable[[], object]) -> None:
 
 
 def copied_bytes_per_second(numel: int = 2**29) -> float:
-    """Bytes that a copy of a large tensor reads and writes, per second: the best of 20."""
+    """Return the bytes that a copy of a large tensor on the GPU reads and writes per second: the best of 20."""
     source, target = (torch.zeros(numel, device="cuda") for _ in range(2))
     times = []
     for _ in range(20):
@@ -122,7 +122,7 @@ def copied_bytes_per_second(numel: int = 2**29) -> float:
 
 
 def copied_bytes_per_second_on_cpu(numel: int = 2**25) -> float:
-    """The same for the CPU."""
+    """Return the bytes that a copy of a large tensor on the CPU reads and writes per second: the best of 20."""
     source, target = (torch.zeros(numel) for _ in range(2))
     times = []
     for _ in range(20):
@@ -133,7 +133,7 @@ def copied_bytes_per_second_on_cpu(numel: int = 2**25) -> float:
 
 
 def extra_memory(function: Callable[[], object]) -> int:
-    """Bytes at the peak beyond those before."""
+    """Return how many bytes a call takes at its peak, beyond those allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

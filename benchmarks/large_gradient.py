@@ -1,7 +1,7 @@
-"""Z-scores one gradient of more than 2^31 elements, and compares it with sums in double precision.
+"""Z-score one gradient of more than 2^31 elements, and compare it with sums in double precision.
 
-``python -m benchmarks.large_gradient``: needs 6 bytes an element in half precision, of which a float32
-copy is made, 4 in float32, and a little more.
+``python -m benchmarks.large_gradient`` needs 6 bytes for each element in half precision, because of a float32 copy, 4
+in float32, and a little more.
 """
 
 import argparse
@@ -16,7 +16,7 @@ CHUNK = 2**24
 
 
 def main(elements: int, dtype: torch.dtype) -> None:
-    parameter = torch.nn.Parameter(torch.empty(elements, dtype=dtype))  # never looked at, so it takes no memory
+    parameter = torch.nn.Parameter(torch.empty(elements, dtype=dtype))  # never written to, so it takes no memory
     gradient = parameter.grad = torch.empty(elements, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     total = square = 0.0
@@ -27,13 +27,13 @@ def main(elements: int, dtype: torch.dtype) -> None:
     for chunk in gradient.split(CHUNK):
         square += (chunk.double() - mean).square_().sum().item()
     std = (square / elements) ** 0.5
-    slots = torch.cat([torch.randint(elements, (100_000,), generator=generator), torch.tensor([0, elements - 1])])
-    expected = (gradient[slots].double() - mean) / std
+    sampled = torch.cat([torch.randint(elements, (100_000,), generator=generator), torch.tensor([0, elements - 1])])
+    expected = (gradient[sampled].double() - mean) / std
     start = time.perf_counter()
     zscore_grads_(parameter)
     seconds = time.perf_counter() - start
-    # Of one rounding to the type, relative to the largest value.
-    error = ((gradient[slots].double() - expected).abs() / expected.abs().clamp_min(1)).max().item()
+    # Relative to the value if it is above 1, which allows for one rounding to the type.
+    error = ((gradient[sampled].double() - expected).abs() / expected.abs().clamp_min(1)).max().item()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     size = elements * gradient.element_size() / 2**30
     name = str(dtype).removeprefix("torch.")

@@ -1,16 +1,17 @@
 """A training step through Lightning beside the same without our parts: ``python -m benchmarks.lightning_step``.
 
-From data to update, on the CPU: the same network, loss and optimizer in a loop written by hand, in a Trainer with the
-least LightningModule, in a Trainer with our task and data module, and with ``ZNormCallback`` as well. The first two
-find their batches ready, as normalized tensors; ours are picked and normalized from the images of the data set.
+It runs on the CPU, from data to update: the same network, loss and optimizer in a loop written by hand, in a Trainer
+with the smallest LightningModule, in a Trainer with our task and data module, and with ``ZNormCallback`` as well. The
+first two get ready batches of normalized tensors; for the others, batches are picked and normalized from the images of
+the data set.
 
-The four train in turns, a few steps each, with a fresh network; who begins changes from round to round. The time of a
-turn is the median of its steps but the first two: of the process on all cores, which other programs on the machine
-disturb least, and on the wall. Times are medians over the rounds, and so are ratios, each of two turns of one round;
-behind them stand the quartiles.
+The four take turns of a few steps each, with a fresh network; another one begins each round. The time of a turn is the
+median of its steps, without the first two: the CPU time of the process on all cores, which other programs on the
+machine disturb least, and the time on the wall. Times are medians over the rounds. So are ratios, each of two turns of
+one round, with their quartiles.
 
-``--profile`` also prints what Lightning's profiler says of a step with all our parts: medians of the calls that there
-is one of in each step, which may contain each other.
+``--profile`` also prints what Lightning's profiler tells about a step with all our parts: medians of the calls that
+every step makes once. A call may contain others.
 """
 
 import argparse
@@ -43,7 +44,7 @@ WARMUP = 2
 
 
 class Stopwatch(Callback):
-    """Milliseconds from the end of a step to that of the next: for each turn, the median of its steps."""
+    """Measures milliseconds from the end of a step to the end of the next: for each turn, the median of its steps."""
 
     def __init__(self) -> None:
         self.process: list[float] = []
@@ -51,14 +52,14 @@ class Stopwatch(Callback):
         self._ends: list[tuple[float, float]] = []
 
     def tick(self) -> None:
-        """Ends a step."""
+        """End a step."""
         self._ends.append((time.process_time(), time.perf_counter()))
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.tick()
 
     def stop(self) -> None:
-        """Ends a turn."""
+        """End a turn."""
         steps = list(itertools.pairwise(self._ends[WARMUP - 1 :]))
         for clock, medians in enumerate((self.process, self.wall)):
             medians.append(1e3 * statistics.median(end[clock] - start[clock] for start, end in steps))
@@ -66,7 +67,7 @@ class Stopwatch(Callback):
 
 
 class Plain(LightningModule):
-    """The least that a Trainer trains."""
+    """The smallest module that a Trainer trains."""
 
     def __init__(self, network: nn.Module, criterion: nn.Module) -> None:
         super().__init__()
@@ -112,7 +113,7 @@ def fit(
 
 
 def ready_batches(data: ImageDataModule, steps: int) -> list[Batch]:
-    """The first batches of a data module, as the network gets them."""
+    """Return the first batches of a data module, as the network gets them."""
     loader = iter(data.train_dataloader())
     return [data.on_after_batch_transfer(next(loader), 0) for _ in range(steps)]
 
@@ -129,14 +130,14 @@ def turns(task: Task, data: ImageDataModule, steps: int) -> dict[str, Callable[[
 
 
 def ratio(milliseconds: list[float], of: list[float]) -> str:
-    """Median and quartiles of the ratios."""
+    """Format median and quartiles of the ratios."""
     ratios = [mine / other for mine, other in zip(milliseconds, of, strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
     return f"{median:6.3f} ({low:.3f} to {high:.3f})"
 
 
 def profile(task: Task, data: ImageDataModule, steps: int) -> dict[str, float]:
-    """Median milliseconds of each call that takes place in every step and lasts for more than ten microseconds."""
+    """Return the median milliseconds of each call that every step makes once, if above ten microseconds."""
     profiler = SimpleProfiler()
     fit(deepcopy(task), data, steps, ZNormCallback(), profiler=profiler)
     medians = {

@@ -1,8 +1,8 @@
 """What ``error_if_nonfinite=True`` costs: ``python -m benchmarks.nonfinite``.
 
-``zscore_grads_`` with and without it, and the same of ``torch.nn.utils.clip_grad_norm_``, each in its turn on gradients
-of the same sizes: twenty matrices of a million elements and sixty vectors of 64. On the CPU; on a GPU, the wait for the
-device comes on top, which is what the device still has to do.
+``zscore_grads_`` and ``torch.nn.utils.clip_grad_norm_``, with and without it, take turns on gradients of the same
+sizes: twenty matrices of a million elements and sixty vectors of 64. It runs on the CPU. On a GPU, a wait is added, in
+which the device finishes what it has still to do.
 """
 
 import argparse
@@ -28,11 +28,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--numel", type=int, default=2**20, help="elements of each matrix")
     args = parser.parse_args()
-    own, clipped = parameters_of(args.numel), parameters_of(args.numel)
+    normalized, clipped = parameters_of(args.numel), parameters_of(args.numel)
     medians = alternating_medians(
         {
-            "zscore_grads_": lambda: zscore_grads_(own),
-            "zscore_grads_, error_if_nonfinite": lambda: zscore_grads_(own, error_if_nonfinite=True),
+            "zscore_grads_": lambda: zscore_grads_(normalized),
+            "zscore_grads_, error_if_nonfinite": lambda: zscore_grads_(normalized, error_if_nonfinite=True),
             "clip_grad_norm_": lambda: clip_grad_norm_(clipped, 1.0),
             "clip_grad_norm_, error_if_nonfinite": lambda: clip_grad_norm_(clipped, 1.0, error_if_nonfinite=True),
         },

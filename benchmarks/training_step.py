@@ -1,8 +1,8 @@
 """What ZNorm adds to a training step of ResNet-56 on a GPU: ``python -m benchmarks.training_step``.
 
-Steps on images of CIFAR-10's size, with and without ``zscore_grads_``, run in turns of ten, at whose end the device is
-waited for. "alone" is the time of the call by itself, again and again on the same gradients. Compiled steps run as CUDA
-graphs (``mode="reduce-overhead"``).
+Steps on images of CIFAR-10's size, with and without ``zscore_grads_``, run in turns of ten; a turn ends when the device
+is done. "alone" is the time of the call by itself, repeated on the same gradients. Compiled steps run as CUDA graphs
+(``mode="reduce-overhead"``).
 """
 
 import argparse

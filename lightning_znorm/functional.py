@@ -20,39 +20,41 @@ from lightning_znorm.gradients import (
     ZScore,
     transform_gradients_,
 )
-from lightning_znorm.gradients.adapters.plain import optimizer_slots
 from lightning_znorm.gradients.amp import check_grad_scaler, scale_of, unscales_in_step
+from lightning_znorm.gradients.apply import check_finite
 from lightning_znorm.gradients.errors import untested_torch
-from lightning_znorm.gradients.finite import check_finite
 from lightning_znorm.gradients.methods import describe
 from lightning_znorm.gradients.optimizers import (
     is_nested_step,
     marks_steps,
     runs_hooks,
+    step_pre_hooks,
+    steps_in_backward,
     takes_two_steps,
     wrapped_by,
 )
-from lightning_znorm.gradients.slots import UnnamedSlots
+from lightning_znorm.gradients.slots import UnnamedSlots, optimizer_slots
 
 __all__ = ["attach", "centralize_grads_", "transform_grads_", "zscore_grads_"]
 
 
 def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10, error_if_nonfinite: bool = False) -> None:
-    r"""Replaces each parameter's gradient by its z-score over all its elements, in place (ZNorm).
+    r"""Replace each parameter's gradient by its z-score over all its elements, in place (ZNorm).
 
     .. math:: z = \frac{g - \mu}{\sigma + \epsilon}
 
-    with the mean and the population standard deviation of that gradient. For a gradient that is not constant,
-    :math:`\langle z, g \rangle = d \sigma > 0` with d elements: a descent direction stays one. Mean and deviation are
-    taken in float32 for half-precision gradients and otherwise in the gradients' type, in two passes.
+    with the mean and the population standard deviation of that gradient. If a gradient of d elements is not constant,
+    :math:`\langle z, g \rangle = d \sigma > 0`: a descent direction stays one. Mean and deviation are taken in float32
+    for half-precision gradients and otherwise in the gradients' type, in two passes.
 
-    - A constant gradient becomes zero, also where only rounding makes it vary (a deviation of less than 8 units of
+    - A constant gradient becomes zero, also if it varies by rounding only (a deviation of less than 8 units of
       rounding of the mean).
     - A gradient of one element has no deviation and stays as it is; an empty or missing one is skipped. A parameter
       that is given twice is normalized once, and so is a gradient that several parameters share.
-    - A gradient that holds an inf or NaN becomes NaN throughout; so does one of d elements the sum of whose squared
-      deviations overflows: a deviation above :math:`1.8 \cdot 10^{19} / \sqrt{d}` in float32 and bfloat16 (8e17 with
-      512 elements, 1.8e16 with a million), above :math:`1.3 \cdot 10^{154} / \sqrt{d}` in float64, none in float16.
+    - A gradient that holds an inf or NaN becomes NaN throughout. So does a gradient of d elements if the sum of its
+      squared deviations overflows: with a deviation above :math:`1.8 \cdot 10^{19} / \sqrt{d}` in float32 and bfloat16
+      (8e17 with 512 elements, 1.8e16 with a million), above :math:`1.3 \cdot 10^{154} / \sqrt{d}` in float64, none in
+      float16.
     - ``eps`` is an absolute number: a gradient of deviation 1e-12 comes out with deviation 1e-2. In float32, deviations
       below 2e-23 count as zero, and one of 1e-22 is off by 1 %.
     - Complex gradients have a complex mean and a real deviation, as :func:`torch.std` defines it.
@@ -60,10 +62,10 @@ def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10, err
     Call it when the gradients are complete and unscaled: after ``backward()`` and ``GradScaler.unscale_``, before
     ``optimizer.step()``. Clipping afterwards bounds the normalized gradients, whose norm is :math:`\sqrt{d}` each.
 
-    Under DDP the gradients are whole on every process, and each normalizes them for itself. Gradients that are DTensors
-    (those of FSDP2, of tensor parallelism, and of both) are normalized with mean and deviation of the whole: all
-    processes must call this with the same parameters in the same order, and exchange two small sums for each process
-    group, however many parameters there are.
+    Under DDP every process has all of the gradients, and normalizes them by itself. Gradients that are DTensors (those
+    of FSDP2, of tensor parallelism, and of both) are normalized with the mean and deviation of the unsharded gradient:
+    all processes must call this with the same parameters in the same order, and they exchange two small sums for each
+    process group, however many parameters there are.
 
     Source: Yun, "ZNorm: Z-Score Gradient Normalization", arXiv 2408.01215, Algorithm 1, Lemma 4.1 and Theorem 4.2.
 
@@ -96,26 +98,31 @@ def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10, err
 
 
 def centralize_grads_(parameters: Tensor | Iterable[Tensor], error_if_nonfinite: bool = False) -> None:
-    """Subtracts from each gradient its mean over all dimensions but the first, in place (Gradient Centralization).
+    """Subtract from each gradient its mean over all dimensions but the first, in place (Gradient Centralization).
 
     Gradients with fewer than two dimensions stay as they are. So does that of an ``(out, 1)`` weight, whose rows are
     single elements: the authors' code sets it to zero, so that such a weight never trains.
 
-    The authors' optimizers subtract the mean in several slots: their SGD from the gradient with the L2 penalty in it,
-    before momentum (in one version after it, which comes to the same), and so their ``Adam_GC`` and their later Adam
-    with ``gc_loc=True``; their AdamW from the gradient alone, as here; their later Adam, by default (``gc_loc=False``),
-    from the finished update. So, without an L2 penalty, all but the last centre what is centred here. With one, this
-    function leaves the penalty uncentred.
+    The authors' optimizers differ in what they subtract the mean from:
 
-    DTensors are treated as :func:`zscore_grads_` does; processes exchange something only if they hold parts of the same
-    rows.
+    - Their SGD, their ``Adam_GC``, and their later Adam with ``gc_loc=True``: the gradient with the L2 penalty in it,
+      before momentum (SGD in one version after momentum, with the same result).
+    - Their AdamW: the gradient alone, as this function does.
+    - Their later Adam by default (``gc_loc=False``): the finished update.
+
+    Without an L2 penalty, all but the last centre what this function centres. With an L2 penalty, this function leaves
+    the penalty uncentred.
+
+    DTensors are centred with the means of the unsharded gradients, as in :func:`zscore_grads_`. Processes exchange sums
+    only if they hold parts of the same rows.
 
     Source: Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks", ECCV 2020
     (arXiv 2004.01461), equation 1.
 
     Args:
         parameters: Parameters, of any shape, whose ``.grad`` is replaced; an iterable of them or a single one.
-        error_if_nonfinite: See :func:`zscore_grads_`.
+        error_if_nonfinite: Whether to raise if a gradient holds an inf or NaN afterwards, as
+            :func:`torch.nn.utils.clip_grad_norm_` does; costs a pass over the gradients and one wait for the device.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -141,21 +148,22 @@ def centralize_grads_(parameters: Tensor | Iterable[Tensor], error_if_nonfinite:
 def transform_grads_(
     parameters: Tensor | Iterable[Tensor], method: GradientMethod, error_if_nonfinite: bool = False
 ) -> None:
-    """Replaces each parameter's gradient by what a method makes of it, in place.
+    """Replace each parameter's gradient by what a method makes of it, in place.
 
     Args:
         parameters: Parameters, of any shape, whose ``.grad`` is replaced; an iterable of them or a single one.
         method: A :class:`~lightning_znorm.gradients.AffineMethod`, or a function from a gradient to its replacement of
             the same shape.
-        error_if_nonfinite: See :func:`zscore_grads_`.
+        error_if_nonfinite: Whether to raise if a gradient holds an inf or NaN afterwards, as
+            :func:`torch.nn.utils.clip_grad_norm_` does; costs a pass over the gradients and one wait for the device.
 
     Raises:
-        TypeError: If ``method`` is no method, or one whose shift and scale do not fit the statistics; or if another
+        TypeError: If ``method`` is not a method, or its shift and scale do not fit the statistics; or if another
             argument is of another type.
-        UnsupportedGradientError: If a gradient is sparse or of 8 bits, overlaps in memory with another parameter's, is
-            sharded in a way that :func:`zscore_grads_` does not support, or is a sharded DTensor and the method a
-            function, and then before any is changed; or if a function returns anything but a tensor of its argument's
-            shape, when those before it have been replaced.
+        UnsupportedGradientError: Before any gradient is changed, if one is sparse or of 8 bits, overlaps in memory with
+            another parameter's, is sharded in a way that :func:`zscore_grads_` does not support, or is a sharded
+            DTensor and the method is a function. Also if a function returns anything but a tensor of its argument's
+            shape; gradients before that one have been replaced then.
         NonFiniteGradientError: As in :func:`zscore_grads_`.
 
     Example:
@@ -181,38 +189,39 @@ def transform_grads_(
 def attach(
     optimizer: Optimizer, method: GradientMethod | None = None, error_if_nonfinite: bool = False
 ) -> RemovableHandle:
-    """Makes an optimizer apply a gradient method before each of its steps, in a loop without Lightning.
+    """Make an optimizer apply a gradient method before each of its steps, in a loop without Lightning.
 
-    Right under automatic mixed precision too: where ``GradScaler.step`` leaves it to the optimizer to unscale the
-    gradients (fused optimizers), the method sees the true gradients all the same. A gradient clipped before the step is
-    normalized after it, which undoes the clipping. In a Lightning ``Trainer`` use
-    :class:`~lightning_znorm.ZNormCallback`: there, a step computes its gradients in a closure. Where something wraps
-    the optimizer (Accelerate, ``timm.optim.Lookahead``, the Trainer of transformers), attach before it does.
+    It works under automatic mixed precision too: if ``GradScaler.step`` leaves it to the optimizer to unscale the
+    gradients (fused optimizers), the method still sees the true gradients. The method runs after a clipping that comes
+    before the step, and undoes it. In a Lightning ``Trainer`` use :class:`~lightning_znorm.ZNormCallback`, because a
+    step of Lightning computes its gradients in a closure. If something wraps the optimizer (Accelerate,
+    ``timm.optim.Lookahead``, the Trainer of transformers), attach before it does.
 
     The method is bound to this object: ``copy.deepcopy`` and pickle leave out the hooks of an optimizer, so attach to
-    the copy again. ``state_dict`` holds nothing of it, and ``load_state_dict`` leaves it attached.
+    the copy again. ``state_dict`` does not hold the method, and ``load_state_dict`` leaves it attached.
 
-    Sharpness-aware minimization (SAM) climbs along the gradient in ``first_step``, and descends along that at the point
-    reached in ``second_step``, which steps its base optimizer. Attach to that one, ``sam.base_optimizer``: the method
-    then sees the gradient of the descent alone. ``examples/sam.py`` shows this, and how to do the same by hand and in a
-    Lightning ``Trainer``.
+    Sharpness-aware minimization (SAM) climbs along the gradient in ``first_step``. In ``second_step``, it descends
+    along the gradient at the point that it has reached, by a step of its base optimizer. Attach to that one,
+    ``sam.base_optimizer``: the method then sees the gradient of the descent alone. ``examples/sam.py`` shows this, and
+    how to do the same by hand and in a Lightning ``Trainer``.
 
     Args:
-        optimizer: Any optimizer but LBFGS; parameter groups that are added later take part. All its parameters do: to
+        optimizer: Any optimizer but LBFGS. All its parameters take part, also those of groups that are added later. To
             leave some alone, give them an optimizer of their own.
         method: The method; ``None`` is ZNorm, :class:`~lightning_znorm.gradients.ZScore` with its default ``eps``.
-        error_if_nonfinite: See :func:`zscore_grads_`. A step that a ``GradScaler`` is going to skip is no error.
+        error_if_nonfinite: Whether to raise if a gradient holds an inf or NaN after the method; costs a pass over the
+            gradients and one wait for the device. A step that a ``GradScaler`` is going to skip is no error.
 
     Returns:
         A handle whose ``remove()`` detaches the method.
 
     Raises:
-        TypeError: If ``method`` is no method, or ``optimizer`` none, or one whose ``step`` runs no hooks, or
-            ``error_if_nonfinite`` no flag.
+        TypeError: If ``method`` is not a method, or ``optimizer`` is not an optimizer whose ``step`` runs hooks, or
+            ``error_if_nonfinite`` is not a flag.
         ValueError: If the optimizer is LBFGS, which steps with a closure only.
         RuntimeError: In a step that is called with a closure, which computes the gradients too late for the method; or
             after a step, if something else was assigned to ``optimizer.step`` and does not call the original.
-        UnsupportedGradientError: In a step, as in :func:`transform_grads_`, or where something (DeepSpeed) has replaced
+        UnsupportedGradientError: In a step, as in :func:`transform_grads_`, or if something (DeepSpeed) has replaced
             the optimizer's parameters by flat ones; at once, if this release of PyTorch does not tell what is needed.
         NonFiniteGradientError: In a step, before the update, as in :func:`zscore_grads_`.
 
@@ -268,7 +277,7 @@ def attach(
             check_finite(slots, () if found_inf is None else (found_inf,))
 
     _attached.add(optimizer)
-    # Where the step is compiled, the hook is not: it looks at the call stack, and has kernels of its own.
+    # If the step is compiled, the hook is not: it reads the call stack, and has kernels of its own.
     handle = optimizer.register_step_pre_hook(torch.compiler.disable(transform))  # type: ignore[no-untyped-call]
     if replaced is not None:
         step = replaced.step
@@ -278,7 +287,7 @@ def attach(
             nonlocal has_run
             has_run = False
             result = step(*args, **kwargs)
-            if not has_run and handle.id in optimizer._optimizer_step_pre_hooks:
+            if not has_run and handle.id in (step_pre_hooks(optimizer) or {}):
                 raise RuntimeError(
                     f"{type(optimizer).__name__} has stepped without the attached {name}: its step has been replaced "
                     f"by {getattr(step, '__qualname__', type(step).__name__)}, which does not call the original one, "
@@ -301,15 +310,15 @@ def attached_optimizers() -> list[Optimizer]:
 
 def is_attached(optimizer: Optimizer) -> bool:
     """Whether a method is attached to an optimizer."""
-    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
+    hooks = (step_pre_hooks(optimizer) or {}).values()
     return any(getattr(hook, "__module__", None) == attach.__module__ for hook in hooks)
 
 
 def _check_optimizer(optimizer: object) -> Optimizer | None:
-    """Refuses what would never run the hook, or too early.
+    """Refuse an optimizer that would never run the hook, or would run it too early.
 
     Returns:
-        The optimizer whose step something has replaced, if one has been: only a step shows whether it runs the hook.
+        The optimizer whose ``step`` was replaced, if it was: whether the replacement runs the hook shows in a step.
     """
     kind = type(optimizer).__name__
     if isinstance(optimizer, nn.Module):
@@ -324,7 +333,7 @@ def _check_optimizer(optimizer: object) -> Optimizer | None:
         raise TypeError(f"{shown(optimizer)} is no optimizer: give a torch.optim.Optimizer")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"{kind} runs no hooks before its step, for it is no torch.optim.Optimizer: if it stands for one, as "
+            f"{kind} runs no hooks before its step, because it is no torch.optim.Optimizer: if it stands for one, as "
             "Accelerate's DummyOptim does, or wraps one, attach to that one, before it is wrapped"
         )
     if isinstance(optimizer, LBFGS):
@@ -336,39 +345,39 @@ def _check_optimizer(optimizer: object) -> Optimizer | None:
             f"{kind} climbs along one gradient and descends along another, in steps that run no hooks: {way_out} (see "
             "examples/sam.py)"
         )
-    if getattr(optimizer, "_overlap_with_ddp", False):
+    if steps_in_backward(optimizer):
         raise TypeError(f"{kind} steps in the backward pass with overlap_with_ddp=True, and runs no hooks before")
     if not marks_steps():
         raise untested_torch("torch.optim.Optimizer has no `profile_hook_step`")
-    # Lightning's and Fabric's share the hooks of the optimizer in them.
-    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
-    for each in (optimizer, *(one for one in wrapped if getattr(one, "_optimizer_step_pre_hooks", ()) is hooks)):
-        if runs_hooks(each):
+    # The optimizers of Lightning and Fabric share the hooks of the one that they wrap.
+    hooks = step_pre_hooks(optimizer)
+    for candidate in (optimizer, *(inner for inner in wrapped if hooks is not None and step_pre_hooks(inner) is hooks)):
+        if runs_hooks(candidate):
             return None
-        if "step" in vars(each) or type(each).__module__.startswith("torch.optim."):
-            return each  # a scheduler's or a user's, which may call the original
+        if "step" in vars(candidate) or type(candidate).__module__.startswith("torch.optim."):
+            return candidate  # its step was replaced by a scheduler or a user, and may call the original
     which = f"the {type(wrapped[0]).__name__} that it wraps" if wrapped else "the one that it wraps, if it does"
     raise TypeError(f"{kind} runs no hooks before its step: attach to {which}, before it is wrapped")
 
 
 def _check_parameters(optimizer: Optimizer, known: list[Tensor], now: list[Tensor]) -> None:
-    """Refuses flat tensors that something has put in the place of parameters of other shapes."""
+    """Refuse flat tensors that something has put in place of parameters of other shapes."""
     if Tensor not in map(type, now):  # they are not parameters
         return
-    before, after = ({id(parameter): parameter for parameter in parameters} for parameters in (known, now))
-    gone = [parameter.shape for key, parameter in before.items() if key not in after]
-    new = [parameter.shape for key, parameter in after.items() if key not in before and type(parameter) is Tensor]
+    known_ids, ids = {id(parameter) for parameter in known}, {id(parameter) for parameter in now}
+    gone = [parameter.shape for parameter in known if id(parameter) not in ids]
+    new = [parameter.shape for parameter in now if id(parameter) not in known_ids and type(parameter) is Tensor]
     if gone and new and gone != new[: len(gone)]:
         raise UnsupportedGradientError(
             f"the parameters that {type(optimizer).__name__} had when the method was attached have been replaced by "
-            f"others (a tensor of shape {tuple(new[0])}, where there was one of {tuple(gone[0])}), as DeepSpeed does, "
-            "whose parts of flattened weights have no statistics of their own: use lightning_znorm's callbacks in a "
+            f"others (a tensor of shape {tuple(new[0])}, where there was one of {tuple(gone[0])}), as DeepSpeed does. "
+            "Parts of flattened weights have no statistics of their own: use lightning_znorm's callbacks in a "
             "Lightning Trainer, or ZeRO stage 0"
         )
 
 
 def _loss_scale(optimizer: Optimizer, step_kwargs: dict[str, Any]) -> Tensor | None:
-    """The factor by which the step will divide the gradients: see ``torch.amp.GradScaler.step``."""
+    """Return the factor by which the step will divide the gradients, as ``torch.amp.GradScaler.step`` hands it over."""
     scaler = step_kwargs.get("grad_scaler")
     scale = getattr(optimizer, "grad_scale", None) if scaler is None else scale_of(scaler)
     return scale if isinstance(scale, Tensor) else None

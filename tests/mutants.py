@@ -343,11 +343,11 @@ def sample(seed: int, count: int, root: Path = ROOT) -> list[Mutation]:
     for room, number in shares(sizes, count, random.Random(seed)).items():
         # Each room has a generator of its own: another room's new line does not change what is drawn here.
         generator = random.Random(f"{seed} {room}")
-        slots = sorted(lines[room])
-        generator.shuffle(slots)
+        places = sorted(lines[room])
+        generator.shuffle(places)
         valid = (
             mutation
-            for place in slots
+            for place in places
             for mutation in [generator.choice(lines[room][place])]
             if is_change(sources[mutation.file], mutation)
         )

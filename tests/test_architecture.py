@@ -41,7 +41,8 @@ def test_each_file_says_what_it_is_for() -> None:
 
 
 def named_in_document() -> list[str]:
-    return sorted(set(re.findall(r"`((?:tests|examples|lightning_znorm|configs|docs)/[\w./-]+)(?:::(?:\w+))?`", text())))
+    named = re.findall(r"`((?:tests|examples|lightning_znorm|configs|docs)/[\w./-]+)(?:::\w+)?`", text())
+    return sorted(set(named))
 
 
 def text() -> str:

@@ -137,9 +137,9 @@ class MadeByRow(Made):
     over = "row"
 
 
-class MadePooled(Made):
+class MadeOfRowsAndTensors(Made):
     over = "row"
-    pooled = True
+    std_over = "tensor"
 
 
 MAPS: dict[str, tuple[Callable[[Statistics], Any], str]] = {
@@ -160,7 +160,7 @@ MAPS: dict[str, tuple[Callable[[Statistics], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [Made, MadeByRow, MadePooled])
+@pytest.mark.parametrize("kind", [Made, MadeByRow, MadeOfRowsAndTensors])
 @pytest.mark.parametrize("name", MAPS)
 def test_what_is_no_map(name: str, kind: type[Made]) -> None:
     make, what = MAPS[name]

@@ -42,7 +42,7 @@ def loss_of(weight: Tensor) -> Tensor:
 
 
 def weight_and_reference(method: str = "zscore") -> tuple[nn.Parameter, Tensor]:
-    """A parameter, and what it should be after one step."""
+    """Return a parameter, and what it should be after one step."""
     start = torch.linspace(-1, 1, 12).view(3, 4)
     exact = start.double().requires_grad_()
     loss_of(exact).backward()
@@ -192,7 +192,7 @@ class FirstAndSecondStep(torch.optim.Optimizer):
 
 
 class Unhooked(torch.optim.Optimizer):
-    """As timm's Lookahead: it has the lists of hooks, and a step that does not look there."""
+    """Like timm's Lookahead, which has the hooks, and a step that does not run them."""
 
     def __init__(self, wrapped: torch.optim.Optimizer) -> None:
         self._optimizer_step_pre_hooks: dict[int, Any] = OrderedDict()
@@ -205,7 +205,7 @@ class Unhooked(torch.optim.Optimizer):
 
 
 class Sharing(Unhooked):
-    """As Fabric's and Lightning's wrappers: it has the hooks of the optimizer in it."""
+    """Like Fabric's and Lightning's wrappers, which share the hooks of the optimizer that they wrap."""
 
     def __init__(self, wrapped: torch.optim.Optimizer) -> None:
         super().__init__(wrapped)
@@ -213,13 +213,13 @@ class Sharing(Unhooked):
 
 
 class OverlappingWithDDP(torch.optim.SGD):
-    """As ZeroRedundancyOptimizer is with this option."""
+    """Like ZeroRedundancyOptimizer with this option."""
 
     _overlap_with_ddp = True
 
 
 class Placeholder:
-    """As Accelerate's and DeepSpeed's DummyOptim."""
+    """Like Accelerate's and DeepSpeed's DummyOptim."""
 
     def __init__(self, params: Any) -> None:
         self.param_groups = [{"params": params}]
@@ -284,7 +284,7 @@ def test_release_that_does_not_tell_where_hooks_run_is_named(monkeypatch: pytest
 
 
 def plain_step(self: torch.optim.Optimizer, closure: Any = None) -> None:
-    """As Intel's extension puts in the place of the step."""
+    """Like the function that Intel's extension puts in place of the step."""
     for group in self.param_groups:
         for param in group["params"]:
             param.data -= group["lr"] * param.grad
@@ -426,13 +426,13 @@ def by_class(weight: nn.Parameter) -> Any:
 
 
 def counting(weight: nn.Parameter, around: Any) -> Any:
-    """As Accelerate does, to know whether a step was skipped."""
+    """Accelerate does so, to know whether a step was skipped."""
     optimizer = torch.optim.SGD([weight], lr=LR)
     return attached(weight, replaced(optimizer, around(optimizer.step, int)))
 
 
 def attach_to_copy(weight: nn.Parameter, copied: Any) -> Any:
-    """Of an attached optimizer, whose copy has no hooks."""
+    """Attach to a copy of an attached optimizer, which has no hooks."""
     made = copied(attached(weight))
     assert not made._optimizer_step_pre_hooks
     made.param_groups[0]["params"] = [weight]

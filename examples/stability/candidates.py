@@ -1,6 +1,6 @@
-r"""Ways to keep ZNorm from amplifying what is left of a gradient, each one line of mathematics.
+r"""Ways to keep ZNorm from amplifying a gradient that has become small, each one line of mathematics.
 
-Here :math:`\sigma_t` is the deviation of a tensor's gradient at step t, :math:`\bar\sigma_t` the mean of
+In the formulas, :math:`\sigma_t` is the deviation of a tensor's gradient at step t, :math:`\bar\sigma_t` the mean of
 :math:`\sigma_1 \dots \sigma_t`, and :math:`z = (g - \mu) / \sigma_t` plain ZNorm. For study, on a single device.
 """
 
@@ -14,21 +14,21 @@ from torch.optim import Optimizer
 
 
 class Candidate(Callback):
-    """Replaces the gradient of every tensor of several elements, by its history."""
+    """Replaces the gradient of every tensor of several elements, with the help of its history."""
 
     def __init__(self) -> None:
         self._history: dict[Tensor, tuple[int, Tensor]] = {}
 
     @abstractmethod
     def replacement(self, grad: Tensor, sigma: Tensor, running: Tensor, parameter: Tensor, progress: float) -> Tensor:
-        """Returns what an optimizer is given in place of a gradient.
+        """Return what the optimizer gets in place of a gradient.
 
         Args:
             grad: The gradient, of mean ``grad.mean()`` and deviation ``sigma``.
             sigma: Its deviation.
             running: Mean of the deviations up to now, this one among them.
-            parameter: To which it belongs.
-            progress: The learning rate as a share of the first one.
+            parameter: The parameter.
+            progress: The learning rate, relative to the first one.
         """
 
     @torch.no_grad()
@@ -81,8 +81,8 @@ class RelativeEps(Candidate):
 class Blend(Candidate):
     r"""As noise takes over, from z to the gradient: :math:`\lambda z + (1 - \lambda) g / \bar\sigma_t`.
 
-    With :math:`\lambda = |m|^2 / d` from the moving average m of the z-scores, which are of squared norm d: one without
-    noise, and :math:`(1 - \beta) / (1 + \beta)` where there is nothing else.
+    With :math:`\lambda = |m|^2 / d` from the moving average m of the z-scores, whose squared norm is d. It is 1 without
+    noise, and :math:`(1 - \beta) / (1 + \beta)` for noise alone.
 
     Args:
         beta: Decay of the moving average.
@@ -106,7 +106,7 @@ class Blend(Candidate):
 class Handover(Candidate):
     r"""With the learning rate, from z to the gradient: :math:`p z + (1 - p) g / \bar\sigma_t`.
 
-    With p the learning rate as a share of the first one. Without a schedule this is plain ZNorm.
+    With p the learning rate, relative to the first one. Without a schedule this is plain ZNorm.
     """
 
     def replacement(self, grad: Tensor, sigma: Tensor, running: Tensor, parameter: Tensor, progress: float) -> Tensor:

@@ -19,9 +19,8 @@ from lightning_znorm.callbacks.step_watch import StepWatch
 from lightning_znorm.callbacks.steps import Step, StepTracker
 from lightning_znorm.callbacks.strategies import check_strategy, gradient_adapter
 from lightning_znorm.gradients import GradientMethod
-from lightning_znorm.gradients.adapters.plain import GradientAdapter
-from lightning_znorm.gradients.selection import ParameterFilter
-from lightning_znorm.gradients.slots import GradientSlot
+from lightning_znorm.gradients.adapters import GradientAdapter
+from lightning_znorm.gradients.slots import GradientSlot, ParameterFilter
 
 
 @dataclass(eq=False)

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from lightning_znorm.callbacks.steps import Step, unwrapped
-from lightning_znorm.gradients.measure import measure_gradients
+from lightning_znorm.gradients.apply import GradientSummary, measure_gradients
 from lightning_znorm.gradients.slots import GradientSlot
-from lightning_znorm.gradients.summary import GradientSummary
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,9 +21,9 @@ from lightning_znorm.callbacks.measurement import GradientMeter, logged_step
 from lightning_znorm.callbacks.monitor_history import SigmaHistory
 from lightning_znorm.callbacks.steps import Step, unwrapped
 from lightning_znorm.gradients import GradientMethod, ZScore
-from lightning_znorm.gradients.adapters.plain import GradientAdapter
+from lightning_znorm.gradients.adapters import GradientAdapter
+from lightning_znorm.gradients.apply import GradientSummary
 from lightning_znorm.gradients.slots import GradientSlot
-from lightning_znorm.gradients.summary import GradientSummary
 
 
 class GradientMonitor(GradientCallback):

@@ -12,10 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_znorm.callbacks.steps import unwrapped
 from lightning_znorm.functional import attached_optimizers
-from lightning_znorm.gradients.adapters.plain import GradientAdapter, clean_name
+from lightning_znorm.gradients.adapters import GradientAdapter
 from lightning_znorm.gradients.optimizers import is_nested_step
-from lightning_znorm.gradients.selection import ParameterFilter
-from lightning_znorm.gradients.slots import GradientSlot, ParameterSlot
+from lightning_znorm.gradients.slots import GradientSlot, ParameterFilter, ParameterSlot, clean_name
 
 FIRST_STEPS = 10
 """After this many steps of an optimizer without an effect there is a warning; earlier if the epoch ends before."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from lightning_znorm.gradients.adapters.plain import GradientAdapter
+from lightning_znorm.gradients.adapters import GradientAdapter
 from lightning_znorm.gradients.amp import is_unscaled, scale_of, take_over_scale_, unscales_in_step
 from lightning_znorm.gradients.slots import GradientSlot
 

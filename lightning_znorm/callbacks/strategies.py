@@ -9,7 +9,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_znorm.gradients import AffineMethod, GradientMethod
-from lightning_znorm.gradients.adapters.plain import GradientAdapter
+from lightning_znorm.gradients.adapters import GradientAdapter
+from lightning_znorm.gradients.adapters.plain import PlainAdapter
 from lightning_znorm.gradients.amp import check_grad_scaler
 from lightning_znorm.gradients.methods import describe
 from lightning_znorm.gradients.slots import dtensor_support
@@ -79,12 +80,12 @@ def gradient_adapter(strategy: Any, module: LightningModule) -> GradientAdapter:
 
 
 def _plain(module: LightningModule, strategy: Any) -> GradientAdapter:
-    return GradientAdapter(module)
+    return PlainAdapter(module)
 
 
 def _dtensor(module: LightningModule, strategy: Any) -> GradientAdapter:
     dtensor_support()
-    return GradientAdapter(module)
+    return PlainAdapter(module)
 
 
 def _fsdp1(module: LightningModule, strategy: Any) -> GradientAdapter:

@@ -19,13 +19,12 @@ from lightning_znorm.callbacks.monitor import GradientMonitor
 from lightning_znorm.callbacks.steps import Step
 from lightning_znorm.functional import is_attached
 from lightning_znorm.gradients import AffineMethod, GradientMethod, transform_gradients_
-from lightning_znorm.gradients.adapters.plain import GradientAdapter
+from lightning_znorm.gradients.adapters import GradientAdapter
 from lightning_znorm.gradients.amp import found_inf
-from lightning_znorm.gradients.finite import check_finite
+from lightning_znorm.gradients.apply import check_finite
 from lightning_znorm.gradients.methods import describe
 from lightning_znorm.gradients.optimizers import takes_two_steps, wrapped_by
-from lightning_znorm.gradients.selection import ParameterFilter
-from lightning_znorm.gradients.slots import GradientSlot
+from lightning_znorm.gradients.slots import GradientSlot, ParameterFilter
 
 
 class GradientTransform(GradientCallback):

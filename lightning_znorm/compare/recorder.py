@@ -1,4 +1,4 @@
-"""What a study needs of each of its runs, beside the experiment's own logs."""
+"""The callback that records what a study needs of each run, beside the experiment's own logs."""
 
 import hashlib
 import os
@@ -34,27 +34,27 @@ from lightning_znorm.compare.results import GRADIENT_NORM, LOGGED_EPOCHS, STEP_S
 from lightning_znorm.compare.study import Run
 from lightning_znorm.functional import attached_optimizers
 from lightning_znorm.gradients import UnsupportedGradientError, ZScore
-from lightning_znorm.gradients.adapters.plain import GradientAdapter
+from lightning_znorm.gradients.adapters import GradientAdapter
 from lightning_znorm.tasks.random_state import random_state, set_random_state
 
 
 class Recorder(Callback):
-    """Records how far a run has come, how fast it is and how large its gradients are.
+    """Record how far a run has come, how fast it is and how large its gradients are.
 
     Logged, beside what the experiment logs:
 
-    - ``compare/gradient_norm``: norm of all gradients that an optimizer is about to use, before the callbacks that come
-      after this one (a gradient method) and before clipping; every ``log_every_n_steps`` steps, measured as
-      :class:`~lightning_znorm.GradientMonitor` does. A warning says why, where gradients cannot be measured: under an
-      unknown strategy, or if they are sparse.
+    - ``compare/gradient_norm``: the norm of all gradients that an optimizer is about to use, before a gradient method
+      and before clipping, at every ``log_every_n_steps``-th step. It is measured as
+      :class:`~lightning_znorm.GradientMonitor` does. If gradients cannot be measured, because the strategy is unknown
+      or they are sparse, a warning says so.
     - ``compare/step_seconds``: mean time of the epoch's training batches, with loading and without validation.
-    - ``compare/train_seconds``: time of all training batches up to now, over all attempts at the run.
+    - ``compare/train_seconds``: time of all training batches so far, over all attempts at the run.
 
-    Every epoch begins with random numbers that follow from the seed and the epoch alone. So the order of batches stays
-    the same under a method that draws random numbers, and after an interruption.
+    The random state at the start of every epoch follows from the seed and the epoch alone. So the order of batches is
+    the same for a method that draws random numbers, and after an interruption.
 
-    The files of the run are of its own settings, in ``run.yaml``: under others ``fit`` is refused, and ``test`` writes
-    nothing down.
+    The run's folder holds results of the settings in its ``run.yaml`` alone. With other settings, ``fit`` is refused
+    and ``test`` writes no results.
 
     Args:
         folder: The run's folder.
@@ -67,7 +67,7 @@ class Recorder(Callback):
     def __init__(self, folder: str, seed: int) -> None:
         self.folder = Path(folder)
         self.seed = seed
-        self._epoch = 0  # that comes next
+        self._epoch = 0  # the next one
         self._seconds = 0.0
         self._epoch_seconds = 0.0
         self._epoch_batches = 0
@@ -112,11 +112,11 @@ class Recorder(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # For the test: said by the checkpoint that is loaded, not by whoever asked for one.
+        # The test's results name the checkpoint that was loaded, which may not be the one that was asked for.
         monitor, value = monitored_value(checkpoint)
         path = os.path.abspath(str(trainer.ckpt_path))
         self._tested = {"path": path, "epoch": checkpoint["epoch"], "monitor": monitor, "value": value}
-        trainer.should_stop = checkpoint.get(STOPPED, False)  # else it would train on
+        trainer.should_stop = checkpoint.get(STOPPED, False)  # otherwise the run would continue to train
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -126,13 +126,13 @@ class Recorder(Callback):
                 f"checkpoints alone, not with {others}: give options to `compare` (under another --output), or name "
                 "the files of the experiment and the method in place of run.yaml"
             )
-        # The first iterator over the training data is made between here and the start of the epoch, later ones after
-        # the start of theirs.
+        # Lightning makes the first iterator over the training data before the first epoch starts, and the iterators of
+        # later epochs after these have started.
         self._reseed()
-        if trainer.is_global_zero:  # of a former training in this folder, if it was begun again by hand
+        if trainer.is_global_zero:  # these files are left from an earlier training in this folder
             for name in ("fit.json", "test.json"):
                 (self.folder / name).unlink(missing_ok=True)
-            if trainer.ckpt_path is None:  # else it would be gone on from, or tested, if this one dies early
+            if trainer.ckpt_path is None:  # old checkpoints would be resumed or tested if this run dies early
                 shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         trainer.strategy.barrier("Recorder.on_fit_start")
 
@@ -156,7 +156,7 @@ class Recorder(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._first_numbers is None:
             self._reseed()
-        else:  # back to them, for a task that is resumed goes on with those of its checkpoint
+        else:  # a resumed task has restored the random state of its checkpoint
             set_random_state(self._first_numbers, pl_module.device)
             self._first_numbers = None
         self._epoch_seconds, self._epoch_batches = 0.0, 0
@@ -253,7 +253,7 @@ class Recorder(Callback):
             "optimizers": self._optimizers,
             "methods": self._methods,
             "logged": sorted({*self._logged, *trainer.callback_metrics, *trainer.logged_metrics}),
-            # So that a log that is damaged later is not taken for a whole one.
+            # By these, a log that is damaged later is told from a whole one.
             LOGGED_EPOCHS: self._logged_epochs,
             "logged_numbers": count_numbers(Run("", self.seed, self.folder)),
         }
@@ -263,10 +263,10 @@ class Recorder(Callback):
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if others := self._other_settings(trainer) or self._other_checkpoint(trainer):
             rank_zero_warn(
-                f"{self.folder / 'test.json'} stays as it is, for this was another test than the study's: {others}."
+                f"{self.folder / 'test.json'} is not changed, because this test differs from the study's: {others}."
             )
         elif trainer.is_global_zero:
-            # A name that training logs too would be two numbers in one.
+            # Training may log a metric of the same name.
             taken = (read_json(self.folder / "fit.json") or {}).get("logged", [])
             metrics = {
                 f"test/{name}" if name in taken else name: float(value)
@@ -286,19 +286,19 @@ class Recorder(Callback):
             return None
 
     def _other_settings(self, trainer: pl.Trainer) -> str:
-        """What was typed beside the run's own settings and checkpoints; empty if nothing was."""
+        """Return what was given beside the run's own settings and checkpoints, as typed; empty if nothing was."""
         own = os.path.realpath(self.folder / "run.yaml")
         files = (path for path in getattr(trainer, "config_files", ()) if os.path.realpath(path) != own)
         words = [*(word for path in files for word in ("--config", str(path))), *getattr(trainer, "flags", ())]
         folder, name = os.path.split(os.path.realpath(trainer.ckpt_path or ""))
         is_own = folder == os.path.realpath(self.folder / "checkpoints")
-        # Where a job is requeued by SLURM, Lightning goes on from a checkpoint that it names itself.
+        # After SLURM has requeued a job, Lightning resumes from a checkpoint that it names itself.
         if trainer.ckpt_path and not is_own and not name.startswith("hpc_ckpt_"):
             words += ["--ckpt_path", str(trainer.ckpt_path)]
         return shlex.join(words)
 
     def _other_checkpoint(self, trainer: pl.Trainer) -> str:
-        """What was tested, if it is not the checkpoint that the study tests."""
+        """Return the name of the tested checkpoint, if it is not the one that the study tests."""
         typed: Any = trainer  # Lightning declares no callbacks of it
         monitored = any(isinstance(callback, BestCheckpoint) for callback in typed.callbacks)
         name = os.path.basename(trainer.ckpt_path or "no checkpoint")
@@ -331,7 +331,7 @@ def _log(trainer: pl.Trainer, metrics: dict[str, Any], step: int) -> None:
 
 
 def _methods(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, list[str]]:
-    """Name the gradient methods that work: callbacks given or added, and optimizers that have one attached."""
+    """Return the gradient methods at work: callbacks that were given or added, and optimizers with one attached."""
     typed: Any = trainer  # Lightning declares no callbacks of it
     given = {id(callback) for callback in getattr(trainer, "given_callbacks", typed.callbacks)}
     found: dict[str, list[str]] = {"given": [], "added": [], "attached": []}
@@ -346,7 +346,7 @@ def _methods(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, list[
 
 
 def _described(optimizer: Optimizer) -> str:
-    """An optimizer's class and settings, such as ``SGD(lr=0.1, momentum=0.9)``; those of each of several groups."""
+    """Return an optimizer's class and the settings of its groups, such as ``SGD(lr=0.1, momentum=0.9)``."""
     groups = []
     for group in optimizer.param_groups:
         shown = {**getattr(optimizer, "defaults", {}), **group}  # in the same order for all groups
@@ -363,7 +363,7 @@ def _plain(value: Any) -> Any:
 
 
 def _fingerprint(module: pl.LightningModule) -> str:
-    """Names weights by their content, so that a report can say whether methods began with the same."""
+    """Return a name for weights by their content, which tells whether methods began with the same weights."""
     digest = hashlib.sha256()
     for parameter in module.parameters():
         if not is_lazy(parameter):

@@ -1,16 +1,15 @@
-"""Where gradients live, and the methods and kernels that rewrite them. Needs torch alone."""
+"""Gradients, wherever a strategy keeps them, and the methods and kernels that rewrite them. Needs torch alone."""
 
 import warnings
 from collections.abc import Iterable
 
 from torch import Tensor
 
+from lightning_znorm.gradients.apply import transform_gradients_
 from lightning_znorm.gradients.errors import NonFiniteGradientError, UnsupportedGradientError
-from lightning_znorm.gradients.methods import SING, AffineMethod, Centralization, GradientMethod, ZScore
+from lightning_znorm.gradients.methods import SING, AffineMethod, Centralization, GradientMethod, Statistics, ZScore
 from lightning_znorm.gradients.shards import Shard
 from lightning_znorm.gradients.slots import GradientSlot
-from lightning_znorm.gradients.statistics import Statistics
-from lightning_znorm.gradients.transform import transform_gradients_
 
 __all__ = [
     "SING",
@@ -29,7 +28,7 @@ __all__ = [
 def transform_places_(
     places: Iterable[GradientSlot], method: GradientMethod, loss_scale: Tensor | None = None
 ) -> list[Tensor | Shard | None]:
-    """Call :func:`transform_gradients_`. This is its old name, which version 0.2 removes."""
+    """Call :func:`transform_gradients_`. This is its former name, which version 0.2 removes."""
     warnings.warn(
         "lightning_znorm.gradients.transform_places_ is now called transform_gradients_: version 0.2 removes the old "
         "name",

@@ -1,4 +1,8 @@
-"""Gradients under a GradScaler: where they still hold the loss scale, and what to do about it."""
+"""Gradients under a GradScaler: whether they still hold the loss scale, and how to take it over.
+
+The private names of GradScaler and of fused optimizers are used in this file alone, because no public ones tell what a
+scaler has done. :func:`check_grad_scaler` tries them out.
+"""
 
 import inspect
 from functools import lru_cache
@@ -14,10 +18,10 @@ from lightning_znorm.gradients.errors import untested_torch
 
 @lru_cache(maxsize=1)
 def check_grad_scaler() -> None:
-    """Tries out, once, that GradScalers of this release of torch work as is assumed here.
+    """Try out, once, that GradScalers of this release of torch work as this file assumes.
 
     Raises:
-        UnsupportedGradientError: If not: a method would be given gradients that still hold the scale, or none.
+        UnsupportedGradientError: If they do not. A method would be given gradients that still hold the scale, or none.
     """
     scaler = GradScaler("cpu", init_scale=4.0)
     plain: Any = _Trial()
@@ -33,7 +37,7 @@ def check_grad_scaler() -> None:
         expected["what is infinite"] = [float(found) for found in found_inf(scaler, plain)] == [1.0]
         scaler.step(fused)
         expected["what it hands to fused optimizers"] = unscales_in_step(fused) and fused.was_given == (4.0, 1.0)
-    except Exception as error:  # a name that is gone or means something else may raise anything; it is passed on
+    except Exception as error:  # a name that is gone or means something else may raise anything
         raise untested_torch(f"GradScaler: {type(error).__name__}: {error}") from error
     for what, is_so in expected.items():
         if not is_so:
@@ -41,7 +45,7 @@ def check_grad_scaler() -> None:
 
 
 class _Trial:
-    """What GradScaler knows of an optimizer. A real one would run the hooks that a program has for all optimizers."""
+    """The part of an optimizer that GradScaler uses. A real one would run the hooks for all optimizers of a program."""
 
     def __init__(self) -> None:
         weight = torch.zeros(1)
@@ -69,20 +73,20 @@ def unscales_in_step(optimizer: Optimizer) -> bool:
 
 
 def found_inf(scaler: GradScaler | None, optimizer: Optimizer) -> list[Tensor]:
-    """What ``scaler.unscale_`` has found in the gradients of an optimizer: a scalar of each device, zero for no inf."""
+    """Return what ``scaler.unscale_`` has found in the gradients of an optimizer: for each device, zero if no inf."""
     if scaler is None or not scaler.is_enabled():
         return []
     return list(scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values())
 
 
 def take_over_scale_(scaler: GradScaler, optimizer: Optimizer) -> Tensor | None:
-    """Prepares the gradients of an optimizer that unscales in its step for a method, which needs the true ones.
+    """Prepare the gradients of an optimizer that unscales in its step for a method, which needs the true gradients.
 
-    Calling ``scaler.unscale_`` early makes ``scaler.step`` hand the optimizer no scale, and skip the step on inf as
-    ever. An optimizer that takes the scaler itself divides all the same.
+    After an early call of ``scaler.unscale_``, ``scaler.step`` hands no scale to the optimizer, and still skips the
+    step on inf. An optimizer whose step takes the scaler divides by the scale in any case.
 
     Returns:
-        The factor that the gradients hold, and must hold after the method too, or ``None`` if they are the true ones.
+        The factor that the gradients hold, and must hold after the method too; ``None`` if they are the true ones.
     """
     if "grad_scaler" in inspect.signature(optimizer.step).parameters:
         return scale_of(scaler)
@@ -95,5 +99,5 @@ def take_over_scale_(scaler: GradScaler, optimizer: Optimizer) -> Tensor | None:
 
 
 def scale_of(scaler: GradScaler) -> Tensor:
-    """The scale that gradients hold before they are unscaled, where it is: a scalar tensor on the device."""
+    """Return the scale that gradients hold before they are unscaled, as a scalar tensor on the device."""
     return scaler._get_scale_async()  # type: ignore[return-value]  # there is one once a loss has been scaled

@@ -1,4 +1,4 @@
-"""What can be wrong with a gradient."""
+"""The errors that gradients raise, and what their messages share."""
 
 from collections.abc import Sequence
 
@@ -6,23 +6,23 @@ import torch
 
 
 class UnsupportedGradientError(RuntimeError):
-    """A gradient that cannot be normalized where and as it is."""
+    """A gradient that cannot be normalized as it is, or where it is kept."""
 
 
 class NonFiniteGradientError(RuntimeError):
-    """A gradient that holds an inf or NaN, where that was to be an error."""
+    """A gradient that holds an inf or NaN, where the user asked for an error."""
 
 
 def untested_torch(what: str) -> UnsupportedGradientError:
-    """An error for a PyTorch that lacks what tells where gradients are."""
+    """Return an error for a PyTorch that does not tell where gradients are kept."""
     return UnsupportedGradientError(
         f"PyTorch {torch.__version__} keeps gradients otherwise than the releases that were tested: {what}. Use an "
         "older release of it, or a newer one of lightning-znorm"
     )
 
 
-def missing(owner: object, names: Sequence[str]) -> str:
-    """Says which of the attributes that are needed of an object it lacks; nothing if it has them all."""
-    lacking = [name for name in names if not hasattr(owner, name)]
+def missing_attributes(owner: object, names: Sequence[str]) -> str:
+    """Return a text that names the attributes that an object lacks; an empty one if it has them all."""
+    missing = [name for name in names if not hasattr(owner, name)]
     kind = owner if isinstance(owner, type) else type(owner)
-    return f"{kind.__name__} has no {', '.join(lacking)}" if lacking else ""
+    return f"{kind.__name__} has no {', '.join(missing)}" if missing else ""

@@ -1,44 +1,59 @@
-"""What a process holds of a gradient that is spread over several, and how it belongs to the statistics of the whole."""
+"""The part of a sharded gradient that a process holds, and the process groups that hold the other parts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_znorm.gradients.errors import UnsupportedGradientError
 from lightning_znorm.gradients.methods import Over
-from lightning_znorm.gradients.pieces import Piece
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def whole_pieces(grads: Iterable[Tensor], over: Over) -> list[Piece]:
-    """Whole gradients as memory to transform, but for those that are empty, or whose rows are single elements."""
+class Segment(NamedTuple):
+    """Memory that a kernel reads, with one set of statistics (count, mean, M2), or with one for each row."""
+
+    tensor: Tensor
+    """Dense and not empty, of any shape and strides."""
+    by_row: bool = False
+    """Whether each index of the first dimension has its own statistics."""
+    start: int = 0
+    """Index of its first statistics, where several segments contribute to common ones."""
+
+    @property
+    def num_stats(self) -> int:
+        """Number of sets of statistics."""
+        return len(self.tensor) if self.by_row else 1
+
+
+def unsharded_segments(grads: Iterable[Tensor], over: Over) -> list[Segment]:
+    """Return the segments of unsharded gradients, without those of a single element, or with rows of one."""
     if over == "row":
-        return [Piece(grad, True) for grad in grads if grad.ndim > 1 and grad.numel() > grad.shape[0]]
-    return [Piece(grad) for grad in grads if grad.numel() > 1]
+        return [Segment(grad, True) for grad in grads if grad.ndim > 1 and grad.numel() > grad.shape[0]]
+    return [Segment(grad) for grad in grads if grad.numel() > 1]
 
 
 def _has_deviation(shape: torch.Size, over: Over) -> bool:
-    """Whether a tensor, or its rows, have several elements; all processes agree, because they know the whole shape."""
+    """Whether a tensor, or its rows, have several elements; all processes agree, because they know the full shape."""
     return len(shape) > 1 and shape[1:].numel() > 1 if over == "row" else shape.numel() > 1
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Shard(ABC):
-    """This process' part of one gradient, of which process groups hold the rest.
+    """This process' part of one gradient, of which process groups hold the other parts.
 
     All their ranks make shards of the same gradients in the same order, whatever they hold of them.
 
     Attributes:
-        local: Memory to rewrite in place; ``None`` if nothing of the gradient is here.
-        shape: Of the whole gradient.
+        local: Memory to rewrite in place; ``None`` if this process holds nothing of the gradient.
+        shape: Shape of the unsharded gradient.
         device: Where the gradient's parts are, on this and on other ranks.
-        is_complex: Whether its elements are.
+        is_complex: Whether its elements are complex.
     """
 
     local: Tensor | None
@@ -46,62 +61,68 @@ class Shard(ABC):
     device: torch.device
     is_complex: bool = False
 
-    def groups(self, over: Over, single: bool = False) -> tuple["ProcessGroup", ...]:
-        """Process groups over whose ranks statistics are summed, one after the other; none if what is here suffices.
+    def reduce_groups(self, over: Over, include_single: bool = False) -> tuple["ProcessGroup", ...]:
+        """Return the process groups over whose ranks statistics are summed, one after the other.
 
         Args:
-            over: What statistics are taken of.
-            single: Whether those of single elements are of interest too.
+            over: What statistics are taken over.
+            include_single: Whether to take statistics of tensors or rows of a single element too.
+
+        Returns:
+            The groups; none if this process has all that the statistics need.
+
+        Raises:
+            UnsupportedGradientError: If the shard does not tell the rows that statistics are taken over.
         """
-        return self._groups(over) if single or _has_deviation(self.shape, over) else ()
+        return self._reduce_groups(over) if include_single or _has_deviation(self.shape, over) else ()
 
     @property
     def has_rows(self) -> bool:
-        """Whether the whole gradient has rows of several elements."""
+        """Whether the unsharded gradient has rows of several elements."""
         return _has_deviation(self.shape, "row")
 
     @property
     def holders(self) -> tuple["ProcessGroup", ...]:
-        """Process groups over whose ranks the gradient is spread, however few elements it has."""
-        return self._groups("tensor")
+        """Process groups over whose ranks the gradient is sharded, however few elements it has."""
+        return self._reduce_groups("tensor")
 
-    def entries(self, over: Over) -> int:
-        """Number of statistics that the ranks of :meth:`groups` share."""
-        return self._rows if over == "row" else 1
+    def num_stats(self, over: Over) -> int:
+        """Return the number of sets of statistics that the ranks of :meth:`reduce_groups` share."""
+        return self._num_rows if over == "row" else 1
 
     def count(self, over: Over) -> int:
-        """Number of elements behind each entry, on all processes together."""
+        """Return the number of elements of the tensor, or of each row, on all processes together."""
         return self.shape[1:].numel() if over == "row" else self.shape.numel()
 
-    def pieces(self, over: Over, start: int = 0, single: bool = False) -> list[Piece]:
-        """The memory here, with the entries that it contributes to.
+    def segments(self, over: Over, start: int = 0, include_single: bool = False) -> list[Segment]:
+        """Return the local memory, with the statistics that it contributes to.
 
         Args:
-            over: What statistics are taken of.
-            start: Number of the shard's first entry.
-            single: Whether those of single elements are of interest too.
+            over: What statistics are taken over.
+            start: Index of the shard's first statistics.
+            include_single: Whether to take statistics of tensors or rows of a single element too.
         """
-        if self.local is None or self.local.numel() == 0 or not (single or _has_deviation(self.shape, over)):
+        if self.local is None or self.local.numel() == 0 or not (include_single or _has_deviation(self.shape, over)):
             return []
-        return self._pieces(self.local, over, start)
+        return self._segments(self.local, over, start)
 
     @property
     @abstractmethod
-    def _rows(self) -> int: ...
+    def _num_rows(self) -> int: ...
 
     @abstractmethod
-    def _groups(self, over: Over) -> tuple["ProcessGroup", ...]: ...
+    def _reduce_groups(self, over: Over) -> tuple["ProcessGroup", ...]: ...
 
     @abstractmethod
-    def _pieces(self, local: Tensor, over: Over, start: int) -> list[Piece]: ...
+    def _segments(self, local: Tensor, over: Over, start: int) -> list[Segment]: ...
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BoxShard(Shard):
-    """A box of the whole gradient, cut along dimensions (DTensor).
+    """A box of the gradient, cut along dimensions (DTensor).
 
     Attributes:
-        rows: Number of rows here.
+        rows: Number of local rows.
         cuts: For each process group, the dimension that is cut over its ranks.
     """
 
@@ -109,19 +130,19 @@ class BoxShard(Shard):
     cuts: Mapping["ProcessGroup", int]
 
     @property
-    def _rows(self) -> int:
+    def _num_rows(self) -> int:
         return self.rows
 
-    def _groups(self, over: Over) -> tuple["ProcessGroup", ...]:
-        # The ranks of a group that cuts the first dimension hold different rows, each of them whole.
+    def _reduce_groups(self, over: Over) -> tuple["ProcessGroup", ...]:
+        # The ranks of a group that cuts the first dimension hold different rows, each of them complete.
         return tuple(group for group, dim in self.cuts.items() if over == "tensor" or dim > 0)
 
-    def _pieces(self, local: Tensor, over: Over, start: int) -> list[Piece]:
-        return [Piece(local, over == "row", start)]
+    def _segments(self, local: Tensor, over: Over, start: int) -> list[Segment]:
+        return [Segment(local, over == "row", start)]
 
 
-def whole_shard(grad: Tensor) -> Shard:
-    """A gradient of which everything is here."""
+def as_shard(grad: Tensor) -> Shard:
+    """Return an unsharded gradient as a shard that holds all of it."""
     rows = grad.shape[0] if grad.ndim else 1
     return BoxShard(local=grad, shape=grad.shape, device=grad.device, is_complex=grad.is_complex(), rows=rows, cuts={})
 
@@ -131,8 +152,8 @@ class FlatShard(Shard):
     """An interval of the flattened gradient, which may begin and end in mid-row (FSDP1, DeepSpeed).
 
     Attributes:
-        offset: Index, in the flattened gradient, of the first element here.
-        group: The process group that holds the whole; ``None`` if all of it is here.
+        offset: Index, in the flattened gradient, of the first local element.
+        group: The process group that holds the gradient; ``None`` if this process holds all of it.
         in_rows: Whether it is flattened row by row.
     """
 
@@ -141,10 +162,10 @@ class FlatShard(Shard):
     in_rows: bool = True
 
     @property
-    def _rows(self) -> int:
+    def _num_rows(self) -> int:
         return self.shape[0]
 
-    def _groups(self, over: Over) -> tuple["ProcessGroup", ...]:
+    def _reduce_groups(self, over: Over) -> tuple["ProcessGroup", ...]:
         if over == "row" and not self.in_rows:
             raise UnsupportedGradientError(
                 f"a gradient of shape {tuple(self.shape)} is flattened in an order that mixes its rows, because the "
@@ -152,19 +173,19 @@ class FlatShard(Shard):
             )
         return () if self.group is None else (self.group,)
 
-    def _pieces(self, local: Tensor, over: Over, start: int) -> list[Piece]:
+    def _segments(self, local: Tensor, over: Over, start: int) -> list[Segment]:
         flat = local.view(-1)
         if over == "tensor":
-            return [Piece(flat, start=start)]
+            return [Segment(flat, start=start)]
         length = self.shape[1:].numel()
-        head = min(-self.offset % length, len(flat))  # the rest of a row that begins on another rank
-        whole, tail = divmod(len(flat) - head, length)
-        rows = flat[head : len(flat) - tail].view(whole, length)
+        head = min(-self.offset % length, len(flat))  # the end of a row that begins on another rank
+        num_complete, tail = divmod(len(flat) - head, length)
+        rows = flat[head : len(flat) - tail].view(num_complete, length)
         first = start + self.offset // length
         after_head = first + (head > 0)
-        pieces = [
-            Piece(flat[:head], start=first),
-            Piece(rows, by_row=True, start=after_head),
-            Piece(flat[len(flat) - tail :], start=after_head + whole),
+        segments = [
+            Segment(flat[:head], start=first),
+            Segment(rows, by_row=True, start=after_head),
+            Segment(flat[len(flat) - tail :], start=after_head + num_complete),
         ]
-        return [piece for piece in pieces if piece.tensor.numel() > 0]
+        return [segment for segment in segments if segment.tensor.numel() > 0]

@@ -1,4 +1,4 @@
-"""Gradients that share memory: rewriting one of them in place would change another one, or the same one twice."""
+"""Gradients that share memory. To rewrite one of them in place would change another one, or the same one twice."""
 
 import math
 from collections import defaultdict
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from lightning_znorm.gradients.slots import GradientSlot
 
 
-def may_share_memory(wholes: Sequence[Tensor], shards: Sequence[Shard]) -> bool:
-    """Whether any two gradients may have elements in common: quick, as every step asks it and most answers are no."""
-    tensors = [*wholes, *(shard.local for shard in shards if shard.local is not None)] if shards else wholes
+def may_share_memory(unsharded: Sequence[Tensor], shards: Sequence[Shard]) -> bool:
+    """Whether any two gradients may have elements in common. It is fast, because every step asks it."""
+    tensors = [*unsharded, *(shard.local for shard in shards if shard.local is not None)] if shards else unsharded
     try:
         storages = set(map(_identity, map(Tensor.untyped_storage, tensors)))
     except RuntimeError:  # from tensors of backends that have no storage, such as XLA's
@@ -39,22 +39,21 @@ def may_share_memory(wholes: Sequence[Tensor], shards: Sequence[Shard]) -> bool:
     return any(map(gt, ends, starts[1:]))
 
 
-def each_memory_once(
+def without_duplicates(
     slots: Iterable["GradientSlot"], grads: Sequence[Tensor | Shard | None]
 ) -> tuple[list[Tensor], list[Shard]]:
-    """The whole gradients and the shards to rewrite, if no element is to be rewritten twice.
+    """Return the unsharded gradients and the shards to rewrite, so that no element is rewritten twice.
 
-    Where parameters have the very same gradient, in the same memory, it is rewritten once, and is the result for all of
-    them.
+    If parameters have the same gradient, in the same memory, it is rewritten once, and is the result for all of them.
 
     Args:
-        slots: Where the gradients are, to name them.
-        grads: The gradients at these slots.
+        slots: The slots of the gradients, which name them.
+        grads: The gradients.
 
     Raises:
         UnsupportedGradientError: If other gradients have elements in common.
     """
-    once = list(grads)
+    unique = list(grads)
     by_storage: defaultdict[int, dict[_Layout, int]] = defaultdict(dict)
     for number, grad in enumerate(grads):
         tensor = grad.local if isinstance(grad, Shard) else grad
@@ -67,23 +66,23 @@ def each_memory_once(
             continue
         if not _are_the_same(grads[first], grad):
             raise _overlap(slots, first, number)
-        # All ranks need an entry of the statistics for each shard, so the second one is rewritten elsewhere.
-        once[number] = replace(grad, local=tensor.clone()) if isinstance(grad, Shard) else None
+        # All ranks need statistics of each shard, so the second one is rewritten in a copy.
+        unique[number] = replace(grad, local=tensor.clone()) if isinstance(grad, Shard) else None
     for layouts in by_storage.values():
         if len(layouts) > 1 and (pair := _overlapping(tuple(layouts))):
             first, second = (list(layouts.values())[index] for index in pair)
             raise _overlap(slots, first, second)
-    return [grad for grad in once if isinstance(grad, Tensor)], [grad for grad in once if isinstance(grad, Shard)]
+    return [grad for grad in unique if isinstance(grad, Tensor)], [grad for grad in unique if isinstance(grad, Shard)]
 
 
 def has_internal_overlap(tensor: Tensor) -> bool:
-    """Whether some elements of a tensor share their memory, as those of an expanded one do, so far as strides tell."""
+    """Whether elements of a tensor share memory, as in an expanded one. If strides cannot tell, it says yes."""
     if tensor.is_contiguous():
         return False
-    verdict = torch._debug_has_internal_overlap(tensor)
+    verdict = torch._debug_has_internal_overlap(tensor)  # torch has no public function: 0 no, 1 yes, 2 unknown
     if verdict < 2:
         return bool(verdict)
-    # Elements are apart if each dimension steps over all that the dimensions of smaller strides span.
+    # Elements are disjoint if the stride of each dimension is longer than what the smaller strides span.
     span = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -120,15 +119,15 @@ def _layout(tensor: Tensor) -> _Layout:
 
 @lru_cache(maxsize=64)
 def _overlapping(layouts: tuple[_Layout, ...]) -> tuple[int, int] | None:
-    """The numbers of the first two tensors of a storage that have an element in common, tried out on a mask of it.
+    """Return the indices of the first two tensors of a storage that have an element in common.
 
-    Cached, because such gradients mostly have the same layouts in every step.
+    It is tried out on a mask of the storage. Cached, because such gradients mostly have the same layouts in every step.
     """
     unit = math.gcd(*(layout.itemsize for layout in layouts))
     origin = min(layout.start for layout in layouts)
     masks = []
     for start, shape, strides, itemsize, _ in layouts:
-        # The units of an element are a dimension more.
+        # The units of an element are one more dimension.
         steps = [stride // unit for stride in strides]
         masks.append(((*shape, itemsize // unit), (*steps, 1), (start - origin) // unit))
     length = max(
@@ -147,13 +146,13 @@ def _overlapping(layouts: tuple[_Layout, ...]) -> tuple[int, int] | None:
 
 
 def _span(tensor: Tensor) -> int:
-    """Bytes from a tensor's first element to the end of its last one."""
+    """Return the number of bytes from a tensor's first element to the end of its last one."""
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (steps + 1) * tensor.element_size() if tensor.numel() else 0
 
 
 def _are_the_same(first: Tensor | Shard | None, second: Tensor | Shard | None) -> bool:
-    """Whether two gradients in the same memory are one: both whole, or the same part of a whole."""
+    """Whether two gradients in the same memory are one: both unsharded, or the same part of a gradient."""
     if not isinstance(first, Shard) or not isinstance(second, Shard):
         return isinstance(first, Tensor) and isinstance(second, Tensor)
     return type(first) is type(second) and all(
@@ -169,4 +168,4 @@ def _overlap(slots: Iterable["GradientSlot"], first: int, second: int) -> Unsupp
     )
 
 
-_identity = attrgetter("_cdata")  # the same for all views of a storage
+_identity = attrgetter("_cdata")  # the same for all views of a storage, for which torch has no public name

@@ -1,8 +1,10 @@
-"""Where gradients are found: behind each parameter, whole or in part."""
+"""Where the gradient of each parameter is kept, and which parameters take part."""
 
+import difflib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from types import ModuleType, NoneType
 
@@ -10,17 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
+from lightning_znorm.arguments import checked_integer, checked_patterns
 from lightning_znorm.gradients.errors import UnsupportedGradientError, untested_torch
 from lightning_znorm.gradients.shards import Shard
 from lightning_znorm.gradients.shared_memory import has_internal_overlap
 
 
 class GradientSlot(ABC):
-    """Where one gradient is found, at each step anew.
+    """Where the gradient of one parameter is kept. It is read anew at each step.
 
     Attributes:
-        names: The parameter's names, of which it has several where modules share it.
+        names: The parameter's names. It has several if modules share it.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
@@ -29,26 +33,29 @@ class GradientSlot(ABC):
     @property
     @abstractmethod
     def ndim(self) -> int | None:
-        """Number of dimensions of the whole parameter; ``None`` while a lazy layer waits for its first batch."""
+        """Number of dimensions of the unsharded parameter; ``None`` while a lazy layer waits for its first batch."""
 
     @abstractmethod
     def read(self) -> Tensor | Shard | None:
-        """The gradient as it is now: whole, or in part, or ``None`` if the parameter has none on any process.
+        """Return the gradient, in the memory where the optimizer will look for it.
+
+        Returns:
+            The unsharded gradient, or this process' shard of it, or ``None`` if no process has a gradient.
 
         Raises:
-            UnsupportedGradientError: If it cannot be normalized.
+            UnsupportedGradientError: If the gradient cannot be normalized.
         """
 
     def on_rewritten(self) -> None:  # noqa: B027
-        """Is called once the gradient has been rewritten, for those who keep what they have computed of it before."""
+        """Update what was computed from the gradient. Called after the gradient has been rewritten in place."""
 
     @abstractmethod
     def clear(self) -> None:
-        """Removes the gradient, so that the step leaves the parameter as it is."""
+        """Remove the gradient, so that the step leaves the parameter as it is."""
 
 
 class ParameterSlot(GradientSlot):
-    """A parameter whose gradient is in its ``grad``: a tensor that is whole on every process, or a DTensor.
+    """The slot of a parameter whose gradient is in its ``grad``: an unsharded tensor, or a DTensor.
 
     Args:
         names: The parameter's names.
@@ -67,13 +74,13 @@ class ParameterSlot(GradientSlot):
         parameter = self.parameter
         if vars(parameter) and _is_sharded(parameter):
             raise UnsupportedGradientError(
-                f"the gradient of {self.names[0]} is sharded by DeepSpeed or by the first version of FSDP, and nothing "
-                "here tells where the rest of it is: use FSDP2 (`torch.distributed.fsdp.fully_shard`), or "
-                "lightning_znorm's callbacks in a Lightning Trainer"
+                f"the gradient of {self.names[0]} is sharded by DeepSpeed or by the first version of FSDP, and the "
+                "parameter alone does not tell where its other parts are: use FSDP2 "
+                "(`torch.distributed.fsdp.fully_shard`), or lightning_znorm's callbacks in a Lightning Trainer"
             )
         grad = parameter.grad
         tensor = parameter if grad is None else grad
-        if grad is not None and grad.dtype not in _TYPES:
+        if grad is not None and grad.dtype not in _SUPPORTED_TYPES:
             raise UnsupportedGradientError(
                 f"the gradient of {self.names[0]} is of type {grad.dtype}, in which PyTorch takes neither means nor "
                 "deviations: keep it in float16, bfloat16, float32 or float64, or leave this parameter out"
@@ -81,21 +88,21 @@ class ParameterSlot(GradientSlot):
         if _is_distributed(tensor):
             dtensor = dtensor_support()
             if dtensor.is_dtensor(tensor):
-                found: Tensor | Shard | None = dtensor.find_dtensor(parameter, self.names[0])
-                return found
+                read: Tensor | Shard | None = dtensor.read_dtensor(parameter, self.names[0])
+                return read
             if not dtensor.is_async(tensor):
                 raise UnsupportedGradientError(
                     f"the gradient of {self.names[0]} is a {type(tensor).__name__} of PyTorch's distributed package, "
-                    "and nothing here tells what it holds of the whole: use DTensors (FSDP2, tensor parallelism), or "
-                    "leave this parameter out"
+                    "which does not tell which part of the gradient it holds: use DTensors (FSDP2, tensor "
+                    "parallelism), or leave this parameter out"
                 )
         if grad is None:
             return None
         if grad.layout != torch.strided:
             raise UnsupportedGradientError(
-                f"the gradient of {self.names[0]} is sparse ({grad.layout}, shape {tuple(grad.shape)}), and a sparse "
-                "tensor has no mean over all its elements that would leave it sparse: use dense gradients "
-                "(`sparse=False` in torch.nn.Embedding), or leave this parameter out"
+                f"the gradient of {self.names[0]} is sparse ({grad.layout}, shape {tuple(grad.shape)}), and to "
+                "subtract the mean over all its elements would make it dense: use dense gradients (`sparse=False` in "
+                "torch.nn.Embedding), or leave this parameter out"
             )
         if has_internal_overlap(grad):
             # An expanded gradient, for one, cannot be written to.
@@ -107,26 +114,26 @@ class ParameterSlot(GradientSlot):
 
 
 class UnnamedSlots:
-    """The slots of parameters that have no names: iterable, and made only then, as most steps need none.
+    """The slots of parameters that have no names. They are made when iterated over, because most steps need no slots.
 
     Args:
         groups: The parameters; one that occurs twice counts once.
-        are_an_optimizers: Whether to name the group of each.
+        names_groups: Whether each group is a parameter group of an optimizer, and the slots' names tell its number.
 
     Raises:
-        TypeError: If something is given that is not a tensor.
+        TypeError: If something other than a tensor is given.
     """
 
-    def __init__(self, *groups: Iterable[Tensor], are_an_optimizers: bool = False) -> None:
-        self._names_groups = are_an_optimizers
+    def __init__(self, *groups: Iterable[Tensor], names_groups: bool = False) -> None:
+        self._names_groups = names_groups
         self._groups = [list(group) for group in groups]
-        every = [parameter for group in self._groups for parameter in group]
-        if not set(map(type, every)) <= _ORDINARY:
+        parameters = [parameter for group in self._groups for parameter in group]
+        if not set(map(type, parameters)) <= _ORDINARY_TYPES:
             for name, parameter in self._named():
                 if not isinstance(parameter, Tensor):
                     raise TypeError(f"{name} is not a tensor but a {type(parameter).__name__}: give model.parameters()")
-        # By identity, because a tensor takes its time to give its hash.
-        self.parameters = list({id(parameter): parameter for parameter in every}.values())
+        # By identity, because the hash of a tensor is slow.
+        self.parameters = list({id(parameter): parameter for parameter in parameters}.values())
 
     def __iter__(self) -> Iterator[ParameterSlot]:
         names: dict[int, str] = {}
@@ -142,11 +149,25 @@ class UnnamedSlots:
                 yield f"parameter {index}{of_group}", parameter
 
 
+def optimizer_slots(optimizer: Optimizer) -> UnnamedSlots:
+    """Return the slots of an optimizer's parameters, named by their numbers."""
+    return UnnamedSlots(*[group["params"] for group in optimizer.param_groups], names_groups=True)
+
+
+# What torch.compile, FSDP and activation checkpointing put into the names of the modules that they wrap.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def clean_name(name: str) -> str:
+    """Return a parameter's name as the model's author wrote it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def read_gradients(slots: Sequence[GradientSlot] | UnnamedSlots) -> list[Tensor | Shard | None]:
-    """The gradients as they are now, in the order of their slots; sums that DTensors stand for are taken before.
+    """Read the gradients of several slots, in their order. ``Partial`` DTensors are all-reduced before.
 
     Raises:
-        UnsupportedGradientError: If one of them cannot be normalized.
+        UnsupportedGradientError: If one of the gradients cannot be normalized.
     """
     if isinstance(slots, UnnamedSlots):
         parameters, all_in_parameters = slots.parameters, True
@@ -161,20 +182,20 @@ def read_gradients(slots: Sequence[GradientSlot] | UnnamedSlots) -> list[Tensor 
 
 
 def _ordinary_grads(parameters: Sequence[Tensor]) -> list[Tensor | Shard | None] | None:
-    """The gradients of parameters, if no slot needs to look at one of them; ``None`` otherwise.
+    """Return the gradients of parameters if ``slot.read()`` would return ``parameter.grad`` for each, else ``None``.
 
-    In most steps this is all there is to find, and models have hundreds of parameters: asking one thing of all of them
-    takes a third of the time of asking all things of each.
+    So it is in most steps, and models have hundreds of parameters: to ask one question about all of them takes a third
+    of the time of asking all questions about each.
     """
-    if not set(map(type, parameters)) <= _ORDINARY:
+    if not set(map(type, parameters)) <= _ORDINARY_TYPES:
         return None
-    # Both mark a parameter by attributes, and a tensor takes its time to say that it has not this one.
+    # FSDP1 and DeepSpeed mark a parameter by attributes. `vars` tells fast that a tensor has none.
     if any(map(_is_sharded, filter(vars, parameters))):
         return None
     grads = [parameter.grad for parameter in parameters]
     if not set(map(type, grads)) <= {Tensor, NoneType}:
         return None
-    strided, types = torch.strided, _TYPES
+    strided, types = torch.strided, _SUPPORTED_TYPES
     for grad in grads:
         if grad is not None and (grad.layout is not strided or grad.dtype not in types or has_internal_overlap(grad)):
             return None
@@ -182,7 +203,7 @@ def _ordinary_grads(parameters: Sequence[Tensor]) -> list[Tensor | Shard | None]
 
 
 # Types of gradients whose statistics PyTorch can take: not those of eight bits and fewer.
-_TYPES = frozenset(
+_SUPPORTED_TYPES = frozenset(
     {
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
         *(torch.complex32, torch.complex64, torch.complex128),
@@ -190,19 +211,20 @@ _TYPES = frozenset(
 )
 
 # Types of parameters that are neither DTensors nor lazy.
-_ORDINARY = {Parameter, Tensor}
+_ORDINARY_TYPES = {Parameter, Tensor}
 
 
 def _is_sharded(parameter: Tensor) -> bool:
-    """Whether DeepSpeed or the first version of FSDP keeps a parameter's gradient, which they are asked themselves.
+    """Whether DeepSpeed or the first version of FSDP keeps a parameter's gradient. Their own functions tell.
 
-    A program that has parameters of theirs has loaded them; one that has not need not.
+    A program that has parameters of theirs has loaded them, so nothing is imported for others.
 
     Raises:
         UnsupportedGradientError: If a program may have such parameters, and this release of theirs cannot be asked.
     """
     try:
         if hasattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel"):
+            # FSDP has no public function that tells which parameters are its own.
             from torch.distributed.fsdp import FlatParameter, _flat_param
             from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
 
@@ -224,20 +246,20 @@ def _is_sharded(parameter: Tensor) -> bool:
 
 
 def _is_distributed(tensor: Tensor | None) -> bool:
-    """Whether a tensor is of one of the kinds that torch's distributed package has, such as DTensor."""
+    """Whether a tensor is of one of the classes of torch's distributed package, such as DTensor."""
     kind = type(tensor)
-    return kind not in _LOCAL and any(cls.__module__.startswith("torch.distributed.") for cls in kind.__mro__)
+    return kind not in _LOCAL_TYPES and any(cls.__module__.startswith("torch.distributed.") for cls in kind.__mro__)
 
 
-_LOCAL = {Parameter, Tensor, NoneType}
+_LOCAL_TYPES = {Parameter, Tensor, NoneType}
 
 
 @lru_cache(maxsize=1)
 def dtensor_support() -> ModuleType:
-    """What deals with DTensors, loaded where there are some.
+    """Return the module that reads DTensors, which is imported only by programs that have some.
 
     Raises:
-        UnsupportedGradientError: If this release of torch lacks what it needs.
+        UnsupportedGradientError: If this release of torch lacks what the module needs.
     """
     try:
         from lightning_znorm.gradients.adapters import dtensor
@@ -245,3 +267,65 @@ def dtensor_support() -> ModuleType:
         raise untested_torch(str(error)) from error
     dtensor.check_dtensors()
     return dtensor
+
+
+class ParameterFilter:
+    """A choice of parameters by shell-style patterns on their names, and by their number of dimensions.
+
+    Names are those of ``named_parameters()``, without what ``torch.compile`` and FSDP insert. ``*`` matches dots too.
+
+    Args:
+        include: Pattern or patterns. A parameter must match one of them.
+        exclude: Pattern or patterns. A parameter must match none of them.
+        min_ndim: Least number of dimensions: 2 leaves out biases and normalization scales.
+
+    Raises:
+        TypeError: If a pattern is not a string, or ``min_ndim`` is not a whole number.
+        ValueError: If ``min_ndim`` is negative.
+    """
+
+    def __init__(
+        self, include: str | Sequence[str] = "*", exclude: str | Sequence[str] = (), min_ndim: int = 0
+    ) -> None:
+        self.include = checked_patterns("include", include)
+        self.exclude = checked_patterns("exclude", exclude)
+        self.min_ndim = checked_integer("min_ndim", min_ndim, minimum=0)
+
+    def matches(self, slot: GradientSlot) -> bool:
+        """Whether a parameter is chosen. A shared one is, if one of its names is included and none is excluded."""
+        has_dimensions = slot.ndim is None or slot.ndim >= self.min_ndim
+        return has_dimensions and _any_match(slot.names, self.include) and not _any_match(slot.names, self.exclude)
+
+    def includes(self, names: Iterable[str], pattern: str) -> bool:
+        """Whether one of the names of a parameter matches an ``include`` pattern."""
+        return _any_match(names, [pattern])
+
+    @property
+    def needs_names(self) -> bool:
+        """Whether the choice depends on names. The default patterns choose parameters whatever their names are."""
+        return "*" not in self.include or bool(self.exclude)
+
+    def check(self, slots: Iterable[GradientSlot]) -> None:
+        """Refuse a filter that does not fit a model.
+
+        Raises:
+            ValueError: If a pattern matches no parameter at all, or no parameter is chosen.
+        """
+        slots = list(slots)
+        names = [name for slot in slots for name in slot.names]
+        for pattern in [*self.include, *self.exclude]:
+            if not _any_match(names, [pattern]):
+                nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+                raise ValueError(
+                    f"the pattern {pattern!r} matches none of the model's {len(names)} parameters; "
+                    f"the nearest names are {', '.join(nearest)}"
+                )
+        if not any(self.matches(slot) for slot in slots):
+            raise ValueError(
+                f"include={self.include}, exclude={self.exclude} and min_ndim={self.min_ndim} together leave none of "
+                f"the model's {len(names)} parameters"
+            )
+
+
+def _any_match(names: Iterable[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)

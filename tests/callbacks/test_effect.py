@@ -16,8 +16,8 @@ from torch.optim import SGD, Optimizer
 from lightning_znorm import GradientMonitor, GradientTransform, ZNormCallback
 from lightning_znorm.callbacks.step_watch import FIRST_STEPS, StepWatch
 from lightning_znorm.functional import attach
-from lightning_znorm.gradients.adapters.plain import GradientAdapter
-from lightning_znorm.gradients.selection import ParameterFilter
+from lightning_znorm.gradients.adapters.plain import PlainAdapter
+from lightning_znorm.gradients.slots import ParameterFilter
 from tests.callbacks.training import (
     LR,
     OPTIMIZERS,
@@ -703,7 +703,7 @@ def test_wrappers_of_the_users_own(fit, tmp_path) -> None:
 
 def test_nothing_is_counted_once_gradients_have_been_found() -> None:
     net = network()
-    optimizer, adapter = SGD(net.parameters(), LR), GradientAdapter(net)
+    optimizer, adapter = SGD(net.parameters(), LR), PlainAdapter(net)
     watch = StepWatch("Callback", "transformed", "", ParameterFilter(), adapter, lambda _: False, is_finetuned=False)
     watch.start([optimizer])
     looks = []

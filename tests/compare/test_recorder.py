@@ -24,7 +24,7 @@ from lightning_znorm.compare.files import DamagedError
 from lightning_znorm.compare.recorder import Recorder, _fingerprint
 from lightning_znorm.compare.results import read_fit, read_run
 from lightning_znorm.compare.study import Run
-from lightning_znorm.gradients.adapters.plain import GradientAdapter
+from lightning_znorm.gradients.adapters.plain import PlainAdapter
 
 MONITOR = ("val/accuracy", "max")
 
@@ -149,7 +149,7 @@ def test_gradient_norm_in_any_precision(dtype):
     weights = [torch.nn.Parameter(torch.zeros(300, 300, dtype=dtype)), torch.nn.Parameter(torch.zeros(7, dtype=dtype))]
     for weight in weights:
         weight.grad = torch.full_like(weight, 300.0)
-    optimizer, adapter = torch.optim.SGD(weights), GradientAdapter(torch.nn.ParameterList(weights))
+    optimizer, adapter = torch.optim.SGD(weights), PlainAdapter(torch.nn.ParameterList(weights))
     trainer = SimpleNamespace(
         optimizers=[optimizer],
         fast_dev_run=False,
@@ -369,7 +369,7 @@ def test_tested_checkpoint_is_written_down(scores, options, epoch, value, tmp_pa
     expected = {"path": str(run.best), "epoch": epoch, "monitor": "val/accuracy"}
     assert tested["checkpoint"] == {**expected, "value": pytest.approx(value, nan_ok=True)}
     assert tested["metrics"]["test/score"] == epoch + 1
-    with pytest.warns(UserWarning, match=r"stays as it is, for this was another test than the study's: last\.ckpt"):
+    with pytest.warns(UserWarning, match=r"is not changed, because this test differs from the study's: last\.ckpt"):
         assert evaluate(run, run.last, Scripted(scores))["checkpoint"]["epoch"] == epoch
 
 
@@ -391,10 +391,10 @@ def test_of_other_settings_is_not_written_down(tmp_path):
     evaluate(run, run.best)
     before = run.test_file.read_text()
     typed = {"config_files": [run.config, tmp_path / "more.yaml"], "flags": ["--trainer.limit_test_batches", "1"]}
-    said = "this was another test than the study's: --config .*more.yaml --trainer.limit_test_batches 1"
+    said = "this test differs from the study's: --config .*more.yaml --trainer.limit_test_batches 1"
     with pytest.warns(UserWarning, match=f"test.json stays as it is, for {said}"):
         evaluate(run, run.last, typed=typed)
-    with pytest.warns(UserWarning, match=r"another test than the study's: no checkpoint"):
+    with pytest.warns(UserWarning, match=r"this test differs from the study's: no checkpoint"):
         evaluate(run, None)
     assert run.test_file.read_text() == before
 

@@ -13,20 +13,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compiled
 
-from lightning_znorm.gradients.kernels import pointer_table, programs
+from lightning_znorm.gradients.kernels import triton, triton_programs
 
-TABLES = {"addresses", "pieces", "items"}
+TABLES = {"addresses", "segments", "items"}
 # Triton 3.2 has another name for it.
 CONSTANTS = "constexprs" if "constexprs" in inspect.signature(ASTSource).parameters else "constants"
 
 
 def memory_instructions(name: str, dtype: torch.dtype, by_row: bool) -> dict[str, int]:
-    """How many of each there are in a pass that finishes ZScore, or of rows Centralization."""
-    program = getattr(programs, name)
-    layout = pointer_table._layout((torch.Size((2, 9)) if by_row else 9,), dtype, torch.device("cpu"))
-    constants = dict(layout.constants)
-    options = {option: constants.pop(option) for option in pointer_table._OPTIONS}
-    constants |= {"FINISH": True, "NEEDS_STD": not by_row, "EPS": 1e-10, "LONG": layout.long, "MAX_SEGMENTS": 512}
+    """Count the loads and stores of a pass that rewrites tensors by ZScore, or rows by Centralization."""
+    program = getattr(triton_programs, name)
+    plan = triton._launch_plan((torch.Size((2, 9)) if by_row else 9,), dtype, torch.device("cpu"))
+    constants = dict(plan.constants)
+    options = {option: constants.pop(option) for option in triton._OPTIONS}
+    constants |= {"FINISH": True, "NEEDS_STD": not by_row, "EPS": 1e-10, "LONG": plan.long, "MAX_CHUNKS": 512}
     statistics = "*fp64" if dtype == torch.float64 else "*fp32"
     types = dict.fromkeys(program.arg_names, "constexpr")
     types |= dict.fromkeys(types.keys() & TABLES, "*i64") | {"partials": statistics}

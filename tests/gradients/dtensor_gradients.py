@@ -55,7 +55,7 @@ def distributed(grad: Tensor, mesh: DeviceMesh, placements: Sequence[Placement])
 
 
 def strided(grad: Tensor, dim: int) -> nn.Parameter:
-    """As FSDP2 around tensor parallelism makes it: tensor parallelism has cut first."""
+    """Shard as FSDP2 around tensor parallelism does: tensor parallelism comes first."""
     first, second = square.get_coordinate()
     local = grad.chunk(2, dim)[second].chunk(2, dim)[first]
     placements = [_StridedShard(dim, split_factor=2), Shard(dim)]
@@ -65,7 +65,7 @@ def strided(grad: Tensor, dim: int) -> nn.Parameter:
 
 
 def partial(grad: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> nn.Parameter:
-    """Of what every rank holds a part that sums up to the whole, or of which it is the mean."""
+    """A ``Partial`` gradient: every rank holds a summand of it, or it is the mean of what they hold."""
     local = distribute_tensor(
         grad, mesh, [Replicate() if placement.is_partial() else placement for placement in placements]
     ).to_local()
@@ -81,7 +81,7 @@ def partial(grad: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> 
 
 
 def in_memory_as(param: nn.Parameter, change: Callable[[Tensor], Tensor]) -> nn.Parameter:
-    """With a local part that lies in memory in another way."""
+    """Return the gradient with a local part that has other strides."""
     grad = param.grad
     assert isinstance(grad, DTensor)
     local = change(grad.to_local())
@@ -184,7 +184,7 @@ METHODS: dict[str, Callable[[list[Tensor]], None]] = {"zscore": zscore_grads_, "
 
 
 def collectives_of(method: str, params: list[nn.Parameter]) -> dict[str, Any]:
-    """Change the gradients, and return how often processes talked about it."""
+    """Change the gradients, and return the number of collectives that it took."""
     with patch("torch.distributed.all_reduce", wraps=dist.all_reduce) as all_reduce, CommDebugMode() as traffic:
         METHODS[method](params)
     counts = {str(kind): count for kind, count in traffic.get_comm_counts().items() if count}
@@ -192,7 +192,7 @@ def collectives_of(method: str, params: list[nn.Parameter]) -> dict[str, Any]:
 
 
 def case_record(cases: dict[str, Case], method: str) -> dict[str, Any]:
-    """What a method makes of the gradients of some cases in one call."""
+    """Return what a method makes of the gradients of some cases in one call."""
     whole = {name: gradient(shape, dtype, seed) for seed, (name, (shape, dtype, _)) in enumerate(cases.items())}
     params = {name: make(whole[name].clone()) for name, (_, _, make) in cases.items()}
     pointers = {name: local_part(param.grad).data_ptr() for name, param in params.items()}
@@ -368,7 +368,7 @@ def images(rank: int, step: int) -> Tensor:
 
 
 class Blocks(nn.Module):
-    """What tensor and sequence parallelism cut: two layers between normalizations."""
+    """Two layers between normalizations, for tensor and sequence parallelism."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -448,7 +448,7 @@ def trained(name: str, way: str) -> dict[str, Any]:
 
 
 def scaled(overflow: bool) -> dict[str, Any]:
-    """FSDP2 under a GradScaler; of the second step, one rank's gradients are infinite."""
+    """FSDP2 under a GradScaler. In the second step, one rank's gradients are infinite."""
     model = fsdp(line).float()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, foreach=False)
     attach(optimizer)

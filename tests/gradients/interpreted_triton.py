@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_znorm.gradients import AffineMethod, Centralization, Statistics, ZScore
-from lightning_znorm.gradients.kernels import affine_, blockwise, dispatch, pointer_table, programs
-from lightning_znorm.gradients.pieces import Piece
-from lightning_znorm.gradients.shards import whole_pieces
+from lightning_znorm.gradients.kernels import dispatch, torch_ops, transform_segments_, triton, triton_programs
+from lightning_znorm.gradients.shards import Segment, unsharded_segments
 from tests.gradients.reference import centralized, wide, zscore
 from tests.gradients.test_methods import Counted, HalfCentered, RMSNorm, RowZScore
 from tests.gradients.test_shards import check as check_of_shards
@@ -31,33 +30,33 @@ assert dispatch.runs_triton(CPU)
 
 
 @pytest.fixture(autouse=True)
-def left(monkeypatch: pytest.MonkeyPatch) -> list[Piece]:
-    """Takes the CPU for a device that runs Triton. What it leaves to the PyTorch kernel is in this list."""
-    pieces: list[Piece] = []
-    in_pytorch_ = blockwise.affine_
+def left(monkeypatch: pytest.MonkeyPatch) -> list[Segment]:
+    """Takes the CPU for a device that runs Triton, and lists the segments that go to the PyTorch kernel."""
+    segments: list[Segment] = []
+    in_pytorch_ = torch_ops.transform_any_segments_
 
-    def affine_of_the_rest_(rest: list[Piece], method: AffineMethod, loss_scale: Tensor | None = None) -> None:
-        pieces.extend(rest)
-        in_pytorch_(rest, method, loss_scale)
+    def recorded_(unsupported: list[Segment], method: AffineMethod, loss_scale: Tensor | None = None) -> None:
+        segments.extend(unsupported)
+        in_pytorch_(unsupported, method, loss_scale)
 
     monkeypatch.setattr(dispatch, "DEVICE_TYPES", frozenset({"cpu"}))
-    monkeypatch.setattr(blockwise, "affine_", affine_of_the_rest_)
-    return pieces
+    monkeypatch.setattr(torch_ops, "transform_any_segments_", recorded_)
+    return segments
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiles of 32 elements, at most four segments: a few hundred elements have all that large tensors have."""
-    monkeypatch.setattr(pointer_table, "_TILE", {torch.float32: 32, torch.float64: 32})
-    monkeypatch.setattr(pointer_table, "_MAX_SEGMENTS", 4)
-    pointer_table._layout.cache_clear()
+    """Tiles of 32 elements, at most four chunks: a few hundred elements have all that large tensors have."""
+    monkeypatch.setattr(triton, "_TILE", {torch.float32: 32, torch.float64: 32})
+    monkeypatch.setattr(triton, "_MAX_CHUNKS", 4)
+    triton._launch_plan.cache_clear()
     yield
-    pointer_table._layout.cache_clear()
+    triton._launch_plan.cache_clear()
 
 
 def transformed(method: AffineMethod, *grads: Tensor, loss_scale: Tensor | None = None) -> list[Tensor]:
     copies = [torch.empty_strided(grad.shape, grad.stride(), dtype=grad.dtype).copy_(grad) for grad in grads]
-    affine_(whole_pieces(copies, method.over), method, loss_scale)
+    transform_segments_(unsharded_segments(copies, method.over), method, loss_scale)
     return copies
 
 
@@ -96,14 +95,14 @@ LENGTHS = [2, 7, 1023, 1025, 4095, 4096, 4097, 8191, 2 * 4096 + 1025]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_around_the_boundaries(dtype: torch.dtype, left: list[Piece]) -> None:
+def test_around_the_boundaries(dtype: torch.dtype, left: list[Segment]) -> None:
     check(ZScore(), *((3 * randn(length) + 1).to(dtype) for length in LENGTHS))
     assert not left
 
 
 @pytest.mark.parametrize("method", [Centralization(), RowZScore()], ids=repr)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_around_the_boundaries(dtype: torch.dtype, method: AffineMethod, left: list[Piece]) -> None:
+def test_rows_around_the_boundaries(dtype: torch.dtype, method: AffineMethod, left: list[Segment]) -> None:
     shapes = [(130, 2), (129, 16), (33, 17), (5, 9, 3, 3), (9, 257), (3, 1024), (2, 1025), (3, 4097), (1, 40)]
     check(method, *((randn(*shape) + 0.5).to(dtype) for shape in shapes))
     assert not left
@@ -122,7 +121,7 @@ def test_segments_of_several_tiles(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("method", [ZScore(eps=0.1), Centralization(), RMSNorm(), HalfCentered()], ids=repr)
-def test_methods_with_segments(method: AffineMethod) -> None:
+def test_methods_with_chunks(method: AffineMethod) -> None:
     check(method, *((randn(*shape) + 0.5).float() for shape in [(33,), (500,), (3, 1100), (2, 256)]))
 
 
@@ -147,15 +146,15 @@ shapes = st.one_of(
 def grads_in_a_bucket(draw: st.DrawFn) -> tuple[Tensor, list[tuple[int, Tensor]]]:
     """A buffer, and where in it there are gradients; nothing else in it may change."""
     dtype = draw(st.sampled_from(DTYPES))
-    pieces, offset = [], draw(st.integers(0, 20))
+    segments, offset = [], draw(st.integers(0, 20))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     for shape in draw(st.lists(shapes, min_size=1, max_size=6)):
         deviation = draw(st.sampled_from([1.0, 1e-3, 0.0]))
         mean = draw(st.sampled_from([0.0, 0.25, -3.0]))
         grad = torch.randn(shape, generator=generator, dtype=torch.float64) * deviation + mean
-        pieces.append((offset, grad.to(dtype)))
+        segments.append((offset, grad.to(dtype)))
         offset += grad.numel() + draw(st.integers(0, 9))
-    return torch.full((offset + 8,), 7.0, dtype=dtype), pieces
+    return torch.full((offset + 8,), 7.0, dtype=dtype), segments
 
 
 METHODS = [ZScore(), ZScore(eps=0.5), Centralization(), RMSNorm(), HalfCentered()]
@@ -173,7 +172,7 @@ def test_any_gradients_anywhere_in_memory(
     for offset, grad in grads:
         views.append(memory[offset : offset + grad.numel()].view(grad.shape).copy_(grad * factor))
     scale = None if loss_scale is None else torch.tensor(factor)
-    affine_(whole_pieces(views, method.over), method, scale)
+    transform_segments_(unsharded_segments(views, method.over), method, scale)
     for view, (_, grad) in zip(views, grads, strict=True):
         if isinstance(method, RMSNorm) and not grad.any():
             assert view.numel() < 2 or view.isnan().all()  # 0 / 0
@@ -192,32 +191,32 @@ def test_any_gradients_anywhere_in_memory(
 
 @given(shapes.filter(lambda shape: math.prod(shape) > 1), st.sampled_from([ZScore(), Centralization(), RowZScore()]))
 @settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_layouts_and_what_is_left(left: list[Piece], shape: tuple[int, ...], method: AffineMethod) -> None:
+def test_layouts_and_what_is_left(left: list[Segment], shape: tuple[int, ...], method: AffineMethod) -> None:
     for grad, is_dense, has_dense_rows in layouts(shape, randn(*shape)):
         left.clear()
         check(method, grad)
         takes = has_dense_rows if method.over == "row" else is_dense
         if takes:
             assert not left
-        elif whole_pieces([grad], method.over):
+        elif unsharded_segments([grad], method.over):
             assert len(left) <= 1
 
 
-def test_what_is_strided_or_complex_is_left(left: list[Piece]) -> None:
+def test_what_is_strided_or_complex_is_left(left: list[Segment]) -> None:
     strided, complexes, dense = randn(40, 6)[:, ::2], torch.complex(randn(40), randn(40, seed=1)), randn(4, 60)
     check(ZScore(), strided, complexes, dense)
-    assert [piece.tensor.shape for piece in left] == [(40, 3), (40,)]
+    assert [segment.tensor.shape for segment in left] == [(40, 3), (40,)]
     left.clear()
     check(Centralization(), randn(30, 20).t(), dense)
-    assert [piece.tensor.shape for piece in left] == [(20, 30)]
+    assert [segment.tensor.shape for segment in left] == [(20, 30)]
 
 
-def test_lazily_negated_is_left(left: list[Piece]) -> None:
+def test_lazily_negated_is_left(left: list[Segment]) -> None:
     grad = torch._neg_view(randn(9))  # as the imaginary part of a conjugate
     assert grad.is_neg()
     assert grad.is_contiguous()
     want = zscore(grad.resolve_neg())
-    affine_([Piece(grad)], ZScore())
+    transform_segments_([Segment(grad)], ZScore())
     torch.testing.assert_close(grad.resolve_neg(), want)
     assert len(left) == 1
 
@@ -241,7 +240,7 @@ def test_huge_mean(mean: float) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_an_outlier_costs_its_neighbours_in_other_segments_nothing_of_the_deviation() -> None:
+def test_an_outlier_costs_its_neighbours_in_other_chunks_nothing_of_the_deviation() -> None:
     grad = randn(4000).float()
     grad[0] = 1e6
     check(ZScore(), grad)
@@ -325,7 +324,7 @@ def test_counts() -> None:
 @pytest.mark.usefixtures("small_tiles")
 def test_statistics_of_rows_and_tensors() -> None:
     tensors = [randn(3, 5) + 1, randn(2, 700) - 2, randn(1, 1100)]
-    stats = pointer_table.Table([Piece(tensor, by_row=True) for tensor in tensors]).measure()
+    stats = triton.PointerTable([Segment(tensor, by_row=True) for tensor in tensors]).measure()
     rows = [row for tensor in tensors for row in tensor]
     assert stats.count.tolist() == [len(row) for row in rows]
     torch.testing.assert_close(stats.mean, torch.stack([row.mean() for row in rows]))
@@ -350,7 +349,7 @@ def test_scale_of_another_shape_is_refused_before_anything_is_written() -> None:
 
     grad = randn(5)
     with pytest.raises(TypeError, match=r"Doubled\.affine must return .* of shape \(1,\)"):
-        affine_([Piece(grad)], Doubled())
+        transform_segments_([Segment(grad)], Doubled())
     assert torch.equal(grad, randn(5))
 
 
@@ -368,11 +367,11 @@ def test_the_same_bits_always(method: AffineMethod) -> None:
 
 def test_addresses_go_to_the_device_once() -> None:
     grads = [randn(5), randn(6)]
-    pieces = whole_pieces(grads, "tensor")
-    affine_(pieces, ZScore())
-    before = pointer_table._uploaded.cache_info()
-    affine_(pieces, ZScore())
-    after = pointer_table._uploaded.cache_info()
+    segments = unsharded_segments(grads, "tensor")
+    transform_segments_(segments, ZScore())
+    before = triton._uploaded.cache_info()
+    transform_segments_(segments, ZScore())
+    after = triton._uploaded.cache_info()
     assert (after.misses, after.hits) == (before.misses, before.hits + 1)
 
 
@@ -380,45 +379,43 @@ def test_no_copy_from_the_host_while_a_graph_is_captured(monkeypatch: pytest.Mon
     grads = [randn(5).float(), randn(40, 30).float()]
     want = [zscore(grad) for grad in grads]
     transformed(ZScore(), *grads)  # sizes are known from a step before
-    monkeypatch.setattr(pointer_table, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(triton, "_is_capturing", lambda device: True)
     monkeypatch.setattr(torch, "tensor", None)  # as all that makes a tensor of Python's numbers in host memory
-    monkeypatch.setattr(pointer_table, "_captured", set())
-    affine_(whole_pieces(grads, "tensor"), ZScore())
+    monkeypatch.setattr(triton, "_captured", set())
+    transform_segments_(unsharded_segments(grads, "tensor"), ZScore())
     for got, expectation in zip(grads, want, strict=True):
         torch.testing.assert_close(wide(got), expectation, rtol=0, atol=2e-5)
     # The graph reads the tables whenever it is replayed.
-    (layout,) = pointer_table._captured
-    assert layout.entries == 2
+    (plan,) = triton._captured
+    assert plan.num_stats == 2
 
 
-def test_segments_are_few_and_cover_their_run() -> None:
+def test_chunks_are_few_and_cover_their_run() -> None:
     for length in [*range(4097, 10**6, 9973), 10**7, 2**31 + 1, 2**40 + 3]:
-        tiles, segments = pointer_table._cut(length, 4096)
-        assert 0 < segments <= 512
-        assert (segments - 1) * tiles * 4096 < length <= segments * tiles * 4096
+        tiles, chunks = triton._cut(length, 4096)
+        assert 0 < chunks <= 512
+        assert (chunks - 1) * tiles * 4096 < length <= chunks * tiles * 4096
 
 
 def test_beyond_32_bits() -> None:
     # The memory is reserved, and touched only where the last program reads and writes.
     numel = 2**31 + 4096 + 5
     grad = torch.empty(numel, dtype=torch.bfloat16)
-    table = pointer_table.Table([Piece(grad)])
-    layout, addresses = table._layout, table._addresses
-    last = numel - (numel - 1) % (pointer_table._cut(numel, 4096)[0] * 4096) - 1
+    table = triton.PointerTable([Segment(grad)])
+    plan, addresses = table._plan, table._addresses
+    last = numel - (numel - 1) % (triton._cut(numel, 4096)[0] * 4096) - 1
     grad[last:] = randn(numel - last).bfloat16()
     want = wide(grad[last:])
-    partials = torch.full((2 * layout.segments,), math.nan)
-    tables = (addresses, layout.pieces, layout.items[-1:])
-    constants = {"FINISH": False, "NEEDS_STD": True, **layout.constants}
-    programs.first_pass[(1,)](*tables, partials, partials, partials, None, 0.0, LONG=layout.long, **constants)
+    partials = torch.full((2 * plan.chunks,), math.nan)
+    tables = (addresses, plan.segments, plan.items[-1:])
+    constants = {"FINISH": False, "NEEDS_STD": True, **plan.constants}
+    triton_programs.first_pass[(1,)](*tables, partials, partials, partials, None, 0.0, LONG=plan.long, **constants)
     mean, m2 = partials[-2:].tolist()
     assert partials[:-2].isnan().all()
     assert mean == pytest.approx(want.mean().item(), abs=1e-6)
     assert m2 == pytest.approx(want.var(correction=0).item() * len(want), rel=1e-4)
     scale = torch.full((1,), 2.0)
-    programs.second_pass[(1,)](
-        *tables, None, None, scale, None, 0.0, MAX_SEGMENTS=pointer_table._MAX_SEGMENTS, **constants
-    )
+    triton_programs.second_pass[(1,)](*tables, None, None, scale, None, 0.0, MAX_CHUNKS=triton._MAX_CHUNKS, **constants)
     torch.testing.assert_close(wide(grad[last:]), 2 * want)
 
 
@@ -431,7 +428,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     lock, counter = threading.Lock(), Counter[str]()
 
     def locked(name: str) -> Callable[..., Any]:
-        function = getattr(pointer_table.Table, name)
+        function = getattr(triton.PointerTable, name)
 
         def wrapper(*args: Any) -> Any:
             with lock:
@@ -441,7 +438,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return wrapper
 
     for name in ("measure", "rewrite_"):
-        monkeypatch.setattr(pointer_table.Table, name, locked(name))
+        monkeypatch.setattr(triton.PointerTable, name, locked(name))
     return counter
 
 

@@ -46,7 +46,7 @@ def _collectives() -> Iterator[None]:
 
 
 def on_ranks(size: int, groups: Sequence[Group], function: Callable[[int], T]) -> list[T]:
-    """What a function of the rank returns on each of them; all run at once, and fail together."""
+    """Return what a function of the rank returns on each rank; all run at once, and fail together."""
 
     def run(rank: int) -> T:
         _thread.rank = rank

@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_znorm.functional import zscore_grads_
 from lightning_znorm.gradients import AffineMethod, Centralization, ZScore
-from lightning_znorm.gradients.kernels import affine_, affine_wholes_, blockwise, one_pass, segments
-from lightning_znorm.gradients.shards import whole_pieces
-from lightning_znorm.gradients.statistics import Statistics
+from lightning_znorm.gradients.kernels import cpu, torch_ops, transform_segments_, transform_unsharded_
+from lightning_znorm.gradients.methods import Statistics
+from lightning_znorm.gradients.shards import unsharded_segments
 from tests.gradients.reference import centralized, wide, zscore
 from tests.gradients.test_methods import Counted, HalfCentered, RMSNorm, RowZScore
 
@@ -23,67 +23,67 @@ def randn(*shape: int) -> Tensor:
 
 
 @pytest.fixture
-def left(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Tensors that the two kernels leave to the one for all else."""
+def unsupported(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Tensors that the kernels for a CPU do not support, and that go to the one for any segments."""
     tensors: list[Tensor] = []
-    workspaces = blockwise.workspaces
+    contiguous_buffers = torch_ops.contiguous_buffers
 
-    def recorded(pieces):  # type: ignore[no-untyped-def]
-        pieces = list(pieces)
-        tensors.extend(piece.tensor for piece in pieces)
-        return workspaces(pieces)
+    def recorded(segments):  # type: ignore[no-untyped-def]
+        segments = list(segments)
+        tensors.extend(segment.tensor for segment in segments)
+        return contiguous_buffers(segments)
 
-    monkeypatch.setattr(blockwise, "workspaces", recorded)
+    monkeypatch.setattr(torch_ops, "contiguous_buffers", recorded)
     return tensors
 
 
-def test_a_networks_gradients_are_theirs(left: list[Tensor]) -> None:
+def test_a_networks_gradients_are_theirs(unsupported: list[Tensor]) -> None:
     grads = [randn(16), randn(64, 3, 3, 3), randn(700_000), randn(9).double(), randn(9).half()]
-    affine_(whole_pieces(grads, "tensor"), ZScore())
-    assert not left
+    transform_segments_(unsharded_segments(grads, "tensor"), ZScore())
+    assert not unsupported
 
 
-def test_the_rest_is_left(left: list[Tensor]) -> None:
+def test_others_are_unsupported(unsupported: list[Tensor]) -> None:
     grads = [randn(40, 30).t(), randn(2000).bfloat16(), torch.complex(randn(9), randn(9)), torch._neg_view(randn(9))]
     want = [zscore(grad.resolve_neg()) for grad in grads]
-    affine_(whole_pieces(grads, "tensor"), ZScore())
-    assert [grad.data_ptr() for grad in left] == [grad.data_ptr() for grad in grads]
+    transform_segments_(unsharded_segments(grads, "tensor"), ZScore())
+    assert [grad.data_ptr() for grad in unsupported] == [grad.data_ptr() for grad in grads]
     for grad, expected in zip(grads, want, strict=True):
         torch.testing.assert_close(wide(grad.resolve_neg()), expected, rtol=0, atol=2e-2)
 
 
 class Tagged(Tensor):
-    """A subclass of Tensor, which inference mode need not suit."""
+    """A subclass of Tensor, which may not work in inference mode."""
 
 
 class TestRows:
-    """Of matrices in their own memory, without pieces and workspaces."""
+    """Of matrices in their own memory, without segments and buffers."""
 
     @pytest.mark.parametrize("method", [Centralization(), RowZScore()], ids=repr)
-    def test_a_networks_gradients_are_theirs(self, left: list[Tensor], method: AffineMethod) -> None:
+    def test_a_networks_gradients_are_theirs(self, unsupported: list[Tensor], method: AffineMethod) -> None:
         grads = [randn(16, 30), randn(64, 3, 3, 3), randn(2, 7_000), randn(5, 9).double()]
         self.check(grads, method)
-        assert not left
+        assert not unsupported
 
-    def test_those_without_rows_of_several_elements_stay_as_they_are(self, left: list[Tensor]) -> None:
+    def test_those_without_rows_of_several_elements_stay_as_they_are(self, unsupported: list[Tensor]) -> None:
         grads = [randn(16), randn(16, 1), randn(3, 1, 1, 1), randn(0, 4), randn(4, 0), randn()]
         want = [grad.clone() for grad in grads]
-        affine_wholes_(grads, Centralization())
+        transform_unsharded_(grads, Centralization())
         assert all(map(torch.equal, grads, want))
-        assert not left
+        assert not unsupported
 
-    def test_the_rest_is_left(self, left: list[Tensor]) -> None:
-        rest = [randn(40, 30).t(), randn(20, 30).bfloat16(), torch.complex(randn(3, 3), randn(3, 3))]
+    def test_others_are_unsupported(self, unsupported: list[Tensor]) -> None:
+        others = [randn(40, 30).t(), randn(20, 30).bfloat16(), torch.complex(randn(3, 3), randn(3, 3))]
         self.check(
-            [randn(4, 5), *rest, torch._neg_view(randn(3, 3)), randn(4, 5).as_subclass(Tagged)], Centralization()
+            [randn(4, 5), *others, torch._neg_view(randn(3, 3)), randn(4, 5).as_subclass(Tagged)], Centralization()
         )
-        assert [grad.data_ptr() for grad in left[: len(rest)]] == [grad.data_ptr() for grad in rest]
-        assert len(left) == len(rest) + 2
+        assert [grad.data_ptr() for grad in unsupported[: len(others)]] == [grad.data_ptr() for grad in others]
+        assert len(unsupported) == len(others) + 2
 
     def check(self, grads: list[Tensor], method: AffineMethod) -> None:
         plain = [wide(grad.as_subclass(Tensor).resolve_neg()) for grad in grads]
         by_row = centralized if isinstance(method, Centralization) else lambda grad: torch.stack([*map(zscore, grad)])
-        affine_wholes_(grads, method)
+        transform_unsharded_(grads, method)
         for got, grad in zip(grads, plain, strict=True):
             tolerance = 2e-2 if got.dtype == torch.bfloat16 else 1e-5
             got = wide(got.as_subclass(Tensor).resolve_neg())
@@ -91,12 +91,12 @@ class TestRows:
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.9, 1.1, 1e3, 1e6])
-@pytest.mark.parametrize("numel", [100, 5_000, one_pass.BLOCK + 1])
+@pytest.mark.parametrize("numel", [100, 5_000, torch_ops.CPU_BLOCK + 1])
 def test_mean_of_the_result_is_zero_whatever_the_mean_was(mean: float, numel: int) -> None:
     # The mean itself is rounded: at 1e6, of what is left after its subtraction a tenth of the deviation is mean.
     grad = randn(numel) + mean
     expected = zscore(grad)
-    affine_(whole_pieces([grad], "tensor"), ZScore())
+    transform_segments_(unsharded_segments([grad], "tensor"), ZScore())
     torch.testing.assert_close(wide(grad), expected, rtol=0, atol=2e-5)
 
 
@@ -106,26 +106,26 @@ def test_methods_where_some_means_are_subtracted_first(method: AffineMethod) -> 
         return [randn(numel) + mean for numel, mean in itertools.product((30, 3_000), (0.1, 20.0))]
 
     together, alone = grads(), [grad.double() for grad in grads()]
-    affine_(whole_pieces(together, "tensor"), method)
+    transform_segments_(unsharded_segments(together, "tensor"), method)
     for grad in alone:
-        affine_(whole_pieces([grad], "tensor"), method)
+        transform_segments_(unsharded_segments([grad], "tensor"), method)
     for got, want in zip(together, alone, strict=True):
         torch.testing.assert_close(wide(got), want, rtol=2e-5, atol=2e-5)
 
 
-def test_chunks_and_vectors_end_where_tensors_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_pass, "_CHUNK", 2_000)
-    monkeypatch.setattr(one_pass, "BLOCK", 600)
-    monkeypatch.setattr(one_pass, "_ROW", 64)
-    monkeypatch.setattr(segments, "_VECTOR", 2 * segments.MAX_NUMEL)
+def test_what_is_cached_and_concatenated_together_ends_where_tensors_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_CACHED_NUMEL", 2_000)
+    monkeypatch.setattr(cpu, "CPU_BLOCK", 600)
+    monkeypatch.setattr(cpu, "_ROW_NUMEL", 64)
+    monkeypatch.setattr(cpu, "_VECTOR_NUMEL", 2 * cpu.TINY_NUMEL)
     grads = [randn(numel) * (index + 1) for index, numel in enumerate((704, 5_000, 600, 900, 3, 512, 40, 513, 1_999))]
     want = [zscore(grad) for grad in grads]
-    affine_(whole_pieces(grads, "tensor"), ZScore())
+    transform_segments_(unsharded_segments(grads, "tensor"), ZScore())
     for got, expected in zip(grads, want, strict=True):
         torch.testing.assert_close(wide(got), expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("numel", [one_pass.BLOCK + 1, 2**20, 2**22, 2**23 + 77])
+@pytest.mark.parametrize("numel", [torch_ops.CPU_BLOCK + 1, 2**20, 2**22, 2**23 + 77])
 @pytest.mark.parametrize("values", ["signs", "normal", "uniform", "alternating"])
 def test_squares_of_long_tensors_are_exact_to_a_few_units_of_rounding(values: str, numel: int) -> None:
     grad = {
@@ -134,15 +134,15 @@ def test_squares_of_long_tensors_are_exact_to_a_few_units_of_rounding(values: st
         "uniform": lambda: torch.rand(numel, generator=torch.Generator().manual_seed(0)) + 0.5,
         "alternating": lambda: torch.tensor([1.0, 1e-3]).repeat(numel // 2 + 1)[:numel],
     }[values]()
-    got, _ = one_pass._measure(grad)
+    got, _ = cpu._squares_and_sum(grad)
     torch.testing.assert_close(got.double(), grad.double().square().sum(), rtol=12 * torch.finfo().eps, atol=0)
 
 
-def test_subclasses_are_left(left: list[Tensor]) -> None:
+def test_subclasses_are_unsupported(unsupported: list[Tensor]) -> None:
     grads = [randn(numel).as_subclass(Tagged) for numel in (40, 2_000)]
     want = [zscore(grad.as_subclass(Tensor)) for grad in grads]
-    affine_(whole_pieces(grads, "tensor"), ZScore())
-    assert len(left) == 2
+    transform_segments_(unsharded_segments(grads, "tensor"), ZScore())
+    assert len(unsupported) == 2
     for grad, expected in zip(grads, want, strict=True):
         torch.testing.assert_close(wide(grad.as_subclass(Tensor)), expected, rtol=0, atol=2e-5)
 
@@ -168,9 +168,9 @@ def test_a_method_may_keep_and_change_what_it_is_given_whatever_the_gradients() 
     ):
         method = Running()
         for grad in order:
-            affine_(whole_pieces([grad], "tensor"), ZScore())  # which may have made what is cached
-            affine_wholes_([grad], Centralization())
-            affine_(whole_pieces([grad], "tensor"), method)
+            transform_segments_(unsharded_segments([grad], "tensor"), ZScore())  # which may have made what is cached
+            transform_unsharded_([grad], Centralization())
+            transform_segments_(unsharded_segments([grad], "tensor"), method)
         assert method.running is not None
         method.running.zero_()
         weight = torch.nn.Parameter(torch.ones(1))
@@ -215,7 +215,7 @@ class Allocations(TorchDispatchMode):
 def test_extra_memory_is_less_than_one_tensor(mean: float) -> None:
     grads = [randn(numel) + mean for numel in [300_000] * 3 + [16, 64, 512] * 20]
     with Allocations() as allocations:
-        affine_(whole_pieces(grads, "tensor"), ZScore())
+        transform_segments_(unsharded_segments(grads, "tensor"), ZScore())
     assert 0 < allocations.peak < grads[0].nbytes
 
 

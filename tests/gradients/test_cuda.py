@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_znorm.functional import attach, centralize_grads_, transform_grads_, zscore_grads_
 from lightning_znorm.gradients import AffineMethod, Centralization, ZScore
-from lightning_znorm.gradients.kernels import affine_, blockwise, dispatch
-from lightning_znorm.gradients.shards import whole_pieces
+from lightning_znorm.gradients.kernels import dispatch, torch_ops, transform_segments_
+from lightning_znorm.gradients.shards import unsharded_segments
 from tests.gradients.reference import centralized, wide, zscore
 from tests.gradients.test_methods import RMSNorm, RowZScore
 
@@ -25,14 +25,14 @@ pytestmark = pytest.mark.gpu
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs with either kernel; with Triton's, nothing is left to the other."""
 
-    def refuse(pieces: list[object], *_: object) -> None:
-        assert not list(pieces)
+    def refuse(segments: list[object], *_: object) -> None:
+        assert not list(segments)
 
     if request.param == "pytorch":
         monkeypatch.setattr(dispatch, "DEVICE_TYPES", frozenset())
     else:
         monkeypatch.setattr(dispatch, "DEVICE_TYPES", frozenset({"cuda"}))
-        monkeypatch.setattr(blockwise, "affine_", refuse)
+        monkeypatch.setattr(torch_ops, "transform_any_segments_", refuse)
     return request.param
 
 
@@ -132,7 +132,7 @@ def test_attached_under_a_grad_scaler(fused: bool) -> None:
 
 def test_triton_knows_the_device(kernel: str) -> None:
     if kernel == "triton":
-        _pointer_table().Table(whole_pieces([randn(300)], "tensor")).transform_(
+        _triton_kernel().Table(unsharded_segments([randn(300)], "tensor")).transform_(
             ZScore()
         )  # with whatever error there is
         assert dispatch.runs_triton(torch.device("cuda", 0))
@@ -140,7 +140,7 @@ def test_triton_knows_the_device(kernel: str) -> None:
 
 def transformed(method: AffineMethod, *grads: Tensor, loss_scale: Tensor | None = None) -> list[Tensor]:
     copies = [grad.clone() for grad in grads]
-    affine_(whole_pieces(copies, method.over), method, loss_scale)
+    transform_segments_(unsharded_segments(copies, method.over), method, loss_scale)
     return copies
 
 
@@ -182,7 +182,7 @@ def test_anywhere_in_memory_and_nowhere_else() -> None:
         for seed, view in enumerate(views):
             view.copy_(randn(len(view), dtype=dtype, seed=seed) + 0.5)
         want = [zscore(view) for view in views]
-        affine_(whole_pieces(views, "tensor"), ZScore())
+        transform_segments_(unsharded_segments(views, "tensor"), ZScore())
         rtol, atol = {2: (1e-2, 2e-2), 4: (0, 2e-5), 8: (0, 1e-12)}[dtype.itemsize]
         for view, expected in zip(views, want, strict=True):
             torch.testing.assert_close(wide(view), expected, rtol=rtol, atol=atol)
@@ -259,8 +259,8 @@ def test_graphs_outlive_what_is_cached(method: AffineMethod) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         transform_grads_(params, method)
-    if kernel_module := _pointer_table():
-        kernel_module._layout.cache_clear()
+    if kernel_module := _triton_kernel():
+        kernel_module._launch_plan.cache_clear()
         kernel_module._uploaded.cache_clear()
     torch.cuda.empty_cache()
     garbage = [torch.full((2**16,), 3, device="cuda") for _ in range(64)]
@@ -272,12 +272,12 @@ def test_graphs_outlive_what_is_cached(method: AffineMethod) -> None:
     del garbage
 
 
-def _pointer_table() -> ModuleType | None:
+def _triton_kernel() -> ModuleType | None:
     if not importlib.util.find_spec("triton"):
         return None
-    from lightning_znorm.gradients.kernels import pointer_table
+    from lightning_znorm.gradients.kernels import triton
 
-    return pointer_table
+    return triton
 
 
 def test_whole_steps_in_a_cuda_graph() -> None:
@@ -346,7 +346,7 @@ def test_more_elements_than_32_bits_count(dtype: torch.dtype, kernel: str) -> No
     std = (square - mean.square()).sqrt()
     samples = [slice(0, 1000), slice(2**31 - 500, 2**31 + 500), slice(numel - 1000, numel)]
     want = [(wide(grad[sample]) - mean) / std for sample in samples]
-    affine_(whole_pieces([grad], "tensor"), ZScore())
+    transform_segments_(unsharded_segments([grad], "tensor"), ZScore())
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
     for sample, expected in zip(samples, want, strict=True):
         torch.testing.assert_close(wide(grad[sample]), expected, rtol=tolerance / 2, atol=tolerance)

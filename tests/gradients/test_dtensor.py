@@ -1,4 +1,4 @@
-"""Gradients that are DTensors, of FSDP2 and tensor parallelism: the result is that of the whole gradients."""
+"""Gradients that are DTensors, of FSDP2 and tensor parallelism: the result is that of unsharded gradients."""
 
 from functools import cache
 from typing import Any
@@ -62,7 +62,7 @@ def records(name: str) -> list[Any]:
 
 
 def reference(grad: Tensor, method: str) -> Tensor:
-    """By definition, but for single elements and rows of them, which stay as they are."""
+    """Return the result by definition. Single elements, and rows of them, stay as they are."""
     if method == "zscore":
         return zscore(grad) if grad.numel() > 1 else wide(grad)
     return centralized(grad) if grad.ndim > 1 and grad[:1].numel() > 1 else wide(grad)
@@ -150,9 +150,7 @@ def test_mesh_of_some_ranks(method: str) -> None:
 
 def test_refused_by_name_before_anything_changes() -> None:
     for messages in records("refused"):
-        assert (
-            "gradient of parameter 2 is neither whole nor sharded, but stands for Partial(max)" in messages["largest"]
-        )
+        assert "gradient of parameter 2 is neither replicated nor sharded, but Partial(max)" in messages["largest"]
         assert "redistribute" in messages["largest"]
         assert (
             "parameter 0 is sharded over processes, and _VariableFunctionsClass.sign is a function"

@@ -1,4 +1,4 @@
-"""error_if_nonfinite in a plain loop: what is an error, what is none, and what finding out costs."""
+"""error_if_nonfinite in a plain loop: what is an error and what is not, and what the check costs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -59,7 +59,7 @@ def test_by_default_they_pass(function: Callable[..., None]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_numbers_are_finite(dtype: torch.dtype) -> None:
-    """Their norm is not."""
+    """Their norm is infinite."""
     largest = torch.finfo(dtype).max / 2
     grads = [torch.tensor([largest, -largest, largest, largest], dtype=dtype) for _ in range(2)]
     transform_grads_(parameters(*grads), torch.neg, error_if_nonfinite=True)

@@ -1,4 +1,4 @@
-"""A method attached to the optimizer that a Trainer of transformers, or a loop of accelerate, is given."""
+"""A method attached to the optimizer of a Trainer of transformers, or of a loop of accelerate."""
 
 import warnings
 from pathlib import Path

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_znorm.functional import centralize_grads_, transform_grads_, zscore_grads_
-from lightning_znorm.gradients import SING, NonFiniteGradientError, Statistics, measure
-from lightning_znorm.gradients.finite import check_finite
+from lightning_znorm.gradients import SING, NonFiniteGradientError, Statistics, apply
+from lightning_znorm.gradients.apply import GradientSummary, check_finite, measure_gradients
 from lightning_znorm.gradients.kernels import measure_shards
-from lightning_znorm.gradients.measure import measure_gradients
 from lightning_znorm.gradients.slots import UnnamedSlots
-from lightning_znorm.gradients.summary import GradientSummary
 from tests.dtypes import default_is_never_read
 from tests.gradients.reference import wide
 from tests.gradients.simulated import Group, on_ranks
@@ -133,7 +131,7 @@ class Waiting(TorchDispatchMode):
 
 def test_one_copy_to_the_host() -> None:
     params = parameters()
-    with patch.object(measure, "_to_host", wraps=measure._to_host) as copies, Waiting() as waiting:
+    with patch.object(apply, "_to_host", wraps=apply._to_host) as copies, Waiting() as waiting:
         measured(params, torch.tensor(8.0))
     assert copies.call_count == 1
     assert waiting.count == 0
@@ -154,7 +152,7 @@ def test_one_copy_from_a_device() -> None:
             torch.cuda.set_sync_debug_mode("default")
             return tensor.cpu()
 
-        with patch.object(measure, "_to_host", copied):
+        with patch.object(apply, "_to_host", copied):
             stats = measured(params, scale)
     finally:
         torch.cuda.set_sync_debug_mode("default")

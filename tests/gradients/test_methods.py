@@ -1,5 +1,7 @@
 """transform_grads_ with methods of a user's own."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,8 +9,8 @@ from torch import Tensor, nn
 from lightning_znorm import GradientTransform
 from lightning_znorm.functional import attach, transform_grads_, zscore_grads_
 from lightning_znorm.gradients import SING, AffineMethod, Statistics, UnsupportedGradientError, ZScore
-from lightning_znorm.gradients.kernels import affine_
-from lightning_znorm.gradients.shards import whole_pieces
+from lightning_znorm.gradients.kernels import transform_segments_
+from lightning_znorm.gradients.shards import unsharded_segments
 from tests.gradients.reference import sing, wide, zscore
 
 
@@ -39,7 +41,7 @@ class Counted(AffineMethod):
 
 def applied(method: AffineMethod, *grads: Tensor, loss_scale: Tensor | None = None) -> list[Tensor]:
     copies = [grad.clone() for grad in grads]
-    affine_(whole_pieces(copies, method.over), method, loss_scale)
+    transform_segments_(unsharded_segments(copies, method.over), method, loss_scale)
     return [wide(grad) for grad in copies]
 
 
@@ -100,11 +102,72 @@ def test_sing_of_constant_rows_is_zero() -> None:
     assert alone.grad.abs().max() == 0
 
 
-def test_pooled_is_about_rows_with_a_deviation() -> None:
-    with pytest.raises(TypeError, match=r"Whole\.pooled is about deviations of rows"):
+@pytest.mark.parametrize(("over", "needs_std"), [("tensor", True), ("row", False)])
+def test_std_over_is_about_rows_with_a_deviation(over: str, needs_std: bool) -> None:
+    options = {"over": over, "needs_std": needs_std, "std_over": "row" if over == "tensor" else "tensor"}
+    with pytest.raises(TypeError, match=r"Whole\.std_over = '\w+' is about deviations of rows"):
+        type("Whole", (RMSNorm,), options)
 
-        class Whole(RMSNorm):
+
+def test_misspelt_std_over_is_refused_at_once() -> None:
+    with pytest.raises(TypeError, match=r"Rows\.std_over must be None, 'tensor' or 'row', got 'rows'"):
+
+        class Rows(RMSNorm):
+            std_over = "rows"  # type: ignore[assignment]
+
+
+FORMER_NAME = r"\w+\.pooled is now called std_over: write `std_over = \"tensor\"` .* Version 0\.2 removes the old name"
+
+
+class TestPooled:
+    """The former name of ``std_over``: users' methods that set it work as before, with a warning."""
+
+    def test_sets_std_over(self) -> None:
+        with pytest.warns(FutureWarning, match=FORMER_NAME) as caught:
+
+            class Pooled(RowZScore):
+                pooled = True
+
+        assert caught[0].filename == __file__
+        assert (Pooled.std_over, RowZScore.std_over) == ("tensor", None)
+        weight = nn.Parameter(torch.zeros(4, 5))
+        weight.grad = torch.randn(4, 5)
+        centred = wide(weight.grad - weight.grad.mean(1, keepdim=True))
+        transform_grads_(weight, Pooled())
+        torch.testing.assert_close(wide(weight.grad), centred / centred.square().mean().sqrt(), rtol=0, atol=1e-5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+
+            class Renamed(Pooled):
+                """Warned once."""
+
+        assert Renamed.std_over == "tensor"
+
+    def test_of_a_base_that_is_no_method_counts_too(self) -> None:
+        class Mixin:
             pooled = True
+
+        with pytest.warns(FutureWarning, match=FORMER_NAME):
+
+            class Pooled(Mixin, RowZScore):
+                pass
+
+        assert Pooled.std_over == "tensor"
+
+    def test_is_read_and_set(self) -> None:
+        method = RowZScore()
+        with pytest.warns(FutureWarning, match=FORMER_NAME) as caught:
+            assert (SING.pooled, SING().pooled, ZScore().pooled, method.pooled) == (True, True, False, False)
+        with pytest.warns(FutureWarning, match=FORMER_NAME):
+            method.pooled = True
+        assert {warning.filename for warning in caught} == {__file__}
+        assert method.std_over == "tensor"
+
+    def test_is_about_rows(self) -> None:
+        with pytest.warns(FutureWarning), pytest.raises(TypeError, match=r"Whole\.pooled is about deviations of rows"):
+
+            class Whole(RMSNorm):
+                pooled = True
 
 
 def test_needs_std_false_withholds_it() -> None:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_znorm.gradients import SING, AffineMethod, Centralization, UnsupportedGradientError, ZScore
-from lightning_znorm.gradients.kernels import affine_, affine_shards_
-from lightning_znorm.gradients.methods import Over
-from lightning_znorm.gradients.shards import BoxShard, FlatShard, Shard, whole_pieces, whole_shard
+from lightning_znorm.gradients.kernels import transform_segments_, transform_shards_
+from lightning_znorm.gradients.methods import Over, rows_share_std
+from lightning_znorm.gradients.shards import BoxShard, FlatShard, Shard, as_shard, unsharded_segments
 from tests.gradients.reference import centralized, rms_normalized, sing, wide, zscore
 from tests.gradients.simulated import Group, on_ranks
 from tests.gradients.test_methods import Counted, HalfCentered, RMSNorm, RowZScore
@@ -57,24 +57,24 @@ def box_shard(local: Tensor | None, box: Tensor, whole: Tensor, cuts: dict[Group
 
 
 def contributions(shard: Shard, over: Over, start: int) -> list[tuple[int, int]]:
-    """Each element's value, and the number of the entry that it contributes to, in order."""
+    """Return each element's value, and the index of the statistics that it contributes to, in order."""
     pairs = []
-    for piece in shard.pieces(over, start):
-        assert piece.tensor.numel() > 0
+    for segment in shard.segments(over, start):
+        assert segment.tensor.numel() > 0
         assert shard.local is not None
-        assert piece.tensor.untyped_storage().data_ptr() == shard.local.untyped_storage().data_ptr()
-        for row, values in enumerate(piece.tensor if piece.by_row else [piece.tensor]):
-            pairs += [(int(value), piece.start + row) for value in values.reshape(-1)]
-        assert piece.entries == (len(piece.tensor) if piece.by_row else 1)
+        assert segment.tensor.untyped_storage().data_ptr() == shard.local.untyped_storage().data_ptr()
+        for row, values in enumerate(segment.tensor if segment.by_row else [segment.tensor]):
+            pairs += [(int(value), segment.start + row) for value in values.reshape(-1)]
+        assert segment.num_stats == (len(segment.tensor) if segment.by_row else 1)
     return pairs
 
 
-# What is in one process: the pieces.
+# What is in one process: the segments.
 
 
 @given(st.data(), shapes, st.integers(0, 9))
 @settings(deadline=None)
-def test_flat_pieces_cover_their_interval_and_name_its_entries(
+def test_flat_segments_cover_their_interval_and_name_its_statistics(
     data: st.DataObject, shape: torch.Size, start: int
 ) -> None:
     whole = torch.arange(shape.numel()).view(shape)
@@ -89,7 +89,9 @@ def test_flat_pieces_cover_their_interval_and_name_its_entries(
 
 @given(st.data(), shapes.filter(lambda shape: len(shape) > 0), st.integers(0, 9))
 @settings(deadline=None)
-def test_box_pieces_cover_their_box_and_name_its_entries(data: st.DataObject, shape: torch.Size, start: int) -> None:
+def test_box_segments_cover_their_box_and_name_its_statistics(
+    data: st.DataObject, shape: torch.Size, start: int
+) -> None:
     whole = torch.arange(shape.numel()).view(shape)
     box = whole[tuple(slice(*data.draw(st.sampled_from(data.draw(cut(size, 3))))) for size in shape)]
     shard = box_shard(box, box, whole, {})
@@ -102,35 +104,35 @@ def test_box_pieces_cover_their_box_and_name_its_entries(data: st.DataObject, sh
     assert contributions(shard, "row", start) == expected
 
 
-def test_nothing_here_is_no_piece() -> None:
+def test_nothing_local_is_no_segment() -> None:
     whole = torch.zeros(3, 4)
     for over in ("tensor", "row"):
-        assert flat_shard(None, whole, 5).pieces(over) == []
-        assert flat_shard(torch.zeros(0), whole, 5).pieces(over) == []
-        assert box_shard(None, whole, whole, {}).pieces(over) == []
-        assert box_shard(whole[:0], whole[:0], whole, {}).pieces(over) == []
+        assert flat_shard(None, whole, 5).segments(over) == []
+        assert flat_shard(torch.zeros(0), whole, 5).segments(over) == []
+        assert box_shard(None, whole, whole, {}).segments(over) == []
+        assert box_shard(whole[:0], whole[:0], whole, {}).segments(over) == []
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
 def test_single_elements_are_no_reason_to_communicate(shape: tuple[int, ...]) -> None:
-    assert flat_shard(torch.zeros(1), torch.zeros(shape), 0, Group([0, 1])).groups("tensor") == ()
+    assert flat_shard(torch.zeros(1), torch.zeros(shape), 0, Group([0, 1])).reduce_groups("tensor") == ()
     for rows in (1, 5):
-        assert flat_shard(None, torch.zeros(rows, *shape), 0, Group([0, 1])).groups("row") == ()
+        assert flat_shard(None, torch.zeros(rows, *shape), 0, Group([0, 1])).reduce_groups("row") == ()
 
 
 def test_rows_that_are_whole_are_no_reason_to_communicate() -> None:
     first, second = Group([0, 1]), Group([0, 2])
     shard = box_shard(None, torch.zeros(2, 6), torch.zeros(4, 6), {first: 0, second: 1})
-    assert shard.groups("tensor") == (first, second)
-    assert shard.groups("row") == (second,)
+    assert shard.reduce_groups("tensor") == (first, second)
+    assert shard.reduce_groups("row") == (second,)
 
 
 def test_rows_that_are_mixed_are_refused() -> None:
     whole = torch.zeros(3, 4)
     shard = flat_shard(torch.zeros(12), whole, 0, Group([0]), in_rows=False)
-    assert shard.groups("tensor") != ()
+    assert shard.reduce_groups("tensor") != ()
     with pytest.raises(UnsupportedGradientError, match=r"shape \(3, 4\) .*make it contiguous"):
-        shard.groups("row")
+        shard.reduce_groups("row")
 
 
 # What several processes compute together.
@@ -139,10 +141,10 @@ def test_rows_that_are_mixed_are_refused() -> None:
 def one_process(grads: Sequence[Tensor], method: AffineMethod, loss_scale: Tensor | None = None) -> list[Tensor]:
     copies = [grad.clone() for grad in grads]
     present = [grad for grad in copies if grad.numel() > 0]
-    if method.pooled:
-        affine_shards_(map(whole_shard, present), method, loss_scale)
+    if rows_share_std(method):
+        transform_shards_(map(as_shard, present), method, loss_scale)
     else:
-        affine_(whole_pieces(present, method.over), method, loss_scale)
+        transform_segments_(unsharded_segments(present, method.over), method, loss_scale)
     return copies
 
 
@@ -170,7 +172,7 @@ class Flat:
     def transformed(
         self, method: AffineMethod, loss_scale: Tensor | None = None, empty_as_none: bool = True
     ) -> list[Tensor]:
-        """The gradients, put together from what all ranks make of their parts."""
+        """Return the gradients, put together from what all ranks make of their parts."""
 
         def on_rank(rank: int) -> list[Tensor]:
             parts = [
@@ -181,7 +183,7 @@ class Flat:
                 flat_shard(None if empty_as_none and len(part) == 0 else part, grad, intervals[rank][0], self.group)
                 for part, grad, intervals in zip(parts, self.grads, self.cuts, strict=True)
             ]
-            affine_shards_(shards, method, loss_scale)
+            transform_shards_(shards, method, loss_scale)
             return parts
 
         ranks = on_ranks(self.size, [self.group], on_rank)
@@ -237,7 +239,7 @@ def test_intervals_become_what_the_whole_becomes(
 
 
 def _deviates(grad: Tensor, method: AffineMethod) -> bool:
-    """Whether no row, or the tensor, is constant but for rounding, where a quotient of deviations says nothing."""
+    """Whether rows and tensor vary by more than rounding, so that a quotient of deviations has a meaning."""
     if not isinstance(method, (RowZScore, SING)) or grad.numel() == 1:
         return True
     rows = wide(grad).reshape(len(grad), -1) if method.over == "row" and grad.ndim > 1 else wide(grad).reshape(1, -1)
@@ -275,7 +277,7 @@ def test_boxes_become_what_the_whole_becomes(data: st.DataObject, grad: Tensor, 
         second, first = divmod(rank, 2)
         groups = [lines[0][second], lines[1][first]]
         cuts = {group: dim for group, dim in zip(groups, dims, strict=True) if dim is not None}
-        affine_shards_([box_shard(local, local, grad, cuts)], method)
+        transform_shards_([box_shard(local, local, grad, cuts)], method)
         return local
 
     result = torch.full_like(grad, torch.nan)
@@ -401,7 +403,7 @@ def test_kinds_together_with_what_is_whole_here() -> None:
         shards: list[Shard] = [box_shard(part, part, grad, {group: 0}) for part, grad in zip(own, grads, strict=True)]
         shards.insert(1, flat_shard(alone.view(-1), alone, 0))
         before = alone.clone()
-        affine_shards_(shards, ZScore())
+        transform_shards_(shards, ZScore())
         check(alone, before, ZScore())
         return own
 
@@ -430,7 +432,7 @@ def test_method_that_reads_a_deviation_that_it_does_not_need() -> None:
         evenly([torch.randn(5)], 2).transformed(Greedy())
 
 
-def test_pooled_deviations_take_two_collectives_of_a_group_that_cuts_rows_and_columns() -> None:
+def test_deviations_that_rows_share_take_two_collectives_of_a_group_that_cuts_rows_and_columns() -> None:
     # As tensor parallelism does, and FSDP around it.
     first, second = ([Group([0, 1]), Group([2, 3])], [Group([0, 2]), Group([1, 3])])
     grads = [torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)).double() for seed in range(4)]
@@ -442,7 +444,7 @@ def test_pooled_deviations_take_two_collectives_of_a_group_that_cuts_rows_and_co
             grad.chunk(2, dim)[one].chunk(2, other)[two].clone() for grad, (dim, other) in zip(grads, cuts, strict=True)
         ]
         groups = (first[two], second[one])
-        affine_shards_(
+        transform_shards_(
             [
                 box_shard(part, part, grad, dict(zip(groups, own, strict=True)))
                 for part, grad, own in zip(parts, grads, cuts, strict=True)

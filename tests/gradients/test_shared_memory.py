@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_znorm.functional import attach, transform_grads_, zscore_grads_
 from lightning_znorm.gradients import SING, Centralization, UnsupportedGradientError, ZScore, transform_gradients_
-from lightning_znorm.gradients.measure import measure_gradients
+from lightning_znorm.gradients.apply import measure_gradients
 from lightning_znorm.gradients.shards import BoxShard, FlatShard, Shard
 from lightning_znorm.gradients.shared_memory import has_internal_overlap, may_share_memory
 from lightning_znorm.gradients.slots import GradientSlot, ParameterSlot, UnnamedSlots
@@ -163,7 +163,7 @@ def test_gradient_that_overlaps_with_itself_is_copied(case: str, method: str) ->
 
 
 def test_internal_overlap_is_that_of_the_addresses() -> None:
-    """All small layouts, by their addresses; a doubt may say yes, and never no."""
+    """All small layouts are compared with their addresses: where strides cannot tell, the answer may only be yes."""
     flat = torch.arange(100)
     for shape in product((1, 2, 3), repeat=3):
         for stride in product(range(6), repeat=3):
@@ -173,7 +173,7 @@ def test_internal_overlap_is_that_of_the_addresses() -> None:
 
 
 def test_tensors_without_storage_share_nothing() -> None:
-    """Such as those that functions under vmap are given, and XLA's."""
+    """Such as the tensors of functions under vmap, and XLA's."""
 
     def function(tensor: Tensor) -> Tensor:
         assert not may_share_memory([tensor, tensor], [])

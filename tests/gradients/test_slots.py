@@ -1,4 +1,4 @@
-"""Where gradients are found: one by one, and all at once."""
+"""Reading gradients from their slots: one by one, and all at once."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -132,7 +132,7 @@ def test_refused_by_name(make: Callable[[], nn.Parameter], message: str) -> None
 def test_numbers_are_those_of_the_first_occurrence() -> None:
     first, second, third = (param(torch.randn(2, 3)) for _ in range(3))
     assert [slot.names for slot in UnnamedSlots([first, first, second])] == [("parameter 0",), ("parameter 2",)]
-    slots = UnnamedSlots([first, second], [second, third], are_an_optimizers=True)
+    slots = UnnamedSlots([first, second], [second, third], names_groups=True)
     assert [slot.names for slot in slots] == [
         ("parameter 0 of group 0",),
         ("parameter 1 of group 0",),
@@ -166,7 +166,7 @@ def untried_dtensors() -> Iterator[None]:
     ],
 )
 def test_what_is_missing_of_dtensors_is_named(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> None:
-    """Before anything is changed; a release of torch that lacks it would otherwise have shards taken for wholes."""
+    """Before anything is changed. Otherwise such a release of torch would have shards taken for gradients."""
     monkeypatch.delitem(sys.modules, "lightning_znorm.gradients.adapters.dtensor", raising=False)
     monkeypatch.delattr(adapters, "dtensor", raising=False)
     params = [param(torch.tensor([1.0, 5.0]), (2,)), param(torch.zeros(2, 3).as_subclass(ShardedTensor))]

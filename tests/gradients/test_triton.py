@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lightning_znorm.gradients import ZScore
-from lightning_znorm.gradients.kernels import affine_, dispatch
-from lightning_znorm.gradients.pieces import Piece
+from lightning_znorm.gradients.kernels import dispatch, transform_segments_
+from lightning_znorm.gradients.shards import Segment
 from tests.gradients.reference import wide, zscore
 from tests.processes import run_python
 
@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize(
     ("chosen", "number"),
     [
-        ("methods_with_segments or layouts or counts or (boundaries and float32)", 8),
+        ("methods_with_chunks or layouts or counts or (boundaries and float32)", 8),
         pytest.param("test", 70, marks=pytest.mark.full),
     ],
     ids=["some", "all"],
@@ -40,13 +40,13 @@ def test_in_the_interpreter(chosen: str, number: int) -> None:
 @needs_triton
 def test_programs_take_several_narrow_rows_but_one_tensor() -> None:
     """A choice of speed alone: what is computed is the same."""
-    from lightning_znorm.gradients.kernels import pointer_table
+    from lightning_znorm.gradients.kernels import triton
 
     cpu = torch.device("cpu")
-    rows, tensors = (pointer_table._Layout(sizes, torch.float32, cpu) for sizes in ([torch.Size([64, 4])], [256]))
+    rows, tensors = (triton._LaunchPlan(sizes, torch.float32, cpu) for sizes in ([torch.Size([64, 4])], [256]))
     assert (rows.constants["BY_ROW"], tensors.constants["BY_ROW"]) == (True, False)
     assert rows.long > tensors.long
-    assert (rows.entries, tensors.entries) == (64, 1)
+    assert (rows.num_stats, tensors.num_stats) == (64, 1)
 
 
 @pytest.mark.full
@@ -62,7 +62,7 @@ def test_loads_and_stores_are_16_bytes_wide(tmp_path: Path) -> None:
         vector = "v2.b64" if double else "v4.b32"
         # A thread's part of a tile, 4096 elements (of float64 half as many) among 128 threads.
         loads = (2048 if double else 4096) // 128 * (2 if "bfloat16" in name else 8 if double else 4) // 16
-        # The first pass reads what it measures, segments and short runs, and rewrites short runs.
+        # The first pass reads what it measures, chunks and short runs, and rewrites short runs.
         assert instructions[f"ld.global.{vector}"] == (3 * loads if name.startswith("first") else loads), name
         assert instructions[f"st.global.{vector}"] == loads, name
         assert not any("local" in instruction for instruction in instructions), name
@@ -74,7 +74,7 @@ def test_falls_back_without_a_word(monkeypatch: pytest.MonkeyPatch, recwarn: pyt
     dispatch.runs_triton.cache_clear()
     grad = torch.randn(30)
     want = zscore(grad)
-    affine_([Piece(grad)], ZScore())
+    transform_segments_([Segment(grad)], ZScore())
     assert not dispatch.runs_triton(grad.device)
     torch.testing.assert_close(wide(grad), want, rtol=0, atol=1e-5)
     assert not recwarn.list

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_znorm import GradientMonitor, GradientTransform, SINGCallback, ZNormCallback
 from lightning_znorm.functional import attach, centralize_grads_, transform_grads_, zscore_grads_
 from lightning_znorm.gradients import SING, UnsupportedGradientError
-from lightning_znorm.gradients.finite import check_finite
+from lightning_znorm.gradients.apply import check_finite
 from lightning_znorm.gradients.slots import UnnamedSlots
 from tests.callbacks.training import Training, batches
 
@@ -35,7 +35,7 @@ def stepped(parameters: list[Tensor]) -> None:
 USES: dict[str, Callable[[list[Tensor]], Any]] = {
     "zscore": zscore_grads_,
     "centralize": centralize_grads_,
-    "pooled": lambda parameters: transform_grads_(parameters, SING()),
+    "sing": lambda parameters: transform_grads_(parameters, SING()),
     "function": lambda parameters: transform_grads_(parameters, torch.neg),
     "attached": stepped,
 }
@@ -54,7 +54,7 @@ def test_refused_before_anything_is_changed(use: str, dtype: torch.dtype) -> Non
             USES[use](parameters)
         for one, (value, grad) in zip(parameters, before, strict=True):
             assert one.grad is not None
-            # Compared as bytes, for torch compares no numbers of some of these types.
+            # Compared as bytes, because torch cannot compare numbers of some of these types.
             assert torch.equal(one.detach().view(torch.uint8), value.view(torch.uint8))
             assert torch.equal(one.grad.view(torch.uint8), grad.view(torch.uint8))
 

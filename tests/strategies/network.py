@@ -10,7 +10,7 @@ BATCH_SIZE = 4  # of each process
 
 
 class Overflowing(torch.autograd.Function):
-    """A parameter as it is, the last element of whose gradient becomes infinite: in the shard of one process alone."""
+    """Returns a parameter unchanged, and makes the last element of its gradient infinite, which one process holds."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class Tied(nn.Module):
 
 
 class Frozen(nn.Linear):
-    """A layer that does not train. FSDP needs a class for it: a flat parameter trains as a whole or not at all."""
+    """A layer that does not train. FSDP needs a class for it, because all of a flat parameter trains or none of it."""
 
     def __init__(self) -> None:
         super().__init__(7, 7)

@@ -22,7 +22,7 @@ METHODS: dict[str, Callable[[Tensor], Tensor]] = {
     "sing": lambda grad: sing(grad) if grad.numel() > 1 else grad,
 }
 
-# Of rounding, in units of the last place of 1.0.
+# Tolerance for rounding, in units of the last place of 1.0.
 UNIT = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 # A shared weight has two names.
@@ -64,7 +64,7 @@ def mean_gradients(scenario: Scenario, weights: Weights, step: int, scale: float
 
 
 def updates(scenario: Scenario, grads: Weights, step: int) -> Weights:
-    """Return what the method, and clipping after it, make of the gradients of a step, for the parameters it moves."""
+    """Return the gradients of a step after the method and clipping, for the parameters that it moves."""
     method = METHODS[scenario.callback]
     made = {name: wide(grad) if name in scenario.leaves else method(wide(grad)) for name, grad in grads.items()}
     if scenario.clip is not None:
@@ -108,14 +108,14 @@ def tolerance(scenario: Scenario, weight: Tensor, change: Tensor, learning_rate:
         units = 4.0 if scenario.shares == 1 else 8.0
     else:
         units = 2.0
-    # Where a method leaves the change small, it is the difference of gradients that were rounded before.
+    # If a method makes the change small, it is the difference of gradients that were rounded before.
     bound = learning_rate * units * unit * change.abs().max().clamp_min(0.02)
     of_weights = 1 if scenario.weight_type.itemsize == 2 else 4
     return bound + of_weights * UNIT[scenario.weight_type] * weight.abs()
 
 
 def shown_gradients(scenario: Scenario, record: Record, step: int, number: int) -> Weights:
-    """Return the gradients that the callback saw, once they are known to be those of all batches but for rounding.
+    """Return the gradients that the callback saw, after checking that they are those of all batches up to rounding.
 
     Args:
         scenario: What is special about the run.

@@ -182,7 +182,7 @@ CAST_FP16: dict[str, Any] = {"precision": "16-mixed", "plugin": sharded_scaler, 
 TRUE_BF16: dict[str, Any] = {"precision": "bf16-true"}
 TRUE_FP16: dict[str, Any] = {"precision": "16-true"}
 FLOAT64: dict[str, Any] = {"precision": "64-true"}
-# To DeepSpeed mixed precision is the same as true half precision, but for the weights that it starts with.
+# For DeepSpeed, mixed precision differs from true half precision in the weights that it starts with alone.
 ZERO_BF16: dict[str, Any] = {"computes_in": torch.bfloat16, "shows_gradients": True, "steps_in": torch.bfloat16}
 ZERO_FP16: dict[str, Any] = {"computes_in": torch.float16, "shows_gradients": True}  # widened for the loss scale
 FP16_CONFIG: dict[str, Any] = {"fp16": {"enabled": True, "loss_scale": 128.0}}
@@ -254,7 +254,7 @@ PRODUCT = full_product()
 PAIRWISE = pairwise(PRODUCT)
 OF_PRODUCT = {name_of(row): scenario for row, scenario in PRODUCT.items()}
 
-# What else there is
+# Other scenarios
 
 NOT_MATRICES = (
     "gain",
@@ -291,7 +291,7 @@ OF_DDP = {
     "ddp-overflow-of_all-fused": replace(
         DDP, **AUTOCAST_FP16, **FUSED, overflowing_batch=1, overflowing="all parameters"
     ),
-    # Of two optimizers, each would change the loss scale.
+    # With two optimizers, each would change the loss scale.
     "ddp-overflow-manual": replace(DDP, **AUTOCAST_FP16, optimizer="manual", one_optimizer=True, overflowing_batch=1),
     "ddp-overflow-accumulate": replace(DDP, **AUTOCAST_FP16, network=STRIDED, overflowing_batch=2, accumulate=2),
     # Gradients are views of the buckets that DDP averages.
@@ -409,8 +409,8 @@ OF_DTENSORS = {
 
 
 def in_fp32(stage: int) -> dict[str, Any]:
-    """What accumulating gradients in float32 changes of a scenario of DeepSpeed in bfloat16."""
-    # DeepSpeed before 0.19 accumulates those of stage 2 in float32, and then rounds them.
+    """Return a scenario of DeepSpeed in bfloat16, with gradients that are accumulated in float32."""
+    # DeepSpeed before 0.19 accumulates gradients of stage 2 in float32, and then rounds them.
     steps_in = torch.bfloat16 if stage == 2 else torch.float32
     return {**ZERO_BF16, "precision": "bf16-true", "steps_in": steps_in}
 
@@ -533,7 +533,7 @@ MONITORED = {
 
 
 def resumed(base: Scenario, name: str, *sizes: int, shares: int | None = None) -> dict[str, Scenario]:
-    """A run with momentum, and runs that go on from its checkpoint with other numbers of processes."""
+    """Return a run with momentum, and runs that resume its checkpoint with other numbers of processes."""
     base = replace(base, optimizer="momentum")
     made = {f"{name}-save": replace(base, saves=True)}
     for size in sizes:
@@ -547,7 +547,7 @@ def resumed(base: Scenario, name: str, *sizes: int, shares: int | None = None) -
 
 
 def in_one_file(base: Scenario, tensor: int = 1) -> Scenario:
-    """With checkpoints that the first process writes."""
+    """Return the scenario with checkpoints that the first process writes."""
     return replace(base, strategy=model_parallel(tensor, save_distributed_checkpoint=False))
 
 
@@ -575,7 +575,7 @@ CHECKPOINTS = {
     # What is saved and resumed is compared with these bit by bit.
     **{f"checkpoint-zero{stage}-whole": replace(zero(stage), optimizer="momentum", epochs=2) for stage in range(4)},
 }
-# Their checkpoints hold the callback's state, and so they warn of its absence.
+# Their checkpoints hold the callback's state, so that Lightning warns if the callback is absent.
 CHECKPOINTS |= {
     f"{name}-without_callback": replace(CHECKPOINTS[name], without_callback=True)
     for name in [
@@ -586,7 +586,7 @@ CHECKPOINTS |= {
 
 
 def alone(device: str, scenarios: dict[str, Scenario]) -> dict[str, Scenario]:
-    """What a single process makes of scenarios on its device."""
+    """Return scenarios as a single process runs them on its device."""
     return {f"{device}-{name}": replace(own, device=device, **on_parts(1)) for name, own in scenarios.items()}
 
 
@@ -604,8 +604,8 @@ SCENARIOS: dict[str, Scenario] = {
 
 OF_COLLECTIVES = [name for name in OF_DEEPSPEED if name.endswith(("round_robin", "overlap", "buckets", "scatter"))]
 
-# FSDP1 does not shard what is a single process'. PyTorch then fails to accumulate gradients of another type than that
-# of the weights, and gives those of weights that are channels-last in a wrong order.
+# FSDP1 does not shard over a single process. PyTorch then fails to accumulate gradients whose type is not that of the
+# weights, and returns the gradients of channels-last weights in a wrong order.
 ON_CUDA = alone(
     "cuda",
     {
@@ -614,12 +614,12 @@ ON_CUDA = alone(
         if own.processes <= 2
         and name not in CHECKPOINTS
         and name not in REFUSED
-        # What is added up how is no matter of one process.
+        # One process adds nothing up.
         and not (own.kind == "DeepSpeed" and (own.is_manual or own.optimizer == "momentum" or name in OF_COLLECTIVES))
         and not (own.kind == "FSDP" and ("channels_last" in own.network or (own.computes_in and own.accumulate > 1)))
     },
 )
-# Which needs a GPU to be moved from.
+# Offloading needs a GPU.
 ON_CUDA |= {
     f"{name}-cpu_offload": replace(ON_CUDA[name], strategy=fsdp1(cpu_offload=True, use_orig_params="flat" not in name))
     for name in ("cuda-fsdp-32-true", "cuda-fsdp-flat-32-true", "cuda-fsdp-bf16-mixed")
@@ -645,7 +645,7 @@ SCENARIOS |= alone(
 
 ALL = SCENARIOS | ON_CUDA
 
-# The default tier: every pair of the product's values, and one of each kind of what else there is.
+# The default tier: every pair of the product's values, and one of each kind of the other scenarios.
 DEFAULT = {
     *map(name_of, PAIRWISE),
     "checkpoint-fsdp2-resume-4",

@@ -14,7 +14,7 @@ SCENARIO = "ddp-64-true"
 
 
 class Written(Training):
-    """Writes its record into a file: what was trained in another process does not come back."""
+    """Writes its record into a file, because another process does not return what it trained."""
 
     def __init__(self, name: str, directory: Path) -> None:
         super().__init__(name)

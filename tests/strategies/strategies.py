@@ -1,4 +1,4 @@
-"""The strategies of the scenarios, on CPUs too where Lightning's refuse, and where each keeps its weights."""
+"""The strategies of the scenarios, made to run on CPUs, and where each keeps its weights."""
 
 import argparse
 import importlib

@@ -39,7 +39,7 @@ def momentum(runs: Runs) -> Momentum:
 
 @pytest.mark.parametrize("name", selected(lambda name, scenario: scenario.saves))
 def test_holds_no_code(runs: Runs, directory: Path, name: str) -> None:
-    """Or the command line would refuse it."""
+    """Otherwise the command line would refuse it."""
     runs(name)
     check_checkpoint(str(directory / f"{name}.ckpt"))
 

@@ -16,7 +16,7 @@ from tests.strategies.training import train
 
 
 def averages_in_place(name: str, scenario: Scenario) -> bool:
-    """Whether DDP has its own idea of where gradients are."""
+    """Whether DDP moves gradients to memory of its own."""
     return scenario.kind == "DDP" and scenario.processes == 2 and scenario.resumes is None
 
 
@@ -43,7 +43,7 @@ def test_used_by_one_process_and_by_none(runs: Runs, name: str) -> None:
 
 
 def fork_two(folder: Path) -> None:
-    """Let Lightning fork the processes, as in a process that nothing has launched."""
+    """Let Lightning fork the processes, as in a process that was not launched by another program."""
     for key in list(os.environ):
         if key.startswith(("TORCHELASTIC_", "MASTER_")) or key.endswith(("RANK", "WORLD_SIZE")):
             del os.environ[key]

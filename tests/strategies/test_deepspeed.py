@@ -1,4 +1,4 @@
-"""What is found of DeepSpeed's engines and optimizers, and what of them is refused; scenarios.py trains with them."""
+"""Which of DeepSpeed's engines and optimizers are supported, and which are refused; scenarios.py trains with them."""
 
 from importlib.metadata import requires, version
 from types import SimpleNamespace
@@ -17,13 +17,13 @@ deepspeed = pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip instal
 
 
 class DeepSpeedEngine(SimpleNamespace):
-    """Says what the real one does that only a larger machine, or another optimizer, could set up."""
+    """Stands for an engine that only a larger machine, or another optimizer, could set up."""
 
     def fp16_enabled(self) -> bool:
         return False
 
 
-# What a plain engine says of itself.
+# The attributes of a plain engine.
 SETTINGS = {
     "autotp_size": 0,
     "fp16_master_weights_and_gradients": False,
@@ -118,7 +118,7 @@ def test_optimizer_by_another_name_is_refused(module: str, stage: int, name: str
         DeepSpeedAdapter(nn.Linear(2, 2), made)
 
 
-# What a plain optimizer of each stage holds of a model of one layer.
+# The attributes of a plain optimizer of each stage, for a model of one layer.
 LAYER = nn.Linear(2, 2)
 FLAT = [torch.zeros(4), torch.zeros(2)]
 OPTIMIZERS: dict[str, dict[str, Any]] = {

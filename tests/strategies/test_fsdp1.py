@@ -54,7 +54,7 @@ def _trained(use_orig_params: bool) -> tuple[nn.Module, FullyShardedDataParallel
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("use_orig_params", [True, False])
 def test_its_parameters_are_told_by_torchs_own_names(monkeypatch: pytest.MonkeyPatch, use_orig_params: bool) -> None:
-    """Whatever FSDP calls the attribute that marks them; and what it has no name for any more is said."""
+    """They are found by torch's functions, whatever the attribute is called that marks them. A missing name is told."""
     monkeypatch.setattr(_common_utils, "FSDP_FLATTENED", "_renamed")
     _, wrapped = _trained(use_orig_params)
     plain = nn.Parameter(torch.zeros(2))

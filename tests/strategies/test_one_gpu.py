@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_znorm.gradients import Centralization, ZScore
-from lightning_znorm.gradients.kernels import affine_shards_
+from lightning_znorm.gradients.kernels import transform_shards_
 from lightning_znorm.gradients.shards import FlatShard
 from tests.gradients.reference import centralized, zscore
 from tests.processes import run_python
@@ -17,7 +17,7 @@ from tests.strategies.scenarios import ON_CUDA
 
 pytestmark = pytest.mark.gpu
 
-# Each part by a program of its own, in which CUDA is started once.
+# Each part runs in a program of its own, which starts CUDA once.
 PARTS = {
     f"{kind}, {start}": names[start : start + 25]
     for kind in sorted({scenario.kind for scenario in ON_CUDA.values()})
@@ -63,10 +63,10 @@ def nccl() -> Iterator[dist.ProcessGroup]:
 @pytest.mark.parametrize("method", [ZScore(), Centralization()], ids=repr)
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_group_that_cannot_communicate_from_the_cpu(nccl: dist.ProcessGroup, device: str, method) -> None:
-    # As gradients that are offloaded.
+    # Offloaded gradients are on the CPU.
     whole = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
     local = whole.flatten().to(device)
     shard = FlatShard(local=local, shape=whole.shape, device=local.device, offset=0, group=nccl)
-    affine_shards_([shard], method)
+    transform_shards_([shard], method)
     expected = zscore(whole) if isinstance(method, ZScore) else centralized(whole)
     torch.testing.assert_close(local.cpu().double().view(7, 5), expected, rtol=0, atol=1e-5)

@@ -16,7 +16,7 @@ from tests.strategies.training import CALLBACKS, LEARNING_RATE, STEPS
 
 
 def trained(name: str, scenario: Scenario) -> bool:
-    """Whether the scenario begins at the beginning, and gets to the end of its only epoch."""
+    """Whether the scenario trains all of its only epoch."""
     return scenario.resumes is None and scenario.refused is None and scenario.epochs == 1
 
 
@@ -26,7 +26,7 @@ def works(strategy: str, precision: str) -> bool:
 
 
 def test_default_tier_has_each_pair() -> None:
-    """Of strategy, precision, number of accumulated batches and optimizer, as far as they go together."""
+    """Pairs of strategy, precision, number of accumulated batches and optimizer, if they can be combined."""
     rows = [row for row in PRODUCT if name_of(row) in DEFAULT]
     assert {row[:2] for row in rows} == {pair for pair in product(STRATEGIES, PRECISIONS) if works(*pair)}
     assert {(row[0], row[2]) for row in rows} == set(product(STRATEGIES, (1, 4)))
@@ -77,7 +77,7 @@ def test_overflow_in_one_process_skips_the_step_in_all(runs: Runs, name: str) ->
     if "large_scale" in name:
         # No other step is skipped, although scaled z-scores are beyond the range of float16.
         assert found[0]["scales"] == [2.0**16, 2.0**16, 2.0**15, 2.0**15]
-    if scenario.kind == "DeepSpeed":  # which does not leave gradients where they are looked for
+    if scenario.kind == "DeepSpeed":  # which keeps gradients elsewhere
         return
     # The scenario is what it says: where gradients are sharded, inf is in the last parameter's shard, or in all; DDP
     # does not average before the last batch of a step.
@@ -149,12 +149,12 @@ def test_untested_strategy_warns_once(runs: Runs, name: str) -> None:
             assert said[0].startswith(f"{callback} has not been tested with {strategy} (tests.strategies.strategies)")
         else:
             assert said == []
-        # Nor does one of a step without an effect: a process may hold nothing of a gradient.
+        # There is no warning of a step without an effect either: a process may hold nothing of a gradient.
         assert not [message for message in run["warnings"] if message.startswith((f"{callback}:", "GradientMonitor:"))]
 
 
 def counts_collectives(name: str, scenario: Scenario) -> bool:
-    """Whether those of the callback are counted, and of no monitor, which goes in front of it."""
+    """Whether the collectives of the callback are counted, and not those of a monitor, which runs before it."""
     return scenario.kind == "DeepSpeed" and trained(name, scenario) and not scenario.monitored
 
 
@@ -190,7 +190,7 @@ MISTAKEN = (
 
 @pytest.mark.parametrize("name", selected(lambda name, scenario: name in MISTAKEN))
 def test_mistakes_would_show(runs: Runs, name: str) -> None:
-    """The tolerance tells apart the z-score of the mean from what a process would make of its own share."""
+    """The tolerance tells the z-score of the mean from the z-scores of the parts of single processes."""
     scenario = SCENARIOS[name]
     run = runs(name)[0]
     weights = run["weights"][0]

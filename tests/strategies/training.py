@@ -40,14 +40,14 @@ class Training(LightningModule):
     """Records the weights around every step, and what else the tests ask for.
 
     Attributes:
-        weights: Those that the optimizer steps, before the first batch and after each.
-        model_weights: Those with which the forward pass computes, where these are not the same.
+        weights: The weights that the optimizer steps, before the first batch and after each.
+        model_weights: The weights of the forward pass, if they are others.
         scales: The loss scale, at the same times.
         metrics: What is logged, at the same times.
         infinite: Whether this process holds a gradient that is not finite, after each batch.
         moved: Names of gradients whose memory changed between the backward pass and the step.
         storages: Number of storages that the gradients share, before each step.
-        gradients: Those that the callback saw, before each step, times the loss scale.
+        gradients: The gradients that the callback saw, before each step, times the loss scale.
         collectives: Number of collectives that the callback called, in each of its hooks before a step.
     """
 
@@ -84,14 +84,14 @@ class Training(LightningModule):
 
     @property
     def record(self) -> dict[str, Any]:
-        """What this process saw."""
+        """Return what this process saw."""
         return {key: getattr(self, key) for key in self.RECORDED}
 
     def configure_model(self) -> None:
         if self.scenario.parallelize is not None:
             self.scenario.parallelize(self.network, self.device_mesh)
         elif self.scenario.kind == "FSDP" and not self.automatic_optimization:
-            # Where Lightning wraps this module, FSDP cannot take a backward pass in the midst of its forward pass.
+            # If Lightning wraps this module, FSDP does not allow a backward pass within its forward pass.
             self.network = wrap(self.network)
 
     def training_step(self, number: Tensor) -> Tensor:
@@ -134,12 +134,12 @@ class Training(LightningModule):
     def on_after_backward(self) -> None:
         grads = self.own_gradients()
         self.infinite.append(not all(bool(grad.isfinite().all()) for grad in grads.values()))
-        self.slots = {name: grad.data_ptr() for name, grad in grads.items()}
+        self.addresses = {name: grad.data_ptr() for name, grad in grads.items()}
 
     # Lightning calls the callbacks' hook before the module's.
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         grads = self.own_gradients()
-        self.moved += [name for name, grad in grads.items() if grad.data_ptr() != self.slots.get(name)]
+        self.moved += [name for name, grad in grads.items() if grad.data_ptr() != self.addresses.get(name)]
         self.storages.append(len({grad.untyped_storage().data_ptr() for grad in grads.values()}))
 
     def own_gradients(self) -> Weights:
@@ -190,7 +190,7 @@ class CountedCollectives:
 
     @property
     def callbacks(self) -> tuple[Callback, Callback]:
-        """Those in front of the counted callback, and behind it."""
+        """Return the callbacks that stand before and after the counted callback."""
         return (
             LambdaCallback(on_before_optimizer_step=lambda *_: self.start()),
             LambdaCallback(on_before_optimizer_step=lambda *_: self.stop()),

@@ -1,4 +1,4 @@
-"""Gradients under DeepSpeed: whole (ZeRO stage 0), or intervals of flattened ones (stages 1 to 3)."""
+"""Gradients under DeepSpeed: unsharded (ZeRO stage 0), or intervals of flattened ones (stages 1 to 3)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lightning_znorm.gradients.adapters.plain import GradientAdapter
-from lightning_znorm.gradients.errors import UnsupportedGradientError, missing
+from lightning_znorm.gradients.adapters import GradientAdapter
+from lightning_znorm.gradients.adapters.plain import named_tensors
+from lightning_znorm.gradients.errors import UnsupportedGradientError, missing_attributes
 from lightning_znorm.gradients.shards import FlatShard, Shard
 from lightning_znorm.gradients.slots import GradientSlot, ParameterSlot
 
@@ -19,11 +20,11 @@ from lightning_znorm.gradients.slots import GradientSlot, ParameterSlot
 class DeepSpeedAdapter(GradientAdapter):
     """The gradients of a DeepSpeed engine, where its step will read them, after their reduction.
 
-    DeepSpeed's own access to them, ``safe_get_full_grad`` and ``safe_set_full_grad``, gathers every gradient, and is
-    wrong in some configurations (with ``round_robin_gradients``, or where stage 3 shares a parameter out unevenly).
+    DeepSpeed's own functions, ``safe_get_full_grad`` and ``safe_set_full_grad``, gather every gradient, and are wrong
+    in some configurations (with ``round_robin_gradients``, or if stage 3 shards a parameter unevenly).
 
     Args:
-        module: The model, whose names count.
+        module: The model, which gives the names.
         engine: The engine around it.
 
     Raises:
@@ -36,20 +37,20 @@ class DeepSpeedAdapter(GradientAdapter):
         _check(engine, *_ENGINE_NEEDS)
         _check_features(engine)
         self._engine = engine
-        self._memory = _memory_of(engine.optimizer, engine.zero_optimization_stage())
-        names = {parameter: slots[0].names for parameter, slots in self._read().items()}
+        self._store = _store_of(engine.optimizer, engine.zero_optimization_stage())
+        named = named_tensors(module)
         # A parameter that is frozen, or that the optimizer was not given, takes no step.
         self._slots: dict[Tensor, GradientSlot] = {
-            parameter: _Unstepped(own, parameter) for parameter, own in names.items()
+            parameter: _UnsteppedSlot(names, parameter) for parameter, names in named.items()
         }
         self._stepped: list[GradientSlot] = []
-        for group, parameters in enumerate(self._memory.groups()):
+        for group, parameters in enumerate(self._store.groups()):
             for number, parameter in enumerate(parameters):
-                own = names.get(parameter, (f"parameter {number} of group {group}",))
-                slot = self._memory.slot(own, parameter, group, number)
+                names = named.get(parameter, (f"parameter {number} of group {group}",))
+                slot = self._store.slot(names, parameter, group, number)
                 self._slots[parameter] = slot
                 self._stepped.append(slot)
-                if parameter not in names:
+                if parameter not in named:
                     self.unnamed.add(slot)
 
     def is_complete(self) -> bool:  # noqa: D102
@@ -64,13 +65,13 @@ class DeepSpeedAdapter(GradientAdapter):
         yield from self._slots.values()
 
     def slots_of(self, optimizer: Optimizer) -> Iterator[GradientSlot]:
-        """Those of the parameters that the engine steps: it has one optimizer, whose parameters are flattened ones."""
-        self._memory.refresh()
+        """Yield the slots of the parameters that the engine steps. It has one optimizer, with flattened parameters."""
+        self._store.refresh()
         yield from self._stepped
 
 
-class _Unstepped(GradientSlot):
-    """A parameter of which the engine has no gradient."""
+class _UnsteppedSlot(GradientSlot):
+    """The slot of a parameter of which the engine has no gradient."""
 
     def __init__(self, names: tuple[str, ...], parameter: Tensor) -> None:
         super().__init__(names)
@@ -78,7 +79,7 @@ class _Unstepped(GradientSlot):
 
     @property
     def shape(self) -> torch.Size:
-        """Of the whole parameter, which stage 3 takes apart."""
+        """Shape of the unsharded parameter, which stage 3 shards."""
         shape: torch.Size = getattr(self._parameter, "ds_shape", self._parameter.shape)
         return shape
 
@@ -93,8 +94,8 @@ class _Unstepped(GradientSlot):
         pass
 
 
-class _WholePlace(_Unstepped):
-    """A gradient that is whole on every process, in memory of the optimizer's."""
+class _UnshardedSlot(_UnsteppedSlot):
+    """The slot of an unsharded gradient in memory of the optimizer."""
 
     def __init__(self, names: tuple[str, ...], parameter: Tensor, gradient: Tensor) -> None:
         super().__init__(names, parameter)
@@ -107,16 +108,17 @@ class _WholePlace(_Unstepped):
         self._gradient.zero_()
 
 
-class _PartPlace(_Unstepped):
-    """A gradient of which every process of a group holds an interval.
+class _ShardSlot(_UnsteppedSlot):
+    """The slot of a gradient of which every process of a group holds an interval.
 
     Args:
         names: The parameter's names.
         parameter: The parameter.
-        group: The processes.
-        offset: Index, in the flattened gradient, of the first element here.
-        local: Finds the elements here; ``None`` if nothing of the gradient is here.
-        keep_norm: Is given the elements here after they have been rewritten, where the optimizer has taken their norm.
+        group: The process group.
+        offset: Index, in the flattened gradient, of the first local element.
+        local: Returns the local elements; ``None`` if this process holds nothing of the gradient.
+        update_norm: Called with the local elements after they have been rewritten, if the optimizer has taken their
+            norm.
     """
 
     def __init__(
@@ -126,13 +128,13 @@ class _PartPlace(_Unstepped):
         group: ProcessGroup,
         offset: int = 0,
         local: Callable[[], Tensor] | None = None,
-        keep_norm: Callable[[Tensor], None] | None = None,
+        update_norm: Callable[[Tensor], None] | None = None,
     ) -> None:
         super().__init__(names, parameter)
         self._group = None if torch.distributed.get_world_size(group) == 1 else group
         self._offset = offset
         self._local = local
-        self._keep_norm = keep_norm
+        self._update_norm = update_norm
 
     def read(self) -> Tensor | Shard | None:
         if not self._parameter.requires_grad:
@@ -146,8 +148,8 @@ class _PartPlace(_Unstepped):
         )
 
     def on_rewritten(self) -> None:
-        if self._local is not None and self._keep_norm is not None:
-            self._keep_norm(self._local())
+        if self._local is not None and self._update_norm is not None:
+            self._update_norm(self._local())
 
     def clear(self) -> None:
         if self._local is not None:
@@ -155,11 +157,11 @@ class _PartPlace(_Unstepped):
             self.on_rewritten()
 
 
-class _Memory(ABC):
+class _Store(ABC):
     """Where one of DeepSpeed's optimizers keeps gradients.
 
     Attributes:
-        needs: Attributes without which this is not the layout that was tested.
+        needs: Attributes of the optimizer that are used here.
     """
 
     needs: Sequence[str] = ()
@@ -170,18 +172,18 @@ class _Memory(ABC):
 
     @abstractmethod
     def groups(self) -> list[list[Tensor]]:
-        """The parameters that are stepped, in the same order on all processes."""
+        """Return the parameters that are stepped, in the same order on all processes."""
 
     @abstractmethod
     def slot(self, names: tuple[str, ...], parameter: Tensor, group: int, number: int) -> GradientSlot:
-        """The slot of one of them."""
+        """Return the slot of one of these parameters."""
 
     def refresh(self) -> None:
-        """Looks up what a backward pass has made anew, before the slots are asked for their gradients."""
+        """Look up what a backward pass has made anew, before the slots are read."""
         return
 
 
-class _InParameters(_Memory):
+class _Stage0(_Store):
     """Stage 0: in ``grad``."""
 
     def groups(self) -> list[list[Tensor]]:
@@ -191,8 +193,8 @@ class _InParameters(_Memory):
         return ParameterSlot(names, parameter)
 
 
-class _InHalfParameters(_InParameters):
-    """Stage 0 with a copy of the weights in float32, which is what the optimizer itself was given."""
+class _Stage0WithMasterWeights(_Stage0):
+    """Stage 0 with master weights in float32, which are the parameters of the wrapped optimizer."""
 
     needs = ("fp16_groups",)
 
@@ -200,8 +202,11 @@ class _InHalfParameters(_InParameters):
         return [list(group) for group in self.optimizer.fp16_groups]
 
 
-class _BF16(_Memory):
-    """Stage 1 in bfloat16 with accumulation in float32: whole, next to gradients in bfloat16 that the step ignores."""
+class _BF16(_Store):
+    """Stage 1 in bfloat16 with accumulation in float32: unsharded, in memory of the optimizer.
+
+    There are gradients in bfloat16 too, which the step ignores.
+    """
 
     needs = ("bf16_groups", "fp32_groups_gradients")
 
@@ -209,14 +214,14 @@ class _BF16(_Memory):
         return [list(group) for group in self.optimizer.bf16_groups]
 
     def slot(self, names: tuple[str, ...], parameter: Tensor, group: int, number: int) -> GradientSlot:
-        return _WholePlace(names, parameter, self.optimizer.fp32_groups_gradients[group][number])
+        return _UnshardedSlot(names, parameter, self.optimizer.fp32_groups_gradients[group][number])
 
 
-class _Zero(_Memory):
-    """Stages 1 to 3: in lists of parts that each backward pass makes, or, offloaded, in memory that stays.
+class _Zero(_Store):
+    """Stages 1 to 3: in lists of parts that each backward pass makes, or, if offloaded, in memory that stays.
 
-    The step takes the norm of the parts in the lists, and looks there for inf and NaN, both after they have been
-    rewritten. Of offloaded gradients, the norms are taken before, and must be kept up to date.
+    The step takes the norm of the parts in the lists, and looks there for inf and NaN: both happen after the parts have
+    been rewritten. The norms of offloaded gradients are taken before, so they must be updated.
     """
 
     offloaded: bool
@@ -224,7 +229,7 @@ class _Zero(_Memory):
     def refresh(self) -> None:
         averaged = self.optimizer.averaged_gradients
         if self.offloaded:
-            # The copies to the CPU need not have arrived.
+            # The copies to the CPU may not have arrived yet.
             if torch.accelerator.is_available():
                 torch.accelerator.synchronize()
             return
@@ -233,19 +238,19 @@ class _Zero(_Memory):
                 # Z-scores times the loss scale overflow in float16. The step makes these copies anyway.
                 averaged[group] = [_widened(part) for part in parts]
 
-    def _keep_norm(self, parameter: Tensor) -> Callable[[Tensor], None] | None:
+    def _update_norm(self, parameter: Tensor) -> Callable[[Tensor], None] | None:
         if not self.offloaded:
             return None
         number = self.optimizer.get_param_id(parameter)
 
-        def keep_norm(part: Tensor) -> None:
+        def update_norm(part: Tensor) -> None:
             self.optimizer.norm_for_param_grads[number] = torch.linalg.vector_norm(part, dtype=torch.float32)
 
-        return keep_norm
+        return update_norm
 
 
 class _Zero12(_Zero):
-    """Stages 1 and 2: one interval of all parameters of a group, flattened together, on each process."""
+    """Stages 1 and 2: on each process, one interval of all parameters of a group, flattened together."""
 
     needs = (
         "averaged_gradients",
@@ -263,7 +268,7 @@ class _Zero12(_Zero):
         self.offloaded = optimizer.cpu_offload
         if self.offloaded:
             _check(optimizer, "grad_position", "norm_for_param_grads")
-        self._numbers = [{p: number for number, p in enumerate(own)} for own in optimizer.params_in_partition]
+        self._numbers = [{p: number for number, p in enumerate(params)} for params in optimizer.params_in_partition]
         self._parts: dict[int, list[Tensor]] = {}
 
     def groups(self) -> list[list[Tensor]]:
@@ -273,7 +278,7 @@ class _Zero12(_Zero):
         super().refresh()
         if self.offloaded:
             return
-        # Padding in between is marked; at the end, it need not be.
+        # Padding between parts is marked by this private attribute; padding at the end may be unmarked.
         self._parts = {
             group: [part for part in parts or () if not getattr(part, "_zero_padding", False)]
             for group, parts in self.optimizer.averaged_gradients.items()
@@ -283,7 +288,7 @@ class _Zero12(_Zero):
         process_group = self.optimizer.real_dp_process_group[group]
         index = self._numbers[group].get(parameter)
         if index is None:
-            return _PartPlace(names, parameter, process_group)
+            return _ShardSlot(names, parameter, process_group)
         offset = int(self.optimizer.first_offset[group]) if index == 0 else 0
         is_last = index == len(self._numbers[group]) - 1
 
@@ -301,11 +306,11 @@ class _Zero12(_Zero):
             return gradient.view(-1).narrow(0, start, length)
 
         local = offloaded if self.offloaded else averaged
-        return _PartPlace(names, parameter, process_group, offset, local, self._keep_norm(parameter))
+        return _ShardSlot(names, parameter, process_group, offset, local, self._update_norm(parameter))
 
 
 class _Zero3(_Zero):
-    """Stage 3: one interval of each parameter on each process, the last ones filled up with zeros."""
+    """Stage 3: on each process, one interval of each parameter. The last ones are padded with zeros."""
 
     needs = (
         "averaged_gradients",
@@ -332,7 +337,7 @@ class _Zero3(_Zero):
         offset = torch.distributed.get_rank(process_group) * size
         length = min(size, parameter.ds_numel - offset)
         if length <= 0:
-            return _PartPlace(names, parameter, process_group)
+            return _ShardSlot(names, parameter, process_group)
 
         def local() -> Tensor:
             if self.offloaded:
@@ -344,33 +349,34 @@ class _Zero3(_Zero):
                 raise _unknown_layout(f"it holds {part.numel()} elements of the gradient of {names[0]}, not {size}")
             return part.view(-1).narrow(0, 0, length)
 
-        return _PartPlace(names, parameter, process_group, offset, local, self._keep_norm(parameter))
+        return _ShardSlot(names, parameter, process_group, offset, local, self._update_norm(parameter))
 
 
 # By name, and not by isinstance: subclasses (MiCS, ZenFlow, SuperOffload) keep gradients elsewhere.
-_MEMORIES: dict[str, type[_Memory]] = {
-    "FP16_Optimizer": _InHalfParameters,
-    "FP16_UnfusedOptimizer": _InHalfParameters,
+_STORES: dict[str, type[_Store]] = {
+    "FP16_Optimizer": _Stage0WithMasterWeights,
+    "FP16_UnfusedOptimizer": _Stage0WithMasterWeights,
     "BF16_Optimizer": _BF16,
     "DeepSpeedZeroOptimizer": _Zero12,
     "DeepSpeedZeroOptimizer_Stage3": _Zero3,
 }
 
 
-def _memory_of(optimizer: Any, stage: int) -> _Memory:
+def _store_of(optimizer: Any, stage: int) -> _Store:
     cls = type(optimizer)
-    # Those in `ops` are faster kinds of torch's.
+    # The optimizers in `deepspeed.ops` are faster versions of torch's.
     if stage > 0 or (cls.__module__.startswith("deepspeed.") and not cls.__module__.startswith("deepspeed.ops.")):
-        if cls.__name__ not in _MEMORIES:
+        if cls.__name__ not in _STORES:
             raise UnsupportedGradientError(
                 f"DeepSpeed's {cls.__name__} keeps gradients where they are not found: use ZeRO stage 0, 1, 2 or 3, "
                 "without MiCS, ZenFlow and SuperOffload"
             )
-        return _MEMORIES[cls.__name__](optimizer)
-    return _InParameters(optimizer)
+        return _STORES[cls.__name__](optimizer)
+    return _Stage0(optimizer)
 
 
 def _widened(part: Tensor) -> Tensor:
+    """Return a copy in float32, marked as padding if the part is."""
     wide = part.float()
     if getattr(part, "_zero_padding", False):
         wide._zero_padding = True  # type: ignore[attr-defined]
@@ -378,7 +384,7 @@ def _widened(part: Tensor) -> Tensor:
 
 
 def _check(owner: object, *names: str) -> None:
-    if what := missing(owner, names):
+    if what := missing_attributes(owner, names):
         raise _unknown_layout(what)
 
 
@@ -389,7 +395,7 @@ def _unknown_layout(what: str) -> UnsupportedGradientError:
     )
 
 
-# What tells which features are on, and when to act.
+# Attributes that tell which features are on, and when gradients are complete.
 _ENGINE_NEEDS = (
     "autotp_size",
     "basic_optimizer",
@@ -410,7 +416,7 @@ _ENGINE_NEEDS = (
 
 
 def _check_features(engine: Any) -> None:
-    """Refuses what leaves gradients out of reach, or makes something else of them.
+    """Refuse features that keep gradients where they are not found, or that change them afterwards.
 
     Raises:
         UnsupportedGradientError: If such a feature is on.

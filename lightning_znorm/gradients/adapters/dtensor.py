@@ -7,21 +7,21 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor  # torch has no public name for it
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
-from lightning_znorm.gradients.errors import UnsupportedGradientError, missing, untested_torch
+from lightning_znorm.gradients.errors import UnsupportedGradientError, missing_attributes, untested_torch
 from lightning_znorm.gradients.shards import BoxShard, Shard
 from lightning_znorm.gradients.shared_memory import has_internal_overlap
 
 
 def check_dtensors() -> None:
-    """Makes sure that DTensors of this release of torch tell what is asked of them.
+    """Check that DTensors of this release of torch have the attributes that are used here.
 
     Raises:
-        UnsupportedGradientError: If not.
+        UnsupportedGradientError: If they lack one.
     """
     needs: Sequence[tuple[object, Sequence[str]]] = [
         (DTensor, ("device_mesh", "from_local", "placements", "to_local")),
@@ -31,12 +31,12 @@ def check_dtensors() -> None:
         (Partial(), ("reduce_op",)),
     ]
     for owner, names in needs:
-        if what := missing(owner, names):
+        if what := missing_attributes(owner, names):
             raise untested_torch(what)
 
 
 def is_async(tensor: Tensor) -> bool:
-    """Whether a tensor is the result of a collective that may still be running, and is waited for when it is read."""
+    """Whether a tensor is the result of a collective that may still be running. Reading the tensor waits for it."""
     return isinstance(tensor, AsyncCollectiveTensor)
 
 
@@ -45,12 +45,19 @@ def is_dtensor(tensor: Tensor | None) -> TypeGuard[DTensor]:
     return isinstance(tensor, DTensor)
 
 
-def find_dtensor(parameter: Tensor, name: str) -> Tensor | Shard | None:
-    """The gradient of a parameter of which one or the other is a DTensor: see :meth:`GradientSlot.find`.
+def read_dtensor(parameter: Tensor, name: str) -> Tensor | Shard | None:
+    """Return the gradient of a parameter, where the parameter or the gradient is a DTensor.
+
+    Args:
+        parameter: The parameter.
+        name: Its name, for messages.
+
+    Returns:
+        The unsharded gradient, or this process' shard of it, or ``None`` if no process has a gradient.
 
     Raises:
-        UnsupportedGradientError: If it stands for something that the processes have yet to work out together, other
-            than a sum or a mean (see :func:`replicate_partial_grads_`).
+        UnsupportedGradientError: If the gradient is ``Partial``. Sums and means are all-reduced before, by
+            :func:`replicate_partial_grads_`.
     """
     grad = parameter.grad
     tensor = parameter if grad is None else grad
@@ -62,16 +69,16 @@ def find_dtensor(parameter: Tensor, name: str) -> Tensor | Shard | None:
     for mesh_dim, placement in enumerate(tensor.placements):
         if placement.is_replicate() or mesh.size(mesh_dim) == 1:
             continue
-        # By its attribute, because torch's releases disagree on which class a strided shard derives from.
+        # By its attribute, because the class that a strided shard derives from differs between releases of torch.
         dim = getattr(placement, "dim", None)
         if dim is None:
             raise UnsupportedGradientError(
-                f"the gradient of {name} is neither whole nor sharded, but stands for {placement!r} over processes, "
-                "and only sums and means are taken here: redistribute it first (`DTensor.redistribute`), or leave this "
-                "parameter out"
+                f"the gradient of {name} is neither replicated nor sharded, but {placement!r} over processes, and "
+                "only sums and means are reduced before a method: redistribute it first (`DTensor.redistribute`), or "
+                "leave this parameter out"
             )
         cuts[mesh.get_group(mesh_dim)] = dim % tensor.ndim
-    local = _memory(tensor)
+    local = _local(tensor)
     if grad is not None and has_internal_overlap(local):
         # An expanded gradient, for one, cannot be written to.
         local = local.clone(memory_format=torch.contiguous_format)
@@ -90,10 +97,11 @@ def find_dtensor(parameter: Tensor, name: str) -> Tensor | Shard | None:
 
 @torch.no_grad()
 def replicate_partial_grads_(parameters: Iterable[Tensor]) -> None:
-    """Takes the sums over ranks that gradients stand for (``Partial``), those of all parameters of a group together.
+    """All-reduce ``Partial`` gradients, with one collective for each process group, device, dtype and operation.
 
-    The gradients stay the same, and no optimizer has to do it one by one. Sequence parallelism leaves such gradients.
-    Those that stand for anything but sums and means are left for :func:`find_dtensor` to refuse.
+    Sequence parallelism leaves such gradients. Their values stay the same, and the optimizer does not have to reduce
+    them one by one. Gradients that are ``Partial`` by another operation than a sum or a mean stay as they are;
+    :func:`read_dtensor` refuses them.
     """
     summands: defaultdict[tuple[ProcessGroup, torch.device, torch.dtype, str], list[Tensor]] = defaultdict(list)
     for parameter in parameters:
@@ -101,9 +109,9 @@ def replicate_partial_grads_(parameters: Iterable[Tensor]) -> None:
         if not is_dtensor(grad) or not any(placement.is_partial() for placement in grad.placements):
             continue
         mesh, placements = grad.device_mesh, list(grad.placements)
-        if mesh.get_coordinate() is None or not all(map(_can_be_replicated, placements)):
+        if mesh.get_coordinate() is None or not all(map(_is_reducible, placements)):
             continue
-        local = _memory(grad)
+        local = _local(grad)
         if not local.is_contiguous():  # which may mean that elements share memory
             local = local.clone(memory_format=torch.contiguous_format)
         for mesh_dim, placement in enumerate(placements):
@@ -122,19 +130,19 @@ def replicate_partial_grads_(parameters: Iterable[Tensor]) -> None:
             tensor.copy_(total.view_as(tensor))
 
 
-def _can_be_replicated(placement: Placement) -> bool:
-    """Whether a placement is none that stands for something, or one that stands for a sum or a mean."""
+def _is_reducible(placement: Placement) -> bool:
+    """Whether a placement is not ``Partial``, or is by a sum or a mean."""
     return not placement.is_partial() or (type(placement) is Partial and placement.reduce_op in ("sum", "avg"))
 
 
-def _memory(tensor: DTensor) -> Tensor:
-    """The local part, complete, and not a copy."""
+def _local(tensor: DTensor) -> Tensor:
+    """Return the local part, complete, and not a copy."""
     with torch.no_grad():
         local = tensor.to_local()
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
 
 def _dtensor(local: Tensor, like: DTensor, placements: Sequence[Placement]) -> DTensor:
-    """A DTensor of the size of another, on its mesh."""
+    """Return a DTensor of the size of another, on its mesh."""
     mesh, shape, stride = like.device_mesh, like.shape, like.stride()
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)

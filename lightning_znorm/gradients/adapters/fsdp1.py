@@ -1,21 +1,25 @@
-"""Gradients under the first version of FSDP (``FullyShardedDataParallel``): intervals of flattened layers."""
+"""Gradients under the first version of FSDP (``FullyShardedDataParallel``): intervals of flattened layers.
+
+FSDP1 has no public functions that tell which part of a gradient a rank holds. All private attributes that are used here
+are checked by :meth:`FSDP1Adapter._handles`, which names those that a release of torch lacks.
+"""
 
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from lightning_znorm.gradients.adapters.plain import GradientAdapter, clean_name
-from lightning_znorm.gradients.errors import UnsupportedGradientError, missing, untested_torch
+from lightning_znorm.gradients.adapters.plain import PlainAdapter
+from lightning_znorm.gradients.errors import UnsupportedGradientError, missing_attributes, untested_torch
 from lightning_znorm.gradients.shards import FlatShard, Shard
-from lightning_znorm.gradients.slots import GradientSlot
+from lightning_znorm.gradients.slots import GradientSlot, clean_name
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 
-class FSDP1Place(GradientSlot):
-    """A parameter that is part of a flat one.
+class FSDP1Slot(GradientSlot):
+    """The slot of a parameter that is part of a flat one.
 
     Args:
         names: The parameter's names.
@@ -38,8 +42,8 @@ class FSDP1Place(GradientSlot):
         # A parameter that is not contiguous is flattened in the order of its memory.
         stride = flat._strides[number]
         self._in_rows = flat._contiguities[number] or stride[0] == max(stride)
-        self._is_whole = not handle.uses_sharded_strategy
-        self._group = None if self._is_whole or handle.world_size == 1 else handle.process_group
+        self._is_unsharded = not handle.uses_sharded_strategy
+        self._group = None if self._is_unsharded or handle.world_size == 1 else handle.process_group
         self._flat_parameter = flat
         # With `use_orig_params=True`, the module's own parameter, whose data and gradient are views of the flat ones.
         self._parameter: Tensor | None = None if flat._params is None else flat._params[number]
@@ -49,16 +53,15 @@ class FSDP1Place(GradientSlot):
         return len(self._shape)
 
     def read(self) -> Tensor | Shard | None:  # noqa: D102
-        own = self._parameter
-        if own is not None and self._is_whole:
-            return own.grad
-        parameter = self._flat_parameter if own is None else own
+        if self._parameter is not None and self._is_unsharded:
+            return self._parameter.grad
+        parameter = self._flat_parameter if self._parameter is None else self._parameter
         if not parameter.requires_grad:
             return None
-        # On a rank that holds nothing of the parameter, the gradient is None too: that says nothing of the others.
+        # A rank that holds nothing of the parameter has no gradient, while others may have one.
         local = parameter.grad if self._interval.in_shard else None
-        if own is None and local is not None:
-            local = local.narrow(0, self._interval.offset_in_shard or 0, self._interval.numel_in_shard or 0)
+        if self._parameter is None and local is not None:
+            local = self._part_of(local)
         return FlatShard(
             local=local,
             shape=self._shape,
@@ -73,17 +76,19 @@ class FSDP1Place(GradientSlot):
         if self._parameter is not None:
             self._parameter.grad = None
         elif self._flat_parameter.grad is not None and self._interval.in_shard:
-            # Not the whole of it, which is other parameters' too.
-            grad = self._flat_parameter.grad
-            grad.narrow(0, self._interval.offset_in_shard or 0, self._interval.numel_in_shard or 0).zero_()
+            # The flat gradient holds other parameters' too.
+            self._part_of(self._flat_parameter.grad).zero_()
+
+    def _part_of(self, flat_grad: Tensor) -> Tensor:
+        return flat_grad.narrow(0, self._interval.offset_in_shard or 0, self._interval.numel_in_shard or 0)
 
 
-class FSDP1Adapter(GradientAdapter):
+class FSDP1Adapter(PlainAdapter):
     """The gradients of a model that is wrapped, at any depth, in ``FullyShardedDataParallel``.
 
     Args:
-        module: The model, whose names count.
-        wrapped: What holds the wrappers: the model, or a wrapper around it.
+        module: The model, which gives the names.
+        wrapped: The module that holds the wrappers: the model, or a wrapper around it.
 
     Raises:
         UnsupportedGradientError: If nothing is wrapped, or this release of torch keeps gradients elsewhere than the
@@ -95,29 +100,29 @@ class FSDP1Adapter(GradientAdapter):
         self._wrapped = wrapped
         self._handles()
 
-    def _read(self) -> dict[Tensor, list[GradientSlot]]:
-        index = super()._read()
+    def read_slots(self) -> dict[Tensor, list[GradientSlot]]:  # noqa: D102
+        slots = super().read_slots()
         prefixes = {module: f"{name}." if name else "" for name, module in self.module.named_modules()}
         for handle in self._handles():
             flat = handle.flat_param
             if flat._params is not None:
                 for number, parameter in enumerate(flat._params):
-                    names = index[parameter][0].names if parameter in index else (flat._fqns[number],)
-                    index[parameter] = [FSDP1Place(names, handle, number)]
+                    names = slots[parameter][0].names if parameter in slots else (flat._fqns[number],)
+                    slots[parameter] = [FSDP1Slot(names, handle, number)]
             else:
                 prefix = prefixes.get(handle._fully_sharded_module, "")
                 names_of = {name: [name] for name in flat._fqns}
                 for shared in flat._shared_param_infos:
                     first = _joined(shared.prim_module_name, shared.prim_param_name)
                     names_of[first].append(_joined(shared.module_name, shared.param_name))
-                index[flat] = [
-                    FSDP1Place(tuple(clean_name(prefix + name) for name in names_of[fqn]), handle, number)
+                slots[flat] = [
+                    FSDP1Slot(tuple(clean_name(prefix + name) for name in names_of[fqn]), handle, number)
                     for number, fqn in enumerate(flat._fqns)
                 ]
-        return index
+        return slots
 
     def _handles(self) -> list["FlatParamHandle"]:
-        """What manages each flat parameter, once it is seen to tell all that is asked of it."""
+        """Return the handle of each flat parameter, after checking that it has the attributes that are used here."""
         wrappers = FullyShardedDataParallel.fsdp_modules(self._wrapped)
         if not wrappers:
             raise UnsupportedGradientError(
@@ -126,7 +131,7 @@ class FSDP1Adapter(GradientAdapter):
             )
         for wrapper in wrappers:
             _check(wrapper, "_handle")
-        # None is that of a module without parameters of its own.
+        # A module without parameters of its own has no handle.
         handles = [wrapper._handle for wrapper in wrappers if wrapper._handle is not None]
         for handle in handles:
             _check(
@@ -149,7 +154,7 @@ class FSDP1Adapter(GradientAdapter):
 
 
 def _check(owner: object, *names: str) -> None:
-    if what := missing(owner, names):
+    if what := missing_attributes(owner, names):
         raise untested_torch(what)
 
 

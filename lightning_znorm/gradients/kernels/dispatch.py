@@ -1,4 +1,4 @@
-"""Chooses the kernel that rewrites gradients: Triton's where it is trusted and runs, PyTorch's for all else."""
+"""The choice of a kernel for each gradient: Triton's where it is trusted and runs, PyTorch's for all others."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -7,68 +7,70 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_znorm.gradients.kernels import blockwise, cpu
+from lightning_znorm.gradients.kernels import cpu, torch_ops
 from lightning_znorm.gradients.methods import AffineMethod, Centralization, ZScore
-from lightning_znorm.gradients.pieces import Piece
-from lightning_znorm.gradients.shards import whole_pieces
+from lightning_znorm.gradients.shards import Segment, unsharded_segments
 
 if TYPE_CHECKING:
-    from lightning_znorm.gradients.kernels.pointer_table import Table
+    from lightning_znorm.gradients.kernels.triton import PointerTable
 
 
-def affine_(pieces: Iterable[Piece], method: AffineMethod, loss_scale: Tensor | None = None) -> None:
-    """Replaces each entry ``g`` of the pieces by ``(g - shift) * scale`` with the method's shift and scale, in place.
+def transform_unsharded_(grads: Iterable[Tensor], method: AffineMethod, loss_scale: Tensor | None = None) -> None:
+    """Apply a method to unsharded gradients. Gradients (or rows) of one element are skipped.
 
     Args:
-        pieces: Memory of whole tensors or rows, on any devices, of floating-point or complex types.
-        method: Gives shift and scale from the statistics of each tensor or row.
-        loss_scale: Factor by which the gradients are larger than the true ones because the optimizer will divide by it,
-            a scalar tensor. The result is the true gradients' one, larger by the same factor.
+        grads: The gradients, on any devices, of floating-point or complex types.
+        method: As in :func:`transform_segments_`.
+        loss_scale: As in :func:`transform_segments_`.
     """
-    tables, rest = tables_of(pieces)
+    grads = list(grads)
+    # One device mostly has them all. On a CPU, the time that it takes to make segments shows in small models.
+    if grads and grads[0].is_cpu and "cpu" not in DEVICE_TYPES:
+        transform_ = cpu.transform_supported_ if method.over == "tensor" else cpu.transform_supported_rows_
+        grads = transform_(grads, method, loss_scale)
+    if grads:
+        transform_segments_(unsharded_segments(grads, method.over), method, loss_scale)
+
+
+def transform_segments_(segments: Iterable[Segment], method: AffineMethod, loss_scale: Tensor | None = None) -> None:
+    """Replace each tensor or row ``g`` of the segments by ``(g - shift) * scale``, in place.
+
+    Args:
+        segments: Memory of complete tensors or rows, on any devices, of floating-point or complex types.
+        method: Returns shift and scale from the statistics of each tensor or row.
+        loss_scale: Factor by which the gradients are larger than the true ones because the optimizer will divide by it,
+            a scalar tensor. The method sees the true gradients, and its result is multiplied by the factor.
+    """
+    tables, remaining = pointer_tables(segments)
     with torch.no_grad():
         for table in tables:
             table.transform_(method, loss_scale)
-    left = cpu.affine_([piece.tensor for piece in rest if not piece.by_row], method, loss_scale)
-    blockwise.affine_([*map(Piece, left), *(piece for piece in rest if piece.by_row)], method, loss_scale)
+    tensors = [segment.tensor for segment in remaining if not segment.by_row]
+    unsupported = cpu.transform_supported_(tensors, method, loss_scale)
+    by_row = [segment for segment in remaining if segment.by_row]
+    torch_ops.transform_any_segments_([*map(Segment, unsupported), *by_row], method, loss_scale)
 
 
-def affine_wholes_(grads: Iterable[Tensor], method: AffineMethod, loss_scale: Tensor | None = None) -> None:
-    """Applies a method to whole gradients, but for those of less than two elements, or with rows of single elements.
-
-    Args:
-        grads: Each has one entry of the statistics, or one for each row: see ``method.over``.
-        method: As for :func:`affine_`.
-        loss_scale: As there.
-    """
-    grads = list(grads)
-    # One device mostly has them all. On a CPU, small models feel the time that it takes to make pieces.
-    if grads and grads[0].is_cpu and "cpu" not in DEVICE_TYPES:
-        grads = (cpu.affine_ if method.over == "tensor" else cpu.affine_rows_)(grads, method, loss_scale)
-    if grads:
-        affine_(whole_pieces(grads, method.over), method, loss_scale)
-
-
-def tables_of(pieces: Iterable[Piece]) -> tuple[list["Table"], list[Piece]]:
-    """Puts the pieces that Triton can measure and rewrite into tables, and returns them with the others."""
-    pieces = list(pieces)
+def pointer_tables(segments: Iterable[Segment]) -> tuple[list["PointerTable"], list[Segment]]:
+    """Return tables of the segments that Triton can measure and rewrite, and the remaining segments."""
+    segments = list(segments)
     if not DEVICE_TYPES:
-        return [], pieces
-    within = [piece for piece in pieces if piece.tensor.device.type in DEVICE_TYPES]
-    if not within or not runs_triton(within[0].tensor.device):
-        return [], pieces
-    from lightning_znorm.gradients.kernels.pointer_table import Table, alike
+        return [], segments
+    on_device = [segment for segment in segments if segment.tensor.device.type in DEVICE_TYPES]
+    if not on_device or not runs_triton(on_device[0].tensor.device):
+        return [], segments
+    from lightning_znorm.gradients.kernels.triton import PointerTable, group_by_table
 
-    groups, rest = alike(within)
+    groups, remaining = group_by_table(on_device)
     tables = []
     for group in groups:
         if runs_triton(group[0].tensor.device):
-            tables.append(Table(group))
+            tables.append(PointerTable(group))
         else:
-            rest += group
-    if len(within) < len(pieces):
-        rest += [piece for piece in pieces if piece.tensor.device.type not in DEVICE_TYPES]
-    return tables, rest
+            remaining += group
+    if len(on_device) < len(segments):
+        remaining += [segment for segment in segments if segment.tensor.device.type not in DEVICE_TYPES]
+    return tables, remaining
 
 
 # Kinds of devices whose gradients go to Triton's kernel. None yet: it has run in Triton's interpreter and through its
@@ -78,14 +80,13 @@ DEVICE_TYPES: frozenset[str] = frozenset()
 
 @lru_cache(maxsize=64)
 def runs_triton(device: torch.device) -> bool:
-    """Whether Triton is there and knows the device; found out by a small gradient of either kind."""
+    """Whether Triton is installed and runs on the device. Small gradients are tried: a tensor, and one by row."""
     try:
-        from lightning_znorm.gradients.kernels.pointer_table import Table
+        from lightning_znorm.gradients.kernels.triton import PointerTable
 
         for method in (ZScore(), Centralization()):
-            Table([Piece(torch.zeros(2, 2, dtype=torch.float32, device=device), method.over == "row")]).transform_(
-                method
-            )
-    except Exception:  # whatever Triton's, the system's or the driver's compiler raises: they are many
+            grad = torch.zeros(2, 2, dtype=torch.float32, device=device)
+            PointerTable([Segment(grad, method.over == "row")]).transform_(method)
+    except Exception:  # Triton's, the system's and the driver's compilers raise exceptions of many classes
         return False
     return True
