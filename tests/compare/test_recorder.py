@@ -392,7 +392,7 @@ def test_of_other_settings_is_not_written_down(tmp_path):
     before = run.test_file.read_text()
     typed = {"config_files": [run.config, tmp_path / "more.yaml"], "flags": ["--trainer.limit_test_batches", "1"]}
     said = "this test differs from the study's: --config .*more.yaml --trainer.limit_test_batches 1"
-    with pytest.warns(UserWarning, match=f"test.json stays as it is, for {said}"):
+    with pytest.warns(UserWarning, match=f"test.json is not changed, because {said}"):
         evaluate(run, run.last, typed=typed)
     with pytest.warns(UserWarning, match=r"this test differs from the study's: no checkpoint"):
         evaluate(run, None)
