@@ -20,7 +20,7 @@ from tests.trainers import trainer
 
 
 class Segmenter(LightningModule):
-    """Keeps the batches of every stage, as they reach a step."""
+    """Records the batches of every stage, as they reach a step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def set_up(root: Path, stage: str = "fit", **kwargs) -> LGGDataModule:
 
 
 def pixels(data: LGGDataModule, images: torch.Tensor) -> np.ndarray:
-    """Undo the normalization; channels last."""
+    """Undo the normalization, and put the channels last."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
     return ((images * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
@@ -337,7 +337,7 @@ class TestPatientsAreKept:
         data, path = trained
 
         def moved(to: str, *places: str) -> LGGDataModule:
-            """A split in which who is in a set was elsewhere."""
+            """Return a data module in whose set `to` is a patient that was in one of the sets `places`."""
             for seed in range(100):
                 other = set_up(data.root, seed=seed)
                 (patient,) = other.patients[to]
