@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--lgg", help="folder that holds kaggle_3m (default: no rows)")
     args = parser.parse_args()
 
-    torch.set_num_threads(1)  # a second thread gains little, and makes the result hang on what else the machine does
+    torch.set_num_threads(1)  # a second thread gains little, and makes the result depend on what else the machine does
     arrays = training_images(args.root, args.images)
     seconds = alternating_medians(
         {

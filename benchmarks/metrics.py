@@ -1,7 +1,7 @@
 """Time of the scores of masks beside torchmetrics', MONAI's and SciPy's: ``python -m benchmarks.metrics``.
 
 Each row scores the same pairs of masks, once for each round, in which all rows take their turn; the value is the mean
-over the pairs. "surfaces" are Hausdorff distances over the pixels of the surfaces alone, which are other numbers than
+over the pairs. "surfaces" are Hausdorff distances over the pixels of the surfaces only, which are other numbers than
 those over all pixels. torchmetrics' is not run on noise: it holds the distances of all pairs of pixels.
 """
 

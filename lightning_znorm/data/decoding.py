@@ -37,7 +37,7 @@ def read_pixels(path: Path, modes: Iterable[str]) -> NDArray[np.uint8]:
 
     Colour profiles and gamma, which tell a screen what to show, are not applied.
 
-    torchvision's decoders and Pillow alone would not do: they cut or convert without a word what is refused here.
+    torchvision's and Pillow's decoders cut or convert some files without a warning. Such files are refused here.
 
     Args:
         path: A JPEG, PNG, BMP, PPM, GIF, TIFF or WebP file, whatever its suffix.
@@ -147,7 +147,7 @@ def _is_deep(image: Any) -> bool:
     if image.format == "TIFF":
         bits: tuple[int, ...] = image.tag_v2.get(Base.BitsPerSample, (1,))
         return max(bits) > 8
-    arguments = [tile[3] for tile in image.tile]  # of the decoders
+    arguments = [tile[3] for tile in image.tile]  # the decoders' arguments: no other attribute tells the depth
     if image.format == "PNG":
         return any(";16" in pixels for pixels in arguments)
     # The last argument of the PPM decoder is the largest value.
@@ -194,8 +194,8 @@ def read_all(read: Callable[[int], Iterable[str]], count: int, what: str) -> lis
     """Call a function for each number below ``count``, on all cores, with a progress bar.
 
     Args:
-        read: Reads one item, given its number, and returns its faults. It runs in threads, because Pillow releases the
-            interpreter's lock while it decodes.
+        read: Reads one item, given its number, and returns its faults. It runs in threads, which wait for the disk
+            together and decode at the same time.
         count: Number of items.
         what: What they are, for the progress bar.
 

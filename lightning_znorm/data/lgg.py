@@ -134,8 +134,8 @@ class LGGDataModule(ImageDataModule):
 
     Kaggle's archive holds everything twice, in ``kaggle_3m`` and in ``lgg-mri-segmentation/kaggle_3m``: only one of
     them is read. Each folder beside the ``TCGA_*`` folders is a patient too, and slices and masks may be png, jpg or
-    bmp files, named in upper or lower case. ``TCGA_*`` folders end in the day of the scan: those that differ only in
-    the day are one patient.
+    bmp files, named in upper or lower case. The names of ``TCGA_*`` folders end in the day of the scan: folders that
+    differ only in the day are one patient.
 
     Files are read as they are stored, or refused by name: RGB images and grey masks of 8 bits for each channel, one in
     each file. Volumes of several pages are refused, and so are images that EXIF says to rotate. Of a camera's JPEG file
@@ -181,7 +181,7 @@ class LGGDataModule(ImageDataModule):
             with other values than 0 and 255: one error names them. If a checkpoint was trained on patients that it
             would be judged by.
         TypeError: If an argument is of another type.
-        FileNotSliceFilesError: If there are no slices.
+        FileNotFoundError: If there are no slices.
 
     Example:
         >>> data = LGGDataModule(root="data", batch_size=32, augment=True)
@@ -405,7 +405,7 @@ def _holds_patients(folder: Path) -> bool:
 
 
 def _pair(patient: Path, listing: Listing) -> list[Slice]:
-    """Return a patient's slices from top to bottom. Adds what is wrong to the faults of the listing."""
+    """Return a patient's slices from top to bottom, and add what is wrong to the faults of the listing."""
     files: dict[str, Path] = {}
     for path in map(Path, listing.paths):
         stem = _MASK.sub(lambda end: end.group().lower(), path.stem)
@@ -473,5 +473,5 @@ def _in_order(stem: str) -> tuple[str, int]:
 
 
 def _patient(folder: str) -> str:
-    """Return a patient's name: of ``TCGA_*`` folders without the day of the scan, for patients scanned twice."""
+    """Return the patient of a folder: its name, for ``TCGA_*`` without the day of the scan."""
     return re.sub(r"_\d{8}$", "", folder) if folder.startswith(_PATIENT) else folder

@@ -50,9 +50,10 @@ class PCamDataModule(ImageDataModule):
             camelyonpatch_level_2_split_valid_{x,y}.h5
             camelyonpatch_level_2_split_test_{x,y}.h5
 
-    That of Kaggle's competition ``histopathologic-cancer-detection`` has 220,025 patches without duplicates, and does
-    not say from which slides they are. Its ``test`` has no labels, so validation and test images are drawn from
-    ``train``, stratified by class. Patches of one slide are then in all three sets, which makes the accuracy too high::
+    The other one is that of Kaggle's competition ``histopathologic-cancer-detection``: 220,025 patches without
+    duplicates, and nothing says from which slides they are. Its ``test`` has no labels, so validation and test images
+    are drawn from ``train``, stratified by class. Patches of one slide are then in all three sets, which makes the
+    accuracy too high::
 
         root/
           histopathologic-cancer-detection/            (or root is this folder)
@@ -69,8 +70,7 @@ class PCamDataModule(ImageDataModule):
     them by default, they are read from there through a memory map. Compressed or chunked files, and Kaggle's, are
     decoded once into ``cache_dir`` (9.1 GB for PCam, 6.1 GB for Kaggle's), by one process per machine. Training images
     are read in blocks of 32 neighbours in random order, and shuffled among 256 such blocks
-    (`lightning_znorm.data.samplers.BlockSampler`). `torchvision.datasets.PCAM` opens and decompresses the HDF5 file for
-    every single image.
+    (`lightning_znorm.data.samplers.BlockSampler`). `torchvision.datasets.PCAM` opens the HDF5 file for every image.
 
     Source:
         Veeling et al., "Rotation Equivariant CNNs for Digital Pathology", MICCAI 2018,
@@ -82,7 +82,7 @@ class PCamDataModule(ImageDataModule):
         batch_size: Images per batch and process.
         num_workers: Worker processes per loader and process, which read ahead of the training. They help with slow
             disks; images that the operating system has cached in memory come faster without them.
-        val_fraction: With Kaggle's layout, share of the other images to validate on.
+        val_fraction: With Kaggle's layout, share of the images outside of the test set to validate on.
         test_fraction: With Kaggle's layout, share of the images to test on.
         seed: With Kaggle's layout, draws the validation and test images, and nothing else.
         cache_dir: Folder for decoded images, by default ``~/.cache/lightning_znorm``. What is in it may be deleted.
@@ -133,7 +133,7 @@ class PCamDataModule(ImageDataModule):
             read_kaggle(folder, self.cache)
             return
         for split in _SPLITS:
-            if h5_path(folder, split, "x").is_file() and h5_path(folder, split, "y").is_file():
+            if _h5_path(folder, split, "x").is_file() and _h5_path(folder, split, "y").is_file():
                 read_h5(folder, split, self.cache)
 
     @override
@@ -159,10 +159,10 @@ class PCamDataModule(ImageDataModule):
     def _layout(self) -> tuple[Path, bool]:
         """Return the folder of the files, and whether its layout is Kaggle's."""
         for folder in (self.root, self.root / "pcam"):
-            paths = [h5_path(folder, split, what) for split in _SPLITS for what in "xy"]
+            paths = [_h5_path(folder, split, what) for split in _SPLITS for what in "xy"]
             refuse_broken_links([folder, *paths])
             if paths := [path for path in paths if path.is_file()]:
-                refuse_same_files(paths)
+                _refuse_same_files(paths)
                 return folder, False
         for folder in (self.root, self.root / "histopathologic-cancer-detection"):
             if (folder / _KAGGLE_LABELS).is_file() and (folder / "train").is_dir():
@@ -171,7 +171,7 @@ class PCamDataModule(ImageDataModule):
         if packed:
             raise FileNotFoundError(f"PatchCamelyon is still packed: unpack {', '.join(map(str, packed))} with gunzip.")
         raise FileNotFoundError(
-            f"No PatchCamelyon at {self.root}, neither {h5_path(Path('pcam'), 'train', 'x')} and the like nor Kaggle's "
+            f"No PatchCamelyon at {self.root}, neither {_h5_path(Path('pcam'), 'train', 'x')} nor Kaggle's "
             f"{_KAGGLE_LABELS} and train: let root name the folder that holds them, or {_ADVICE}."
         )
 
@@ -184,12 +184,12 @@ class PCamDataModule(ImageDataModule):
             setattr(self, name, MappedImages(images, labels[rows], rows))
 
 
-def h5_path(folder: Path, split: str, what: str) -> Path:
+def _h5_path(folder: Path, split: str, what: str) -> Path:
     """Return the path of the images (``x``) or labels (``y``) of ``train``, ``valid`` or ``test``."""
     return folder / f"camelyonpatch_level_2_split_{split}_{what}.h5"
 
 
-def refuse_same_files(paths: Iterable[Path]) -> None:
+def _refuse_same_files(paths: Iterable[Path]) -> None:
     """Refuse several names of one file, because a split would be validated or tested on itself.
 
     Raises:
@@ -217,7 +217,7 @@ def read_h5(folder: Path, split: str, cache: Path) -> tuple[ArrayFile, Labels]:
         RuntimeError: If a file cannot be read.
         ValueError: If it does not hold PatchCamelyon's patches and labels.
     """
-    x, y = (h5_path(folder, split, what) for what in "xy")
+    x, y = (_h5_path(folder, split, what) for what in "xy")
     if missing := [path for path in (x, y) if not path.is_file()]:
         raise FileNotFoundError(f"No {' and no '.join(map(str, missing))}: {_ADVICE}.")
     labels = _h5_labels(y)

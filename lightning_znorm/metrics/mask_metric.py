@@ -134,7 +134,7 @@ class MaskMetric(Metric):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Add a batch to the mean, and return the mean of the batch alone."""
+        """Add a batch to the mean, and return the mean of this batch."""
         # One batch of empty masks is no reason to warn, and to read the states would wait for the device.
         self._within_forward = True
         try:

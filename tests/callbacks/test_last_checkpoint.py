@@ -1,4 +1,4 @@
-"""`LastCheckpoint`: of every finished epoch, as a whole, where Lightning and the command line look for it."""
+"""`LastCheckpoint`: complete, of every finished epoch, where Lightning and the command line look for it."""
 
 import copy
 import gc
@@ -41,7 +41,7 @@ STEPS = 4  # of an epoch
 
 
 class Died(BaseException):
-    """As a process dies."""
+    """Ends training as a killed process does."""
 
 
 class Raises(Callback):
@@ -60,7 +60,7 @@ def saved(path: Path) -> dict[str, Any]:
 
 
 def place(path: Path) -> tuple[int, int]:
-    """Epoch and step of a checkpoint."""
+    """Return epoch and step of a checkpoint."""
     content = saved(path)
     return content["epoch"], content["global_step"]
 
@@ -120,7 +120,7 @@ def test_interrupted(tmp_path: Path, hook: str, error: BaseException, expected: 
 
 
 def test_told_to_end_between_two_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By SIGTERM, of which Lightning raises when the epoch's metrics are in the logs."""
+    """At a SIGTERM, Lightning raises when the epoch's metrics are in the logs."""
 
     class Told(Callback):
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -137,7 +137,7 @@ def test_nothing_of_a_try(tmp_path: Path) -> None:
 
 
 def test_holds_what_other_callbacks_keep(tmp_path: Path) -> None:
-    """Of the same epoch, though `train` lists this callback before the `ModelCheckpoint`."""
+    """The state is of the same epoch, although `train` lists this callback before the `ModelCheckpoint`."""
     train(tmp_path, limit_val_batches=1, max_epochs=1)
     (state,) = (value for key, value in saved(tmp_path / "last.ckpt")["callbacks"].items())
     assert float(state["best_model_score"]) == 1
@@ -238,7 +238,7 @@ class TestFolder:
 
 
 class FirstStep(Callback):
-    """Sees whether there is a step."""
+    """Records whether there is a step."""
 
     seen = False
 
@@ -296,7 +296,7 @@ class TestBesideAnotherThatWritesTheSameFile:
         assert names(tmp_path) == ["last-v1.ckpt", "last.ckpt"]
 
     def test_is_refused_in_a_fast_dev_run_too(self, tmp_path: Path) -> None:
-        """Which is there to find such things, and in which Lightning's callback writes its last.ckpt all the same."""
+        """Such a run should find mistakes, and Lightning's callback writes its last.ckpt in it."""
         with pytest.raises(MisconfigurationException, match="take save_last out of it"):
             fit(LastCheckpoint(tmp_path), ModelCheckpoint(tmp_path, save_last=True), fast_dev_run=True)
         fit(LastCheckpoint(tmp_path), fast_dev_run=True)
@@ -336,7 +336,7 @@ class TestReused:
         assert names(tmp_path / "checkpoints") == ["last-v1.ckpt", "last.ckpt"]
 
     def test_beside_a_reused_checkpoint_of_lightning(self, tmp_path: Path) -> None:
-        """Which stays in the folder that it once found."""
+        """A reused `ModelCheckpoint` stays in its first folder."""
         last, best = LastCheckpoint(), ModelCheckpoint(filename="best", save_top_k=0)
         fit(last, best, default_root_dir=tmp_path / "first")
         fit(last, best, default_root_dir=tmp_path / "second", max_epochs=1)
@@ -375,7 +375,7 @@ class TestReused:
 
 
 class Fails(Callback):
-    """Fails in the hooks named."""
+    """Fails in the given hooks."""
 
     def __init__(self, *hooks: str) -> None:
         self.hooks = hooks
@@ -392,7 +392,7 @@ class Fails(Callback):
 
 
 class BreaksAfterSaving(LastCheckpoint):
-    """Breaks in epoch 1, before that epoch's metrics are in the logs."""
+    """Fails in epoch 1, before that epoch's metrics are in the logs."""
 
     breaks = True
 
@@ -403,7 +403,7 @@ class BreaksAfterSaving(LastCheckpoint):
 
 
 class TestAfterAnotherFailedInOnException:
-    """So that this callback was not told of the exception."""
+    """Another callback raised first, so this one did not hear of the exception."""
 
     @pytest.fixture
     def fails(self) -> Fails:
@@ -443,7 +443,7 @@ def test_under_the_other_package_name(tmp_path: Path) -> None:
 
 
 class SlowIO(TorchCheckpointIO):
-    """Takes its time."""
+    """Writes slowly."""
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         time.sleep(0.2)
@@ -451,7 +451,7 @@ class SlowIO(TorchCheckpointIO):
 
 
 class WrapperIO(CheckpointIO):
-    """Wraps another one."""
+    """Wraps another plugin."""
 
     def __init__(self, checkpoint_io: CheckpointIO) -> None:
         self.checkpoint_io = checkpoint_io
@@ -467,7 +467,7 @@ class WrapperIO(CheckpointIO):
 
 
 class TestWrittenByAThread:
-    """After `Trainer.save_checkpoint` has returned."""
+    """Plugins that write after `Trainer.save_checkpoint` has returned."""
 
     @pytest.mark.parametrize(
         "plugin",
@@ -516,7 +516,7 @@ class TestWrittenByAThread:
 
 
 class FolderIO(TorchCheckpointIO):
-    """Saves checkpoints as folders, as strategies do that shard them."""
+    """Saves checkpoints as folders, as sharded strategies do."""
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
         if Path(path).name.startswith(".last"):
@@ -533,7 +533,7 @@ class FolderIO(TorchCheckpointIO):
 def test_dies_while_a_folder_takes_the_place_of_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    """At each of the steps that it takes: whoever looks for the last checkpoint finds one that is whole."""
+    """After each step of the replacement, the last checkpoint that is found is complete."""
     seen = []
 
     def dies_at(name: str, owner: Any) -> Any:
@@ -615,7 +615,7 @@ def test_without_versions_a_former_one_is_replaced(tmp_path: Path) -> None:
 
 
 def test_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning has a line for each checkpoint that is saved without the one or the other kind of content asked for."""
+    """Lightning logs a line for each checkpoint that is saved without a value of ``weights_only``."""
     # Its logger hands nothing up to the root by itself.
     monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
     train(tmp_path)

@@ -1,4 +1,4 @@
-"""Pictures of masks: what is drawn, where it goes, and of which cases."""
+"""Pictures of masks: what they show, where they go, and which cases are drawn."""
 
 import csv
 import itertools
@@ -34,7 +34,7 @@ def square(size: int, top: int, left: int, side: int) -> Tensor:
 
 
 class Outlines:
-    """What is drawn, read back from the pixels."""
+    """Checks of the pixels of a picture."""
 
     def __init__(self, picture: Image.Image) -> None:
         self.pixels = np.asarray(picture)
@@ -109,7 +109,7 @@ class TestDrawing:
 
 
 class Copies(nn.Module):
-    """Finds what is bright."""
+    """A module that marks bright pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def data(count: int = 7, empty: tuple[int, ...] = (0, 2)) -> DataLoader:
 
 @pytest.fixture
 def captions(monkeypatch) -> list[list[str]]:
-    """Those of the cases of each picture."""
+    """Record the captions of each picture."""
     pictures: list[list[str]] = []
 
     def recording(cases, **kwargs):
@@ -258,7 +258,7 @@ class TestDestinations:
 
 
 def test_two_processes(tmp_path: Path):
-    """One draws, and none waits for the other for ever; each writes the masks of its own images."""
+    """One process draws, none waits for ever, and each writes the masks of its own images."""
     run_distributed(draw_and_write, tmp_path)
     drawn = sorted(path.name for path in (tmp_path / "logs" / "masks").iterdir())
     assert drawn == ["test.png", "val-epoch=0.png", "val-epoch=1.png"]

@@ -21,7 +21,7 @@ from tests.trainers import trainer
 
 
 class Logits(nn.Module):
-    """The images are the logits."""
+    """A module whose images are the logits."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images

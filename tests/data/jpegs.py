@@ -1,4 +1,4 @@
-"""Small JPEGs in ImageNet's layout, of which each image tells what it is."""
+"""Small JPEGs in ImageNet's layout. The pixels of an image tell its number and its orientation."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from lightning_znorm.data.base import ImageDataModule
 
 
 def shades(number: int, height: int, width: int) -> np.ndarray:
-    """Red grows from left to right, green from top to bottom, and blue is the image's number."""
+    """Return an image whose red grows from left to right, green from top to bottom, and whose blue is its number."""
     image = np.empty((height, width, 3), dtype=np.uint8)
     image[..., 0] = np.linspace(0, 255, width).round()
     image[..., 1] = np.linspace(0, 255, height).round()[:, None]
@@ -22,7 +22,7 @@ def shades(number: int, height: int, width: int) -> np.ndarray:
 def write_image_folder(
     root: Path, classes: int, train: int, val: int, height: int = 40, width: int = 48, step: int = 1
 ) -> Path:
-    """Write images in ``root/train/<class>`` and ``root/val/<class>``, as many of each class as said; return root.
+    """Write ``train`` images for each class in ``root/train/<class>``, and ``val`` images in ``root/val/<class>``.
 
     Image ``i`` has the blue ``i * step``, counted through ``train`` class by class, and on through ``val``.
     """
@@ -33,7 +33,7 @@ def write_image_folder(
             folder.mkdir(parents=True)
             for i in range(count):
                 image = Image.fromarray(shades(number * step % 256, height, width))
-                # As good as JPEG can: blue comes out right to a unit.
+                # The best quality of JPEG: blue is right to a unit.
                 image.save(folder / f"n{label:08}_{i:04}.JPEG", quality=100, subsampling=0)
                 number += 1
     return root
@@ -46,5 +46,5 @@ def pixels(data: ImageDataModule, images: Tensor) -> Tensor:
 
 
 def numbers(data: ImageDataModule, images: Tensor, step: int) -> list[int]:
-    """Read each image's number, which blue tells, from a normalized batch."""
+    """Read each image's number, which is its blue, from a normalized batch."""
     return (pixels(data, images)[:, 2].float().mean((1, 2)) / step).round().int().tolist()

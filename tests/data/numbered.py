@@ -1,4 +1,4 @@
-"""Images that carry their own number, and a module that writes down what it is given."""
+"""A data module whose images carry their own number, and a module that records its batches."""
 
 import numpy as np
 import torch
@@ -9,8 +9,8 @@ from lightning_znorm.data.base import InMemoryDataModule
 
 
 class NumberedDataModule(InMemoryDataModule):
-    """Training images 0 ... 99 and test images 100 ... 149; all pixels of an image are its number, its class the rest
-    of the division by 5."""
+    """Training images 0 ... 99 and test images 100 ... 149. All pixels of an image are its number, and its class is the
+    number modulo 5. It shows all that a new data set needs."""
 
     num_classes = 5
     max_value = 200
@@ -33,7 +33,7 @@ class NumberedDataModule(InMemoryDataModule):
 
 
 class Recorder(LightningModule):
-    """Keeps the batches of every stage, as they reach a step."""
+    """Records the batches of every stage, as they reach a step."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Image files of kinds that Pillow reads in part or otherwise than they are stored, and that it does not write."""
+"""Image files that Pillow reads only in part, or with other values, and that it cannot write."""
 
 import struct
 import zlib
@@ -16,7 +16,7 @@ COLOURS = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
 
 
 def tiff(pixels: np.ndarray, photometric: int, **tags: Any) -> bytes:
-    """An uncompressed TIFF file in the byte order of the pixels; tags by number, as in ``t338=(0,)``."""
+    """Return an uncompressed TIFF file in the byte order of the pixels. Tags are given by number: ``t338=(0,)``."""
     order = ">" if pixels.dtype.byteorder == ">" else "<"
     height, width, channels = pixels.shape
     kind = {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]
@@ -41,7 +41,7 @@ def tiff(pixels: np.ndarray, photometric: int, **tags: Any) -> bytes:
 
 
 def png(pixels: np.ndarray, kind: int) -> bytes:
-    """A PNG file of 16 bits for each channel; kind 0 is grey, 2 RGB, 4 grey with alpha, 6 RGBA."""
+    """Return a PNG file of 16 bits for each channel. Kind 0 is grey, 2 RGB, 4 grey with alpha, 6 RGBA."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -114,7 +114,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "JPEG 2000": (saved(RGB, "JPEG2000"), "cannot be read as an image"),
     "ICO of several sizes": (saved(RGB, "ICO", sizes=[(16, 16), (32, 32)]), "cannot be read as an image"),
 }
-"""What no reader takes: how to write it, and why."""
+"""Files that every reader refuses: how to write them, and the reason."""
 
 
 def exif(orientation: int) -> Image.Exif:
@@ -156,4 +156,4 @@ CONVERTED = {
     "PPM, plain": written(b"P3 2 1 255 # P3\n1 2 3 4 5 6 # P3 2 1\n"),
     "PBM": written(b"P4 9 2\nabcd"),
 }
-"""What becomes RGB as torchvision's loader makes it."""
+"""Files that become RGB in the same way as with torchvision's loader."""

@@ -1,4 +1,4 @@
-"""What others than the owner of files may do."""
+"""Tests of what other users than the owner of a file may do."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def as_somebody_else() -> Iterator[None]:
-    """For root may read everything."""
+    """Become another user for a while, because root may read everything."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)

@@ -1,4 +1,4 @@
-"""Files of decoded images: who may read them, and what is said to those who may not."""
+"""Files of decoded images: who may read them, and the errors of those who may not."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ SHAPE = (5, 4)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where anybody may make files, whoever may enter the folders around it."""
+    """Return a cache folder that does not exist yet, in a folder where every user may make files."""
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
     monkeypatch.chdir(tmp_path / "shared")
@@ -110,7 +110,7 @@ class TestNotAllowed:
         folder.chmod(0o755)
 
     def test_no_longer(self, folder: Path) -> None:
-        """Of a file that was found, as by a worker process that begins later."""
+        """The file was readable when it was found, and is not when a worker process maps it later."""
         file = decoded(folder)
         file.path.chmod(0)
         with (
@@ -121,7 +121,7 @@ class TestNotAllowed:
         assert "put it back" not in str(caught.value)
 
     def test_in_place_of_a_file_that_is_somebody_elses(self, folder: Path) -> None:
-        """Half a file, say, in a folder where each user may delete what is theirs alone."""
+        """Another user's incomplete file is in a folder where users may only delete their own files."""
         file = decoded(folder)
         file.path.write_bytes(b"half")
         folder.chmod(0o1777)

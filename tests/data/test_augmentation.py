@@ -8,7 +8,7 @@ from lightning_znorm.data.augmentation import random_crop_and_flip, random_flip_
 
 
 def views(image: torch.Tensor, padding: int) -> set[bytes]:
-    """Every image that may come out for this one, made the plain way."""
+    """Return every possible result for this image, computed one by one."""
     height, width = image.shape[1:]
     padded = F.pad(image, (padding,) * 4)
     crops = [
@@ -78,7 +78,7 @@ def test_input_is_left_alone(images):
 
 
 def dihedral(image: torch.Tensor) -> list[bytes]:
-    """The eight ways to lay a square image, made the plain way."""
+    """Return the eight orientations of a square image, computed one by one."""
     turns = [torch.rot90(image, k, (-2, -1)) for k in range(4)]
     return [view.contiguous().numpy().tobytes() for turn in turns for view in (turn, turn.flip(-1))]
 

@@ -1,4 +1,4 @@
-"""Files that are damaged, gone, unreadable or too few: an error that names them, or a right run."""
+"""Files that are damaged, gone, unreadable or too few give an error that names them, or a correct run."""
 
 import dataclasses
 import os
@@ -102,7 +102,7 @@ def test_config_as_it_is(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", range(66))
 def test_mutated_file(case: int, tmp_path: Path) -> None:
-    """A few of what `python -m tests.fuzz.mutations` tries by the thousand."""
+    """A few of the thousands of changes that `python -m tests.fuzz.mutations` tries."""
     names = list(TARGETS)
     assert read_mutated(TARGETS[names[case % len(names)]], (7, case), tmp_path) in (RUN, SENTENCE)
 
@@ -119,7 +119,7 @@ def test_what_fuzzing_found(seed: Path, tmp_path: Path) -> None:
 
 
 def pcam(root: Path, **dataset: object) -> tuple[PCamDataModule, Path]:
-    """Ready to train, and the file of the training images."""
+    """Return a data module that is ready to train, and the file of its training images."""
     write_pcam(root, (6, 4, 4), **dataset)
     data = PCamDataModule(root, batch_size=3, cache_dir=root / "cache")
     data.prepare_data()
@@ -168,7 +168,7 @@ print("read", len(list(batches)))
 
 @pytest.mark.full
 def test_file_that_is_shortened_during_training_ends_the_process(tmp_path: Path) -> None:
-    """The system does that, when memory is read that has no file behind it any more: there are no wrong images."""
+    """The system kills a process that reads mapped memory behind the end of the file: it gets no wrong images."""
     finished = run_python("-c", SHORTENED, tmp_path, timeout=120)
     assert finished.returncode == -signal.SIGBUS
     assert finished.stdout.splitlines()[-1] == "training"

@@ -136,7 +136,7 @@ class TestMistakes:
 class TestDownload:
     @pytest.fixture
     def archive(self, fake_cifar10, tmp_path, monkeypatch) -> Iterator[Path]:
-        """The fake data, packed and offered for download in place of CIFAR-10's archive."""
+        """Pack the fake data, and offer them for download in place of CIFAR-10's archive."""
         archive = tmp_path / "server" / CIFAR10.filename
         archive.parent.mkdir()
         with tarfile.open(archive, "w:gz") as tar:
@@ -165,7 +165,7 @@ class TestDownload:
         assert len(data.train_set) == 180
 
     def test_an_archive_that_is_not_the_published_one_is_not_unpacked(self, archive, tmp_path):
-        """Such as one that would write outside of root."""
+        """The archive might write outside of root."""
         (tmp_path / "letter").write_text("mine")
         with tarfile.open(archive, "w:gz") as tar:
             tar.add(tmp_path / "letter", "../outside")

@@ -12,7 +12,7 @@ from lightning_znorm.data.datasets import InMemoryImages, MappedImages
 
 @pytest.fixture
 def images(tmp_path) -> tuple[ArrayFile, np.ndarray]:
-    """1,000 images of 5x4 pixels, behind a head of 77 bytes."""
+    """Return 1,000 images of 5x4 pixels, in a file after a header of 77 bytes."""
     array = np.random.default_rng(0).integers(0, 256, (1000, 5, 4, 3), dtype=np.uint8)
     (tmp_path / "images").write_bytes(bytes(77) + array.tobytes() + b"tail")
     return ArrayFile(tmp_path / "images", 77, array.shape), array

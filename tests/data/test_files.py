@@ -1,4 +1,4 @@
-"""Which files are read, as what, and which are refused or left out by name: for all readers alike."""
+"""Which files are read, and which are refused or left out by name: the same rules for all readers."""
 
 import contextlib
 import csv
@@ -34,20 +34,20 @@ from tests.trainers import trainer
 
 @pytest.fixture
 def lgg(tmp_path: Path) -> Path:
-    """Five patients with four slices each."""
+    """Write five patients with four slices each."""
     write_lgg(tmp_path)
     return tmp_path / "kaggle_3m"
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Three classes, with four images in train and two in val each."""
+    """Write three classes, each with four images in train and two in val."""
     return write_image_folder(tmp_path, classes=3, train=4, val=2)
 
 
 @pytest.fixture
 def kaggle(tmp_path: Path) -> Path:
-    """Twenty patches."""
+    """Write twenty patches."""
     write_kaggle_pcam(tmp_path, count=20)
     return tmp_path / "histopathologic-cancer-detection" / "train"
 
@@ -59,7 +59,7 @@ def trained(root: Path, **kwargs) -> LGGDataModule:
 
 
 def predicted(root: Path) -> list[str]:
-    """Names of the images to predict for."""
+    """Return the names of the images to predict for."""
     data = LGGDataModule("nowhere", predict_root=root)
     data.setup("predict")
     return data.predict_set.names
@@ -72,7 +72,7 @@ def folder_data(root: Path, stage: str = "fit") -> ImageFolderDataModule:
 
 
 def names_in(data: ImageFolderDataModule) -> list[str]:
-    """Of training and validation together."""
+    """Count the images of training and validation together."""
     paths = [os.fsdecode(path) for part in (data.train_set, data.val_set) for path in part.paths.tolist()]
     return sorted(os.path.relpath(path, data.root / "train") for path in paths)
 
@@ -98,7 +98,7 @@ def slices_in(data: LGGDataModule) -> int:
 
 @contextlib.contextmanager
 def refused(*faults: str) -> Iterator[None]:
-    """Each fault is a line of the error, and there are no other lines."""
+    """Check that each fault is a line of the error, and that there are no other lines."""
     with pytest.raises(ValueError, match=f"for {len(faults)} reason") as caught:
         yield
     lines = [line.strip() for line in str(caught.value).splitlines()[1:]]
@@ -179,7 +179,7 @@ class TestKinds:
 
     @pytest.mark.parametrize(("fourth", "is_read"), [(0, True), (255, True), (128, False), (None, False)])
     def test_fourth_channel_of_a_bmp(self, fourth: int | None, is_read: bool, tmp_path: Path):
-        """Pillow drops it: padding, which is no loss, or else a transparency."""
+        """Pillow drops the fourth channel. That is right for padding, and wrong for a transparency."""
         image = RGB.copy()
         image.putalpha(Image.fromarray(COLOURS[..., 0]) if fourth is None else fourth)
         image.save(tmp_path / "a.bmp")
@@ -190,7 +190,7 @@ class TestKinds:
                 predicted(tmp_path)
 
     def test_colours_multiplied_by_full_opacity(self, tmp_path: Path):
-        """Are the colours."""
+        """With full opacity, these are the colours themselves."""
         opaque = COLOURS[..., [0, 1, 2, 0]].copy()
         opaque[..., 3] = 255
         (tmp_path / "a.tif").write_bytes(tiff(opaque, 2, t338=(1,)))
@@ -216,7 +216,7 @@ class TestKinds:
 
     @pytest.mark.parametrize("layout", ["lgg", "kaggle"])
     def test_decoded_by_an_earlier_version(self, layout: str, request: pytest.FixtureRequest, tmp_path: Path):
-        """It may hold what is refused now, or one page of several."""
+        """An older version may have cached an image that is refused now, or one page of several."""
         folder = request.getfixturevalue(layout)
         files = sorted(folder.rglob("*.tif"))
         sources, shape = files, (20, 4, SIZE, SIZE)
@@ -233,7 +233,7 @@ class TestKinds:
 
 
 class TestLinks:
-    """One policy for all readers: links are followed, and no file counts twice."""
+    """All readers follow links, and count no file twice."""
 
     def test_a_link_to_the_folder_above(self, images: Path, lgg: Path):
         before = names_in(folder_data(images))
@@ -255,7 +255,7 @@ class TestLinks:
             assert slices_in(trained(lgg)) == 20
 
     def test_folders_that_link_to_each_other(self, tmp_path: Path):
-        """There are 2^12 paths from one to the last."""
+        """There are 2^12 paths from the first folder to the last."""
         for number in range(12):
             (tmp_path / f"{number}").mkdir()
             RGB.save(tmp_path / f"{number}" / "a.png")
@@ -363,7 +363,7 @@ class TestLinks:
             trained(lgg)
 
     def test_empty_masks_may_be_stored_once(self, lgg: Path):
-        """As where equal files are links to one."""
+        """Some programs store equal files once, with links to that file."""
         empty = lgg.parent / "empty.tif"
         Image.new("L", (SIZE, SIZE)).save(empty)
         for number in range(5):
@@ -391,7 +391,7 @@ class TestLinks:
                 getattr(PCamDataModule(tmp_path), read)(*["fit"] * (read == "setup"))
 
     def test_file_systems_without_inodes(self, images: Path, monkeypatch: pytest.MonkeyPatch):
-        """They number all files 0."""
+        """On such file systems, all inodes are 0."""
         folder = images / "train" / "n00000001"
         (folder / "0.jpg").symlink_to(min(folder.iterdir()))
         paths = [str(path) for path in sorted(folder.iterdir())]
@@ -420,7 +420,7 @@ class TestNames:
             assert slices_in(trained(root)) == 20
 
     def test_folders_beside_the_patients(self, lgg: Path):
-        """Of which none is taken for one, where there is `kaggle_3m`."""
+        """If there is a folder `kaggle_3m`, the folders beside it are not patients."""
         write_image_folder(lgg.parent, classes=1, train=2, val=2)
         assert slices_in(trained(lgg.parent)) == 20
 
@@ -495,7 +495,7 @@ class TestNames:
             trained(lgg)
 
     def test_dates_of_other_data_are_none(self, tmp_path: Path):
-        """Eight digits may be a number that tells patients apart."""
+        """In other names than `TCGA_*`, eight digits may be the number of a patient."""
         write_lgg(tmp_path, patients=10)
         names = [f"case_{number:08d}" for number in range(10)]
         for folder, name in zip(list((tmp_path / "kaggle_3m").iterdir()), names, strict=True):
@@ -611,7 +611,7 @@ class TestSkipped:
 
 
 class TestUnreachable:
-    """What may hide images is refused by name."""
+    """Files and folders that may hide images are refused by name."""
 
     @pytest.mark.parametrize("target", ["gone.tif", "itself"])
     def test_broken_links(self, target: str, lgg: Path, images: Path, kaggle: Path):
@@ -670,7 +670,7 @@ class TestUnreachable:
             trained(tmp_path)
 
     def test_other_data_in_place_of_what_a_link_led_to(self, lgg: Path, tmp_path: Path):
-        """Such as an older copy beside it."""
+        """An older copy beside the broken link must not be read in its place."""
         shutil.copytree(lgg, tmp_path / "lgg-mri-segmentation" / "kaggle_3m")
         shutil.rmtree(lgg)
         lgg.symlink_to("gone")
@@ -695,7 +695,7 @@ class TestUnreachable:
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
     def test_pipes(self, images: Path):
-        """To read one would last for ever."""
+        """Reading a named pipe would never end."""
         path = images / "train" / "n00000002" / "a.jpg"
         os.mkfifo(path)
         with refused(f"{path}: is neither a file nor a folder"):

@@ -29,14 +29,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
-    """Root of 60 + 20 images, to be left as they are."""
+    """Return the root of 60 + 20 images, which no test changes."""
     root = tmp_path_factory.mktemp("images") / "my images"
     return write_image_folder(root, classes=CLASSES, train=TRAIN, val=VAL, step=STEP)
 
 
 @pytest.fixture
 def own_images(tmp_path) -> Path:
-    """Root of 12 + 3 images in three classes, for a test to damage."""
+    """Return the root of 12 + 3 images in three classes, which a test may damage."""
     return write_image_folder(tmp_path / "my images", classes=3, train=4, val=1)
 
 
@@ -168,7 +168,7 @@ class TestTransforms:
                 assert torch.equal(dataset[index][0], expected)
 
     def test_training_crops_and_mirrors(self, images):
-        """Red and green tell where in the image a pixel comes from."""
+        """Red and green tell the position of a pixel in the stored image."""
         data = module(images)
         data.setup("fit")
         torch.manual_seed(0)
@@ -292,7 +292,7 @@ class TestMistakes:
 
     @pytest.mark.parametrize("part", ["train", "val"])
     def test_no_class_folders(self, own_images, part):
-        """ImageNet's validation images, as they are published."""
+        """ImageNet's validation images are published in one folder."""
         for folder in list((own_images / part).iterdir()):
             for path in folder.iterdir():
                 path.rename(own_images / part / path.name)

@@ -20,7 +20,7 @@ from tests.trainers import trainer
 
 
 class Segmenter(LightningModule):
-    """Keeps the batches of every stage, as they reach a step."""
+    """Records the batches of every stage, as they reach a step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def set_up(root: Path, stage: str = "fit", **kwargs) -> LGGDataModule:
 
 
 def pixels(data: LGGDataModule, images: torch.Tensor) -> np.ndarray:
-    """Undo the normalization; channels last."""
+    """Undo the normalization, and put the channels last."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
     return ((images * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
@@ -337,7 +337,7 @@ class TestPatientsAreKept:
         data, path = trained
 
         def moved(to: str, *places: str) -> LGGDataModule:
-            """A split in which who is in a set was elsewhere."""
+            """Return a data module in whose set `to` is a patient that was in one of the sets `places`."""
             for seed in range(100):
                 other = set_up(data.root, seed=seed)
                 (patient,) = other.patients[to]
@@ -555,7 +555,7 @@ class TestRealSlices:
         sets = (data.train_set, data.val_set, data.test_set)
         assert sum(map(len, sets)) == 1114
         assert data.train_set.images.shape == (1114, 4, 256, 256)
-        folders = [path.split("/")[0] for path in data._named_test_set.names]
+        folders = [path.split("/")[0] for path in data.predict_set.names]
         drawn = [{folders[row] for row in rows.rows} for rows in sets]
         assert [len(part) for part in drawn] == [21, 3, 6]
         assert drawn[0].isdisjoint(drawn[1] | drawn[2])
@@ -564,7 +564,7 @@ class TestRealSlices:
     @pytest.mark.full
     def test_tumour_in_each(self, data):
         for rows in (data.train_set, data.val_set, data.test_set):
-            marked = np.array([rows.slices[row, 3].any() for row in rows.rows])
+            marked = np.array([rows.images[row, 3].any() for row in rows.rows])
             assert marked.mean() == pytest.approx(0.34, abs=0.1)
 
     @pytest.mark.full
@@ -578,7 +578,7 @@ class TestRealSlices:
 
     @pytest.mark.full
     def test_as_pillow_reads_it(self, data, real_lgg):
-        names = data._named_test_set.names
+        names = data.predict_set.names
         for row in (0, 500, 1113):
             path = real_lgg / "kaggle_3m" / names[row]
             assert np.array_equal(data.train_set.images[row, :3].transpose(1, 2, 0), Image.open(path))

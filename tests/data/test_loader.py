@@ -1,4 +1,4 @@
-"""Places in the middle of an epoch, without and with a Trainer."""
+"""Resuming in the middle of an epoch, without and with a Trainer."""
 
 import contextlib
 from collections.abc import Callable, Iterable
@@ -25,7 +25,7 @@ pytestmark = [
 
 
 class Counted(InMemoryImages):
-    """Of one pixel, its number; counts how many were read."""
+    """Images of one pixel, which is their number. Records which were read."""
 
     def __init__(self, length: int = 20) -> None:
         super().__init__(np.arange(length, dtype=np.uint8).reshape(-1, 1, 1, 1), np.arange(length))
@@ -80,7 +80,7 @@ class TestResumableLoader:
         assert len(labels(resumed)) == 7
 
     def test_the_epoch_may_be_named_after_the_iterator_is_made(self):
-        """As Lightning does, with workers that would have begun."""
+        """Lightning does so, and workers would have begun to read."""
         late, early = loader(Counted(), num_workers=1), loader(Counted())
         batches = iter(late)
         late.sampler.set_epoch(3)
@@ -93,7 +93,7 @@ class TestResumableLoader:
         assert first != second != third != first
 
     def test_orders_change_where_epochs_are_counted_but_not_passes(self):
-        """As in Lightning's loop, or one that calls ``set_epoch``, over a loader that is cycled."""
+        """Lightning's loop, or another that calls ``set_epoch``, may cycle a loader within an epoch."""
         cycled, orders = loader(Counted()), []
         for epoch in range(3):
             cycled.sampler.set_epoch(epoch)
@@ -132,7 +132,7 @@ class TestResumableLoader:
         assert labels(resumed) == labels(batches)
 
     def test_a_place_that_nothing_was_read_from(self):
-        """A checkpoint that is written right after another was loaded."""
+        """A checkpoint may be written right after another was loaded."""
         whole = loader(Counted())
         batches = iter(whole)
         next(batches)
@@ -185,7 +185,7 @@ def seen(module: Recorder, data: NumberedDataModule) -> list[list[int]]:
 
 class TestInTheTrainer:
     def test_a_step_that_fails_is_taken_again(self, tmp_path):
-        """80 images in batches of 16: five steps an epoch, of which the eighth fails."""
+        """Train on 80 images in batches of 16, five steps an epoch; the eighth step fails."""
 
         def run(*callbacks: Callback, **fit) -> list[list[int]]:
             module, data = Recorder(), NumberedDataModule()
@@ -207,7 +207,7 @@ class TestInTheTrainer:
         assert run(ckpt_path=saved) == whole[7:]
 
     def test_no_number_is_drawn_from_torch_to_read(self):
-        """Else random numbers would hang on how many iterators were made."""
+        """Otherwise random numbers would depend on how many iterators were made."""
         module, data, draws = Recorder(), NumberedDataModule(), Draws()
         torch.manual_seed(0)
         trainer(max_epochs=2, callbacks=[draws]).fit(module, datamodule=data)
@@ -237,7 +237,7 @@ class TestInTheTrainer:
 
 
 class Stream(IterableDataset):
-    """Of unknown length: Lightning then fetches a batch ahead."""
+    """A dataset of unknown length, for which Lightning fetches a batch ahead."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -247,7 +247,7 @@ class Stream(IterableDataset):
 
 
 class Pairs(NumberedDataModule):
-    """The training images, five batches, beside those of another loader, by default the same in twelve batches."""
+    """Gives the training images in five batches, beside another loader: by default the same in twelve batches."""
 
     def __init__(self, other: Iterable | None = None, mode: str = "max_size_cycle", num_workers: int = 0) -> None:
         super().__init__()
@@ -279,7 +279,7 @@ class PairsModule(Recorder):
 
 
 class Peeks(Callback):
-    """Looks at the first batch of the loader, as callbacks that draw pictures do."""
+    """Reads the first batch of the loader, as callbacks that draw images do."""
 
     def __init__(self) -> None:
         self.looks = 0
@@ -301,7 +301,7 @@ def own(batches: list[dict]) -> list[list[int] | None]:
 
 
 def train_beside(folder: Path, data: Pairs, *callbacks: Callback, at: int = -1, every: int | None = None, **options):
-    """The batches of two epochs, or of what came before a failure."""
+    """Return the batches of two epochs, or those before a failure."""
     checkpoint = ModelCheckpoint(
         folder, save_top_k=-1, save_on_exception=every is None, every_n_train_steps=every or 99
     )
@@ -314,7 +314,7 @@ def train_beside(folder: Path, data: Pairs, *callbacks: Callback, at: int = -1, 
 
 
 def resume_beside(folder: Path, make: Callable[[], Pairs], at: int, every: int | None = None, **options):
-    """The batches up to a failure, and those from the checkpoint on."""
+    """Return the batches up to a failure, and those after resuming from the checkpoint."""
     before = train_beside(folder, make(), at=at, every=every, **options)
     (path,) = [path for path in folder.iterdir() if path.stem.endswith(f"step={at}")]
     return before[:at] + train_beside(folder, make(), ckpt_path=path, **options)
@@ -384,7 +384,7 @@ class TestBesideAnotherLoader:
 
     @pytest.mark.parametrize("step", [4, 8, 12, 17])
     def test_a_look_at_the_loader_changes_nothing(self, whole, tmp_path, step):
-        """Also if the checkpoint is written right after it."""
+        """This holds too if the checkpoint is written right after it."""
         peeks, options = Peeks(), {"val_check_interval": 4}
         validated = ModelCheckpoint(tmp_path / "whole", "{step}", save_top_k=-1, save_on_train_epoch_end=False)
         assert train_beside(tmp_path / "whole", Pairs(range(13)), peeks, validated, **options) == whole
@@ -393,7 +393,7 @@ class TestBesideAnotherLoader:
         assert own(whole[:step] + train_beside(tmp_path / "whole", Pairs(range(13)), Peeks(), **options)) == own(whole)
 
     def test_a_loader_that_knows_no_trainer(self, whole, tmp_path):
-        """Of a data module within another, say."""
+        """A data module may be part of another one."""
 
         class Within(Pairs):
             def train_dataloader(self) -> CombinedLoader:

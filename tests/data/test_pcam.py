@@ -32,7 +32,7 @@ CHUNKED = [
 
 
 class Patches(Recorder):
-    """Keeps the batches of every stage, as they reach a step."""
+    """Records the batches of every stage, as they reach a step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class TestHDF5:
 
     @pytest.mark.parametrize("storage", ["user block", "other file"])
     def test_where_the_offset_is_another(self, tmp_path, storage):
-        """In front of the format a user may have put a block of his own; the values may be in another file."""
+        """An HDF5 file may begin with a block of the user's, and its values may be in another file."""
         write_pcam(tmp_path)
         path = tmp_path / "pcam" / PCAM.format(split="train", what="x")
         images, labels = patches(40, seed=9)
@@ -115,7 +115,7 @@ class TestHDF5:
                 assert rows[i][1] == label
 
     def test_larger_than_memory(self, tmp_path, recorded):
-        """What lies in one piece is never read as a whole: the file is a sparse one of 26 GB."""
+        """A contiguous array is never read as a whole: this sparse file has 26 GB."""
         write_pcam(tmp_path)
         count = 1_000_000
         with h5py.File(tmp_path / "pcam" / PCAM.format(split="train", what="x"), "w") as file:

@@ -1,4 +1,4 @@
-"""Two trainings from one seed are given the same bits and end in the same, whoever reads the data."""
+"""Two trainings with one seed get the same batches and end with the same weights, with any number of workers."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ from tests.trainers import trainer
 
 
 class Witness(LightningModule):
-    """Keeps its batches, and draws random numbers as it trains on them."""
+    """Records its batches, and draws random numbers as it trains on them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Witness(LightningModule):
 
 
 def bits(make: Callable[[], LightningDataModule], seed: int = 3) -> list[Tensor]:
-    """All batches of two epochs, and the weights at the end."""
+    """Return all batches of two epochs, and the weights at the end."""
     seed_everything(seed)
     module, data = Witness(), make()
     module.layer(torch.zeros(1, 1 if isinstance(data, DigitsDataModule) else 3))

@@ -1,4 +1,4 @@
-"""Orders of images: each once, from numbers alone, and shared by the processes."""
+"""Orders of images: each image once, from numbers only, and shared among the processes."""
 
 from collections import Counter
 
@@ -59,7 +59,7 @@ class TestEpochSampler:
     @pytest.mark.parametrize("seed", [0, 3, 2**32 + 5])
     @pytest.mark.parametrize("epoch", [0, 1, 7])
     def test_the_first_pass_is_that_of_former_versions(self, seed, epoch):
-        """Or a checkpoint of theirs would go on in another order."""
+        """Otherwise a training would not resume their checkpoints in the same order."""
         sampler = SeededSampler(range(100), seed=seed)
         sampler.set_epoch(epoch)
         images, seeds = zip(*sampler, strict=True)

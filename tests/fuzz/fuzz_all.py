@@ -1,4 +1,4 @@
-"""Fuzzes all readers, one after the other, and prints what came of it.
+"""Fuzz all readers, one after the other, and print the results.
 
 python -m tests.fuzz.fuzz_all FOUND [--seconds 60] [--seed 1] [--target NAME ...]
 
@@ -18,7 +18,7 @@ LIMIT = 20  # seconds for one input
 
 
 def fuzz(name: str, folder: Path, seconds: int, seed: int) -> tuple[dict[str, int], list[Path]]:
-    """Figures of libFuzzer's, and the inputs that ended in a fault."""
+    """Return libFuzzer's statistics, and the inputs that ended in a fault."""
     folder.mkdir(parents=True, exist_ok=True)
     options = [f"-max_total_time={seconds}", f"-timeout={LIMIT}", f"-seed={seed}", "-print_final_stats=1"]
     command = [sys.executable, "-m", "tests.fuzz.fuzz_readers", name, folder / "corpus", *options]

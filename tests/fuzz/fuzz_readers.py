@@ -1,4 +1,4 @@
-"""Fuzzes a reader with atheris (pip install atheris), which looks for inputs that reach code not reached before.
+"""Fuzz a reader with atheris (pip install atheris), which looks for inputs that reach new code.
 
 python -m tests.fuzz.fuzz_readers NAME FOUND [-max_total_time=100 ...]
 

@@ -1,4 +1,4 @@
-"""Changes valid files at random, has them read, and counts what comes of it.
+"""Change valid files at random, read them, and count the outcomes.
 
 python -m tests.fuzz.mutations [--cases 1000] [--seed 0] [--target NAME]
 
@@ -23,7 +23,7 @@ LIMIT = 60  # seconds for one file
 
 
 def mutated(content: bytes, rng: np.random.Generator, is_text: bool) -> bytes:
-    """Content with one to four random changes, to bytes or to lines; most of them near the beginning."""
+    """Return content with one to four random changes of bytes or lines, most of them near the beginning."""
     for _ in range(rng.integers(1, 5)):
         content = _lines_changed(content, rng) if is_text and rng.random() < 0.6 else _bytes_changed(content, rng)
     return content
@@ -94,7 +94,7 @@ def _lines_changed(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def read_mutated(target: Target, seed: tuple[int, ...], folder: Path) -> str:
-    """What comes of one case."""
+    """Return the outcome of one case."""
     rng = np.random.default_rng(seed)
     path = target.make(folder)
     path.write_bytes(mutated(path.read_bytes(), rng, target.is_text))

@@ -1,4 +1,4 @@
-"""What reads files, each with valid ones to begin with; and what may come of reading others.
+"""The readers of files, with valid files to begin with, and the outcomes that are right for other files.
 
 A reader either returns what its data set may hold, or ends in a sentence of this package that names the file. Anything
 else is a fault: another exception, or data that no such file could hold.
@@ -46,7 +46,7 @@ class Target:
 
 
 def outcome(target: Target, folder: Path, path: Path) -> str:
-    """Read files, of which one was changed.
+    """Read files, one of which was changed, and return the outcome.
 
     Returns:
         `RUN`, `SENTENCE`, or what was wrong.

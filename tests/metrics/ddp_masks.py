@@ -22,7 +22,7 @@ SCENARIOS = {"uneven": (4, 1), "one idle": (3, 0), "nothing": (2, 1)}
 
 
 def batch_of(scenario: str, number: int) -> tuple[Tensor, Tensor]:
-    """Batches of different sizes, with empty masks among them, or nothing else."""
+    """Return batches of different sizes, some or all of whose masks are empty."""
     generator = torch.Generator().manual_seed(number)
     preds, target = torch.rand(2, 2 + number, 2, 12, 10, generator=generator)
     preds[0, 0] = target[0] = 0
@@ -32,7 +32,7 @@ def batch_of(scenario: str, number: int) -> tuple[Tensor, Tensor]:
 
 
 def score() -> dict[str, dict[str, Any]]:
-    """Return what one of two processes counts, and what both agree on, in each scenario."""
+    """Return for each scenario what one of two processes counts, and the result of both."""
     rank = int(os.environ["RANK"])
     torch.distributed.init_process_group("gloo")
     records = {}

@@ -1,4 +1,4 @@
-"""Pairs of masks, for tests and as hypothesis draws them."""
+"""Pairs of masks: fixed ones, and a hypothesis strategy for random ones."""
 
 import torch
 from hypothesis import strategies as st
@@ -47,12 +47,12 @@ PAIRS = {
 
 @st.composite
 def pairs(draw: st.DrawFn, volumes: bool = True) -> tuple[Tensor, Tensor]:
-    """Two masks of one size; either may be empty."""
+    """Draw two masks of one size, each of which may be empty."""
     shape = draw(array_shapes(min_dims=2, max_dims=3 if volumes else 2, min_side=1, max_side=7))
     masks = arrays(bool, shape, elements=st.booleans(), fill=st.booleans())
     return torch.from_numpy(draw(masks)), torch.from_numpy(draw(masks))
 
 
 def batch(mask: Tensor) -> Tensor:
-    """One image of one channel."""
+    """Return a batch of one image with one channel."""
     return mask[None, None]

@@ -75,7 +75,7 @@ class TestMeanOverMasks:
         assert DiceScore()(self.preds, self.target).item() == pytest.approx(metric.aggregate().item(), rel=1e-6)
 
     def test_monai_leaves_out_every_empty_truth(self) -> None:
-        """As the docstring says, with its figures; the masks are MONAI's, TEST_CASE_7 of test_compute_meandice.py."""
+        """The figures of the docstring. The masks are those of TEST_CASE_7 in MONAI's test_compute_meandice.py."""
         first = [[[1, 1], [1, 0]], [[0, 1], [0, 0]], [[0, 1], [1, 1]]]
         second = [[[1, 0], [1, 1]], [[0, 1], [1, 1]], [[0, 1], [1, 0]]]
         preds, target = torch.tensor([first, second]).bool(), torch.zeros(2, 3, 2, 2, dtype=torch.bool)
@@ -101,7 +101,7 @@ class TestMeanOverMasks:
         assert DiceScore()(preds, target).item() == pytest.approx(theirs(preds.int(), target.int()).item(), rel=1e-6)
 
     def three_masks(self) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Two images of two channels, of which one is empty, and the score of each of the others."""
+        """Two images of two channels: one mask is empty, and each of the others has a score."""
         preds, target = self.preds[:2, :2].clone(), self.target[:2, :2].clone()
         preds[0, 1] = target[0, 1] = False
         cells = [(slice(i, i + 1), slice(c, c + 1)) for i, c in ((0, 0), (1, 0), (1, 1))]

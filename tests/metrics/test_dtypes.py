@@ -1,4 +1,4 @@
-"""Scores do not depend on types: of preds, of target, of the module they are in, or torch's default."""
+"""Scores do not depend on dtypes: of preds, of target, of the module that holds the metric, or torch's default."""
 
 from collections.abc import Callable
 from typing import Any
@@ -54,7 +54,7 @@ PATHS = pytest.mark.parametrize("path", ["cpu", "gpu"])
 
 @pytest.fixture
 def on_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Distances as on a GPU, if asked for."""
+    """Compute distances as on a GPU, if ``path`` says so."""
     if path == "gpu":
         monkeypatch.setattr("lightning_znorm.metrics.hausdorff.hausdorff_distances", as_on_gpu)
 

@@ -1,4 +1,4 @@
-"""The Hausdorff distance: its numbers, against SciPy, MONAI and its definition, on the CPU's path and the GPU's."""
+"""The Hausdorff distance against SciPy, MONAI and its definition, with the CPU's code and the GPU's."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -125,7 +125,7 @@ def medpys(preds: Tensor, target: Tensor, percentile: float = 95) -> float:
 
 
 def test_medpys_percentile_is_of_both_directions_together() -> None:
-    """As the docstring says, with its figures."""
+    """The figures of the docstring."""
     target = box((64, 64), (10, 30), (10, 30))
     preds = target | box((64, 64), (50, 53), (50, 53))
     ours = HausdorffDistance(95)(batch(preds), batch(target)).item()
@@ -164,7 +164,7 @@ def test_on_device_in_pieces(percentile: float | None, monkeypatch: pytest.Monke
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that is made."""
+    """Return the number of elements of the largest tensor that is allocated."""
 
     elements = 0
 

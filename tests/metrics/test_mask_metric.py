@@ -1,4 +1,4 @@
-"""What all scores of masks share: empty masks, input, states, processes."""
+"""What all scores of masks share: empty masks, input, states, processes; and how to add a score."""
 
 import copy
 import importlib.util
@@ -6,6 +6,7 @@ import inspect
 import math
 import pickle
 import warnings
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -366,7 +367,7 @@ class TestLife:
 
 
 def test_two_processes() -> None:
-    """Five batches in two processes, or none in one of them, are as they are in one process."""
+    """Five batches in two processes, or none in one of them, give what they give in one process."""
     records = run_distributed(ddp_masks.score)
     for scenario, batches in ddp_masks.SCENARIOS.items():
         ranks = [record[scenario] for record in records]
@@ -395,3 +396,27 @@ def test_private_names_of_torchmetrics_that_are_used() -> None:
     missing = [name for name in ("_apply", "_defaults", "_computed", "_plot") if not hasattr(metric, name)]
     assert not missing, f"this torchmetrics has no Metric.{missing}: MaskMetric._apply and .plot need another way"
     assert list(inspect.signature(Metric._apply).parameters) == ["self", "fn", "exclude_state"]
+
+
+class Jaccard(MaskMetric):
+    """A new score: it needs its value for pairs of masks, and the worst value."""
+
+    higher_is_better = True
+
+    def worst(self, size: Sequence[int]) -> float:
+        return 0.0
+
+    def scores(self, preds: Tensor, target: Tensor) -> Tensor:
+        return (preds & target).flatten(1).sum(dim=1).double() / (preds | target).flatten(1).sum(dim=1)
+
+
+def test_a_new_score() -> None:
+    metric, expected = Jaccard(threshold=0.5), TverskyIndex(1, 1)
+    for seed in range(3):
+        preds, target = noise(3, 2, *SIZE, share=0.2, seed=seed), noise(3, 2, *SIZE, share=0.3, seed=seed + 9)
+        target[seed] = False
+        preds[seed, 1] = False
+        for each in (metric, expected):
+            each.update(preds, target)
+    assert metric.compute().item() == pytest.approx(expected.compute().item())
+    assert states(metric) == states(expected) == [15, 3]
