@@ -1,33 +1,33 @@
-"""Curves over epochs that can be read in print, in grey and by colour-blind readers."""
+"""Figures: curves over epochs, readable in print, in grey and by colour-blind readers."""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
-from lightning_znorm.compare.document import visible
-from lightning_znorm.compare.numbers import mean
+from lightning_znorm.compare.formatting import visible
+from lightning_znorm.compare.results import mean
 
-# Okabe and Ito's colours without yellow, which paper swallows; dashes and markers say the same without colour.
+# The colours of Okabe and Ito without yellow, which is invisible on paper. Dashes and markers work without colour.
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 _MARKERS = "os^Dv<>PX*"
 _SIZE = (7.2, 3.8)
 _LARGEST = 1e100
-"""Beyond it, axes overflow."""
+"""Axes overflow for larger values."""
 _LONGEST = 50
-"""Letters of a name; more would leave no room for the axes."""
+"""Letters of a name: longer ones would leave no room for the axes."""
 
 Curves = Mapping[str, Mapping[int, Mapping[int, float]]]
 """A value by method, seed and epoch."""
 
 
 def plot(curves: Curves, methods: Sequence[str], label: str) -> dict[str, bytes]:
-    """Draw the mean over seeds of each method, in a band from the lowest to the highest seed.
+    """Draw the mean over seeds of each method, and a band from the lowest to the highest seed.
 
     Args:
         curves: A value by method, seed and epoch.
-        methods: All methods of the study, so that each looks the same in every plot.
-        label: What the values are.
+        methods: All methods of the study, so that each looks the same in every figure.
+        label: Name of the values.
 
     Returns:
         The image, as ``"png"`` and as ``"svg"``.
@@ -52,7 +52,7 @@ def plot(curves: Curves, methods: Sequence[str], label: str) -> dict[str, bytes]
         if lines and min(lines) > 0 and max(lines) / min(lines) > 50:
             axes.set_yscale("log")
         axes.set_xlabel("epoch")
-        axes.set_ylabel(_shortened(label), parse_math=False)  # for a name may hold a $
+        axes.set_ylabel(_shortened(label), parse_math=False)  # a name may hold a $
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.9", linewidth=0.6)
@@ -68,7 +68,7 @@ def plot(curves: Curves, methods: Sequence[str], label: str) -> dict[str, bytes]
 
 
 def _finite(by_seed: Mapping[int, Mapping[int, float]]) -> dict[int, dict[int, float]]:
-    """Without what cannot be drawn: runs that have diverged."""
+    """Remove values that cannot be drawn, from runs that diverged."""
     curves = {
         seed: {e: value for e, value in curve.items() if abs(value) < _LARGEST} for seed, curve in by_seed.items()
     }
@@ -96,7 +96,7 @@ def _line(axes: Any, by_seed: Mapping[int, Mapping[int, float]], i: int, method:
         marker=_MARKERS[i % len(_MARKERS)],
         markersize=4.5,
         markerfacecolor="white",
-        # Not at the same epochs for all, else they cover one another.
+        # At different epochs for each method, so that markers do not cover one another.
         markevery=(i % max(1, len(shown) // 8), max(1, len(shown) // 8)),
     )
     return shown[-1], means[-1], method, colour
