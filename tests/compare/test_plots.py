@@ -3,12 +3,11 @@
 import io
 import math
 import re
-from itertools import pairwise
 
 import pytest
 
 from lightning_znorm.compare import plots
-from lightning_znorm.compare.plots import plot, spaced
+from lightning_znorm.compare.plots import plot
 
 
 class TestPlots:
@@ -24,14 +23,14 @@ class TestPlots:
 
     def test_curves_are_means_over_seeds_from_the_first_epoch_on(self, monkeypatch):
         drawn = []
-        monkeypatch.setattr(plots, "_label", lambda axes, ends: drawn.append((axes, ends)))
+        monkeypatch.setattr(plots, "_add_legend", lambda figure, lines: drawn.append((figure.axes[0], lines)))
         plot({"a": {0: {0: 1.0, 1: 2.0, 2: 5.0}, 1: {0: 3.0, 1: 2.0}}}, ["a"], "loss")
-        ((axes, ends),) = drawn
+        ((axes, lines),) = drawn
         low, high, line = axes.lines
         assert [list(line.get_xdata()), list(line.get_ydata())] == [[1, 2, 3], [2.0, 2.0, 5.0]]
         assert [list(edge.get_ydata()) for edge in (low, high)] == [[1.0, 2.0, 5.0], [3.0, 2.0, 5.0]]
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "loss")
-        assert ends[0][:3] == (3, 5.0, "a")
+        assert lines == {"a": line}
 
     def test_a_method_looks_the_same_in_every_plot(self):
         curve = {0: {0: 1.0, 1: 2.0}}
@@ -57,12 +56,20 @@ class TestPlots:
         """Else matplotlib warns that it has none left."""
         assert plot({"m" * 250: {0: {0: 1.0, 1: 2.0}}}, ["m" * 250], "y" * 300)["png"]
 
-    def test_labels_keep_apart(self):
-        for wanted in ([0, 0, 0, 0], [1, 2, 3, 30], [0, 10, 20], []):
-            found = spaced(wanted, 5)
-            assert len(found) == len(wanted)
-            assert all(b - a > 5 - 1e-9 for a, b in pairwise(found))
-            assert sum(found) == pytest.approx(sum(wanted))
+    @pytest.mark.parametrize("names", [["baseline", "znorm"], ["_hidden", "$\\frac$", "c", "d", "e"]])
+    def test_the_legend_names_each_method_beside_the_axes(self, monkeypatch, names):
+        drawn = []
+        original = plots._add_legend
+        monkeypatch.setattr(plots, "_add_legend", lambda *args: (original(*args), drawn.append(args)))
+        plot({name: {0: {0: 1.0 + i, 1: 2.0}} for i, name in enumerate(names)}, names, "loss")
+        ((figure, lines),) = drawn
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == names
+        for handle, line in zip(legend.get_lines(), lines.values(), strict=True):
+            assert (handle.get_color(), handle.get_linestyle()) == (line.get_color(), line.get_linestyle())
+            assert handle.get_marker() == line.get_marker()
+        (axes,) = figure.axes
+        assert legend.get_window_extent().x0 >= axes.get_window_extent().x1
 
     def test_size(self):
         from PIL import Image
