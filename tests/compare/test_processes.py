@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from alive import is_alive, is_gone
 from samples import write_answers
 
 from lightning_znorm import compare
+from lightning_znorm.compare import processes
 from lightning_znorm.compare.command import main
 from lightning_znorm.compare.engines import local_engine
 from lightning_znorm.compare.files import locked, write_json
@@ -175,6 +178,52 @@ def test_nothing_of_a_run_lives_on(stand_in, tmp_path):
     stand_in(f"sleep 600 & echo $! > {tmp_path}/pid; kill -9 $$")
     assert fit_and_test(run_in(tmp_path), True).error.startswith("fit was ended by SIGKILL")
     assert is_gone(int((tmp_path / "pid").read_text()))
+
+
+class TestChildrenOfChildren:
+    """They end wherever they are: in the group of the process, outside of it, and on systems without groups."""
+
+    @pytest.fixture(autouse=True)
+    def _soon(self, monkeypatch):
+        monkeypatch.setattr("lightning_znorm.compare.processes._SECONDS_TO_END", 1)
+
+    @pytest.mark.skipif(shutil.which("setsid") is None, reason="needs the command setsid")
+    @pytest.mark.parametrize("ignores", ["", "trap '' TERM; "])
+    def test_that_have_left_the_group(self, stand_in, tmp_path, ignores):
+        inner = f"{ignores}sleep 600 & echo $! $$ > {tmp_path}/inner; wait; wait; sleep 600"
+        stand_in(f'setsid sh -c "{inner.replace("$", chr(92) + "$")}" & echo $$ > {tmp_path}/pid; wait')
+        assert fit_and_test(replace(run_in(tmp_path), timeout=1.5), True).error.startswith("fit was ended after")
+        pids = [int(pid) for name in ("pid", "inner") for pid in (tmp_path / name).read_text().split()]
+        assert len(pids) == 3
+        assert all(map(is_gone, pids))
+
+    def test_without_groups(self, stand_in, tmp_path, monkeypatch):
+        monkeypatch.setattr("lightning_znorm.compare.processes._HAS_GROUPS", False)
+        stand_in(f"(sleep 600 & echo $! >> {tmp_path}/pids; wait) & echo $! $$ >> {tmp_path}/pids; wait")
+        assert fit_and_test(replace(run_in(tmp_path), timeout=1.5), True).error.startswith("fit was ended after")
+        pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+        assert len(pids) == 3
+        assert all(map(is_gone, pids))
+
+    def test_without_groups_whose_parent_has_ended(self, monkeypatch):
+        """On Windows they keep its id; a process that is older than the parent has got the id from another one."""
+        monkeypatch.setattr(processes, "_HAS_GROUPS", False)
+        root = subprocess.Popen(["true"])
+        tree = processes._Tree(root)
+        root.wait()
+        child, stranger = (subprocess.Popen(["sleep", "600"]) for _ in range(2))
+        try:
+            listed = [psutil.Process(child.pid), psutil.Process(stranger.pid)]
+            for process, started in zip(listed, (time.time(), 0.0), strict=True):
+                process.info = {"ppid": root.pid, "create_time": started}
+            monkeypatch.setattr(psutil, "process_iter", lambda attributes: listed)
+            tree.send_signal(signal.SIGKILL)
+            assert child.wait(10) == -signal.SIGKILL
+            assert stranger.poll() is None
+        finally:
+            for process in (child, stranger):
+                process.kill()
+                process.wait()
 
 
 @pytest.mark.full
