@@ -176,7 +176,7 @@ ROOMS = [
 # What may be loaded together with a room, besides torch, what torch depends on and the standard library.
 LIBRARIES = {
     "cli": {"jsonargparse", "lightning", "yaml"},
-    "compare": {"lightning", "numpy", "rich", "yaml"},
+    "compare": {"jinja2", "lightning", "markupsafe", "numpy", "psutil", "rich", "yaml"},
     "tasks": {"lightning", "numpy", "torchmetrics"},
     "data": {"lightning", "numpy"},
     "hyperparameters": {"lightning", "numpy"},

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_znorm import ZNormCallback
 from lightning_znorm.cli import main
-from lightning_znorm.compare.process import Processes
+from lightning_znorm.compare.processes import Processes
 from lightning_znorm.functional import transform_grads_, zscore_grads_
 from tests.compare.captured import capture_here
 from tests.processes import run_forked

@@ -10,7 +10,7 @@ import csv
 import sys
 from pathlib import Path
 
-from lightning_znorm.compare.differences import Row, compare_methods
+from lightning_znorm.compare.statistics import Row, compare_methods
 
 HERE = Path(__file__).parent
 # Columns of the paper's tables, by what we log; and whether more or less of it is better.

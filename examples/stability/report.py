@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lightning_znorm.compare.differences import paired_interval
+from lightning_znorm.compare.statistics import paired_interval
 
 RESULTS = Path(__file__).parent / "results"
 LAST_EPOCHS = 5

@@ -1,14 +1,22 @@
-"""A study: the same experiment under several methods and seeds, and what that tells.
+"""A study: the same experiment under several methods and seeds, and what the results tell.
 
-``python -m lightning_znorm compare``, or `run` from Python.
+``python -m lightning_znorm compare``, or `run` from Python. A study's way through the files of this package:
+
+1. ``command`` takes what was typed, and hands it on from step to step.
+2. ``study`` says what is to be run; ``plan`` validates it, and writes the ``settings`` of every run.
+3. ``runner`` trains and tests one run in ``processes``, on one of the ``engines``; ``progress`` shows how far they are.
+4. ``results`` reads what the runs logged, as one tidy table.
+5. ``statistics`` compares the methods: differences, intervals, seeds needed, speed.
+6. ``report`` writes all of it, with ``plots``, by ``templates/``.
+
+Within a run, ``recorder`` logs what the study needs, and ``checkpoints`` keeps the best one.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_znorm.compare.differences import Row
+from lightning_znorm.compare.statistics import Row, Table
 from lightning_znorm.compare.study import StudyError
-from lightning_znorm.compare.tables import Table
 
 __all__ = ["Row", "StudyError", "Table", "run"]
 
@@ -34,21 +42,24 @@ def run(
         config: File of the experiment, or several in order.
         methods: Method files; the others are compared with the first.
         seeds: Seeds, each for every method.
-        output: Folder of the study; the same call again goes on there.
+        output: Folder of the study; the same call again continues it.
         metric: Metric that decides; by default the test metric that belongs to what the experiment's `ModelCheckpoint`
             monitors.
         mode: Whether more (``"max"``) or less (``"min"``) of it is better; by default the `ModelCheckpoint`'s.
-        jobs: Runs side by side, a GPU each where there are several.
+        jobs: Number of runs side by side; if there are several GPUs, each run has its own.
         ray: Address of a Ray cluster to run on, such as ``"auto"``.
         cpus: CPU cores of each run on Ray.
         gpus: GPUs of each run on Ray.
         timeout: Longest time of one ``fit`` or ``test``, in seconds or such as ``"2h"``: a run that takes longer is
-            ended and counts as failed, and the same call goes on with it from its last checkpoint.
+            ended and counts as failed, and the same call resumes it from its last checkpoint.
         args: Further options of ``fit``, such as ``["--trainer.max_epochs", "10"]``.
 
+    Returns:
+        The table. A run that fails raises nothing: it is among the table's ``failures``. If the report cannot be
+        written, a warning says why.
+
     Raises:
-        StudyError: Before the first run, if something is wrong with the study. A run that fails raises nothing: it is
-            among the table's ``failures``. A report that cannot be written raises nothing either, but is said.
+        StudyError: Before the first run, if something is wrong with the study.
         KeyboardInterrupt: Upon Ctrl-C; and in the main thread upon SIGTERM, SIGHUP and SIGQUIT, unless the program
             handles or ignores them. The processes of the runs are ended before.
 
@@ -62,7 +73,8 @@ def run(
 
     from rich.console import Console
 
-    from lightning_znorm.compare.conduct import Means, conduct
+    from lightning_znorm.compare.command import run_study
+    from lightning_znorm.compare.engines import Resources
     from lightning_znorm.compare.study import Study, parse_timeout
 
     configs = [config] if isinstance(config, str | Path) else config
@@ -76,7 +88,7 @@ def run(
         tuple(args),
         parse_timeout(timeout),
     )
-    table, problems = conduct(study, Means(jobs, ray, cpus, gpus), Console())
+    table, problems = run_study(study, Resources(jobs, ray, cpus, gpus), Console())
     for problem in problems:
         warnings.warn(f"The report of the study is not complete. {problem}", stacklevel=2)
     return table

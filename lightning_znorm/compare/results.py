@@ -1,29 +1,31 @@
-"""What runs have logged, joined over the attempts at each."""
+"""What the runs logged, as one tidy table: one number a row, joined over the attempts at each run.
+
+Metric names are those of the experiment. What they mean is told from their words, such as ``val/loss``.
+"""
 
 import csv
 import math
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import astuple, dataclass, fields
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from lightning_znorm.compare.files import DamagedError, read_object, write_text
-from lightning_znorm.compare.metrics import stage
-from lightning_znorm.compare.numbers import mean
 from lightning_znorm.compare.study import Run
 
-OWN = "compare/"
-"""Begins the names of what is logged by the study and not by the experiment."""
-GRADIENT_NORM = f"{OWN}gradient_norm"
-STEP_SECONDS = f"{OWN}step_seconds"
-TRAIN_SECONDS = f"{OWN}train_seconds"
+STUDY_PREFIX = "compare/"
+"""Prefix of the names that the study logs, besides the experiment."""
+GRADIENT_NORM = f"{STUDY_PREFIX}gradient_norm"
+STEP_SECONDS = f"{STUDY_PREFIX}step_seconds"
+TRAIN_SECONDS = f"{STUDY_PREFIX}train_seconds"
 LOGGED_EPOCHS = "logged_epochs"
-"""Key in `fit.json` and in checkpoints: epochs at whose end a run has logged `TRAIN_SECONDS`."""
+"""Key in `fit.json` and in checkpoints: epochs at whose end a run logged `TRAIN_SECONDS`."""
 
 _FIT = {"epochs": int, "seconds": int | float, "parameters": int, "device": str, "threads": int, "versions": dict}
-_FIT_LATER = {  # the first versions wrote none of these
+_FIT_OPTIONAL = {  # the first versions did not write these
     "weights": str | None,
     "optimizers": list,
     "methods": dict,
@@ -31,6 +33,7 @@ _FIT_LATER = {  # the first versions wrote none of these
     LOGGED_EPOCHS: list,
     "logged_numbers": int,
 }
+_STAGE = re.compile(r"^(train|validation|valid|val|test)(?=[/_.-])")
 _CHECKPOINT = {"path": str, "epoch": int, "monitor": str | None, "value": int | float | None}
 
 
@@ -42,9 +45,9 @@ class Measurement:
         run: Name of the run.
         seed: Its seed.
         method: Its method.
-        epoch: Epoch, from 0; for a test, that of the checkpoint that was tested.
-        metric: Name under which it was logged.
-        value: Mean over what was logged under this name in the epoch; of validations, the last.
+        epoch: Epoch, from 0; for a test, the epoch of the checkpoint that was tested.
+        metric: Name of the metric.
+        value: Mean of the values logged under this name in the epoch; for validation, the last value.
     """
 
     run: str
@@ -57,14 +60,14 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The test of a run, and of what.
+    """The test of a run.
 
     Args:
-        metrics: What it logged.
+        metrics: What the test logged.
         path: The checkpoint that was tested.
         epoch: Epoch of that checkpoint, from 0.
-        monitor: Metric that chose it, if one did.
-        value: That metric in that epoch.
+        monitor: Metric that chose the checkpoint, if one did.
+        value: Value of that metric in that epoch.
     """
 
     metrics: dict[str, float]
@@ -75,12 +78,15 @@ class Evaluation:
 
 
 def read_fit(run: Run) -> dict[str, Any] | None:
-    """What a run says of its training, once that has ended; None before.
+    """Read what a run wrote down about its training.
+
+    Returns:
+        The content; ``None`` while training has not ended.
 
     Raises:
-        DamagedError: If it says something else.
+        DamagedError: If the file holds something else.
     """
-    fit = read_object(run.fit_file, _FIT, _FIT_LATER)
+    fit = read_object(run.fit_file, _FIT, _FIT_OPTIONAL)
     for name, classes in (fit or {}).get("methods", {}).items():
         if not isinstance(classes, list):
             raise DamagedError(run.fit_file, f"its methods.{name} is {classes!r}")
@@ -88,17 +94,20 @@ def read_fit(run: Run) -> dict[str, Any] | None:
 
 
 def read_test(run: Run) -> Evaluation | None:
-    """The test of a run; None where there is none, or none that says what was tested, as version 0.1.0 left them.
+    """Read the test of a run.
+
+    Returns:
+        The test; ``None`` if there is none, or if it does not say what was tested, as version 0.1.0 wrote it.
 
     Raises:
-        DamagedError: If it is no test.
+        DamagedError: If the file holds something else.
     """
     content = read_object(run.test_file, {})
     if content is None:
         return None
     checkpoint, metrics = content.get("checkpoint"), content.get("metrics", content)
     if not isinstance(metrics, dict) or not all(isinstance(value, int | float) for value in metrics.values()):
-        raise DamagedError(run.test_file, "its metrics are no numbers")
+        raise DamagedError(run.test_file, "its metrics are not numbers")
     if checkpoint is None and content:
         return None
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), t) for k, t in _CHECKPOINT.items()):
@@ -107,20 +116,23 @@ def read_test(run: Run) -> Evaluation | None:
 
 
 def read_progress(run: Run) -> tuple[int, float] | None:
-    """How many epochs a run has behind it, and which share of its training; None if it has not begun.
+    """Read how many epochs a run has completed, and which share of its training.
+
+    Returns:
+        Epochs and share; ``None`` if the run has not begun.
 
     Raises:
-        DamagedError: If its file says something else.
+        DamagedError: If the file holds something else.
     """
     content = read_object(run.progress_file, {"epoch": int, "share": int | float})
     return None if content is None else (content["epoch"], content["share"])
 
 
 def read_run(run: Run) -> list[Measurement]:
-    """All that a run has logged, by epoch.
+    """Read everything that a run logged, by epoch.
 
     Raises:
-        DamagedError: If its training has ended, and not all is there that it logged; or if a file holds something else.
+        DamagedError: If training has ended and a part of its log is missing, or if a file holds something else.
     """
     fit = read_fit(run)
     rows = list(_rows(run, has_ended=fit is not None))
@@ -131,7 +143,7 @@ def read_run(run: Run) -> list[Measurement]:
                 values[row.epoch, metric].append(value)
     if fit is not None:
         _check_epochs(run, rows, fit.get(LOGGED_EPOCHS, []))
-        # The first versions did not count.
+        # The first versions did not count numbers.
         if sum(len(row.numbers) for row in rows) < fit.get("logged_numbers", min(fit["epochs"], 1)):
             raise DamagedError(run.logs, "it lacks numbers that were logged")
     fitted = {key: found[-1] if stage(key[1]) == "val" else mean(found) for key, found in sorted(values.items())}
@@ -141,7 +153,7 @@ def read_run(run: Run) -> list[Measurement]:
 
 
 def curves(measurements: Iterable[Measurement], metric: str) -> dict[str, dict[int, dict[int, float]]]:
-    """A metric by method, seed and epoch."""
+    """Return the values of a metric by method, seed and epoch."""
     found: dict[str, dict[int, dict[int, float]]] = {}
     for m in measurements:
         if m.metric == metric:
@@ -150,17 +162,17 @@ def curves(measurements: Iterable[Measurement], metric: str) -> dict[str, dict[i
 
 
 def check_log(run: Run, epochs: Iterable[int]) -> int:
-    """See that the log of a run, whose training may go on, holds epochs that it has behind it.
+    """Check that the log of a run, whose training may continue, holds the epochs that the run has completed.
 
     Args:
         run: The run.
-        epochs: The epochs.
+        epochs: The epochs that must be there.
 
     Returns:
-        The last epoch of which it holds anything, -1 if it is empty.
+        The last epoch in the log, -1 if the log is empty.
 
     Raises:
-        DamagedError: If they are not there, or if a file holds something else.
+        DamagedError: If an epoch is missing, or if a file holds something else.
     """
     rows = list(_rows(run, has_ended=False))
     _check_epochs(run, rows, epochs)
@@ -168,18 +180,74 @@ def check_log(run: Run, epochs: Iterable[int]) -> int:
 
 
 def count_numbers(run: Run) -> int:
-    """How many numbers a run has logged in its training."""
+    """Count the numbers that a run logged in its training."""
     return sum(len(row.numbers) for row in _rows(run, has_ended=False))
 
 
 def logged_names(run: Run) -> set[str]:
-    """Names of what the experiment itself has logged in a run."""
+    """Return the names that the experiment itself logged in a run."""
     names = {measurement.metric for measurement in read_run(run)}
-    return {name for name in names if not name.startswith(OWN)}
+    return {name for name in names if not name.startswith(STUDY_PREFIX)}
+
+
+def mean(values: Iterable[float]) -> float:
+    """Return the mean; infinite or NaN if the values of a run that diverged make it so.
+
+    Own code, because `statistics.fmean` and NumPy raise or overflow for values that a run that diverged logs.
+
+    Example:
+        >>> mean([1.0, 2.0]), mean([math.inf, -math.inf]), mean([1e308, 1e308])
+        (1.5, nan, 1e+308)
+    """
+    values = list(values)
+    try:
+        return math.fsum(values) / len(values)
+    except (OverflowError, ValueError):  # the sum is too large; infinities of both signs
+        return sum(value / len(values) for value in values)
+
+
+def stage(name: str) -> str | None:
+    """Return ``"train"``, ``"val"`` or ``"test"`` if the name of a metric begins with it."""
+    found = _STAGE.match(name)
+    return None if found is None else {"v": "val", "t": found[1]}[found[1][0]]
+
+
+def at_stage(name: str, stage: str, logged: Collection[str]) -> str | None:
+    """Return the metric of the same name at another stage (``"val"``, ``"test"``), if it is logged.
+
+    Example:
+        >>> at_stage("val_dice", "test", ["test_dice"])
+        'test_dice'
+    """
+    # The test's metric has a stage added if training and test log the same name.
+    other = _STAGE.sub(stage, name) if _STAGE.match(name) else f"{stage}/{name}"
+    return other if other in logged else None
+
+
+def without_stage(name: str) -> str:
+    """Return the name of a metric without its stage.
+
+    Example:
+        >>> without_stage("val/dice")
+        'dice'
+    """
+    return _STAGE.sub("", name).strip("/_.-")
+
+
+def default_mode(name: str) -> str | None:
+    """Return ``"min"`` for a loss or an error; ``None`` otherwise."""
+    return "min" if re.search(r"loss|error", name.lower()) else None
+
+
+def train_loss(logged: Collection[str]) -> str | None:
+    """Return the training loss among the names, per epoch rather than per step."""
+    found = [name for name in sorted(logged) if stage(name) in ("train", None) and "loss" in name.lower()]
+    found.sort(key=lambda name: (stage(name) is None, name.endswith("_step"), name))
+    return found[0] if found else None
 
 
 def write_results(path: Path, measurements: Iterable[Measurement]) -> None:
-    """Write a tidy CSV file: a number in each row."""
+    """Write a tidy CSV file: one number a row."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([field.name for field in fields(Measurement)])
@@ -194,12 +262,14 @@ class _Row:
 
 
 def _rows(run: Run, has_ended: bool) -> Iterator[_Row]:
-    """Rows of all attempts at training; of what was done again after an interruption, the latter."""
+    """Yield the rows of all attempts at training. Where an attempt repeats steps, its rows replace the earlier ones."""
     attempts = []
     for folder in run.logs.glob("version_*"):
         version = folder.name.rpartition("_")[2]
         attempt = read_object(folder / "attempt.json", {"step": int})
-        if attempt is not None and version.isdecimal() and (folder / "metrics.csv").is_file():  # none for a test
+        if (
+            attempt is not None and version.isdecimal() and (folder / "metrics.csv").is_file()
+        ):  # a test has no attempt.json
             attempts.append((int(version), attempt["step"], folder / "metrics.csv"))
     attempts.sort()
     for i, (_, _, path) in enumerate(attempts):
@@ -216,7 +286,7 @@ def _read_csv(path: Path, is_whole: bool) -> list[dict[str, str]]:
 
     Args:
         path: The log.
-        is_whole: Whether who wrote it came to its end; else there may be half a line.
+        is_whole: Whether its process ended normally; else the last line may be cut off.
     """
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
@@ -229,14 +299,14 @@ def _read_csv(path: Path, is_whole: bool) -> list[dict[str, str]]:
     except UnicodeDecodeError as error:
         raise DamagedError(path, "it is not text in UTF-8") from error
     except csv.Error as error:
-        raise DamagedError(path, f"it is no CSV ({error})") from error
+        raise DamagedError(path, f"it is not CSV ({error})") from error
     if "\0" in text:
         raise DamagedError(path, "it holds NUL bytes")
     if rows and "step" not in (reader.fieldnames or ()):
         raise DamagedError(path, "it has no column named step")
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
-            raise DamagedError(path, f"row {number} has not as many values as there are columns")
+            raise DamagedError(path, f"row {number} does not have as many values as there are columns")
     return rows
 
 
@@ -249,8 +319,8 @@ def _check_epochs(run: Run, rows: Iterable[_Row], expected: Iterable[int]) -> No
 def _count(path: Path, text: str) -> int:
     try:
         return int(float(text))
-    except (ValueError, OverflowError):  # of NaN and infinity too
-        raise DamagedError(path, f"{text[:40]!r} is no step or epoch") from None
+    except (ValueError, OverflowError):  # also for NaN and infinity
+        raise DamagedError(path, f"{text[:40]!r} is not a step or an epoch") from None
 
 
 def _number(text: str) -> float | None:

@@ -1,4 +1,4 @@
-"""What a study is: methods and seeds, and a folder for each run."""
+"""What is to be run: methods x seeds, a folder for each run, and what remains of a run."""
 
 import math
 import re
@@ -6,10 +6,11 @@ import unicodedata
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePath
+from typing import Any
 
 
 class StudyError(ValueError):
-    """A study that cannot be run as it was asked for; the message names what is wrong and the way out."""
+    """A study cannot be run as it was asked for. The message names what is wrong and the way out."""
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,9 @@ class Run:
 
     Args:
         method: Name of the method.
-        seed: Seeds weights, data order and everything else.
-        folder: Where all that belongs to the run is kept.
-        timeout: Seconds that its ``fit`` may take, and its ``test``; none if they may take any time.
+        seed: Seed of weights, data order and everything else.
+        folder: Folder of all files of the run.
+        timeout: Seconds that its ``fit`` may take, and its ``test``; ``None`` for any time.
     """
 
     method: str
@@ -30,57 +31,74 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Such as ``znorm-0``."""
+        """Method and seed, such as ``znorm-0``."""
         return f"{self.method}-{self.seed}"
 
     @property
     def config(self) -> Path:
-        """All settings of the run, in one file."""
+        """File with all settings of the run."""
         return self.folder / "run.yaml"
 
     @property
     def logs(self) -> Path:
-        """Holds a folder ``version_0``, ``version_1``, ... of each attempt."""
+        """Folder with a folder ``version_0``, ``version_1``, ... for each attempt."""
         return self.folder / "logs"
 
     @property
     def log(self) -> Path:
-        """What the run's processes printed."""
+        """File with what the run's processes printed."""
         return self.folder / "log.txt"
 
     @property
     def last(self) -> Path:
-        """The checkpoint to go on from."""
+        """The checkpoint to resume from."""
         return self.folder / "checkpoints" / "last.ckpt"
 
     @property
     def best(self) -> Path:
-        """The checkpoint with the best validation metric, if there is such a metric."""
+        """The checkpoint with the best validation metric, if the study monitors one."""
         return self.folder / "checkpoints" / "best.ckpt"
 
-    def tested(self, monitored: bool) -> Path:
-        """The checkpoint to test: the best one where a metric chooses it, else the last one."""
+    def checkpoint_to_test(self, monitored: bool) -> Path:
+        """Return the best checkpoint if a metric chooses it, else the last one."""
         return self.best if monitored else self.last
 
     @property
     def fit_file(self) -> Path:
-        """Is there once training has ended."""
+        """File that exists once training has ended."""
         return self.folder / "fit.json"
 
     @property
     def test_file(self) -> Path:
-        """Is there once the test has ended."""
+        """File that exists once the test has ended."""
         return self.folder / "test.json"
 
     @property
     def progress_file(self) -> Path:
-        """How far training has come."""
+        """File that says how far training has come."""
         return self.folder / "progress.json"
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether the run is trained and tested."""
         return self.fit_file.is_file() and self.test_file.is_file()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Args:
+        run: The run.
+        error: Why it failed, with the end of its log; empty if it did not fail.
+        seconds: How long it took.
+        notes: A sentence about each damaged file that was set aside.
+    """
+
+    run: Run
+    error: str = ""
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,14 +110,14 @@ class Study:
         methods: Method files; the others are compared with the first.
         seeds: Seeds, each for every method.
         output: Folder of the study.
-        metric: Metric that decides; by default the test metric that belongs to the one which chooses checkpoints.
-        mode: Whether more of it (``"max"``) or less of it (``"min"``) is better.
+        metric: Metric that decides; by default the test metric that belongs to the one that chooses checkpoints.
+        mode: Whether more (``"max"``) or less (``"min"``) of it is better.
         args: Further options of ``fit``.
-        timeout: Seconds that one ``fit`` or ``test`` may take; none if it may take any time.
+        timeout: Seconds that one ``fit`` or ``test`` may take; ``None`` for any time.
 
     Raises:
         StudyError: If two methods have the same name, a seed is named twice, an option belongs to the study, or a name
-            is no text.
+            is not text.
     """
 
     configs: tuple[str, ...]
@@ -123,8 +141,8 @@ class Study:
             name = PurePath(file).stem
             if name in names:
                 raise StudyError(
-                    f"Two methods are named {name}, {names[name]} and {file}: rename a file, for a method is named "
-                    "after its file."
+                    f"Two methods are named {name}, {names[name]} and {file}. A method has the name of its file: "
+                    "rename one of them."
                 )
             names[name] = file
         for i, seed in enumerate(self.seeds):
@@ -136,8 +154,8 @@ class Study:
             raise StudyError(f"mode is min or max, got {self.mode}.")
         for arg in self.args:
             option = arg.partition("=")[0]
-            if option in _TAKEN:
-                raise StudyError(f"{option} cannot be an option of a study: {_TAKEN[option]}.")
+            if option in _REFUSED_OPTIONS:
+                raise StudyError(f"{option} cannot be an option of a study: {_REFUSED_OPTIONS[option]}.")
 
     @cached_property
     def files(self) -> dict[str, str]:
@@ -146,7 +164,7 @@ class Study:
 
     @cached_property
     def runs(self) -> list[Run]:
-        """All runs, seed by seed: what is finished first can be compared first."""
+        """All runs, seed by seed, so that the runs that end first can be compared first."""
         return [
             Run(method, seed, self.output / "runs" / f"{method}-{seed}", self.timeout)
             for seed in self.seeds
@@ -154,16 +172,47 @@ class Study:
         ]
 
     def fit_args(self, method: str) -> list[str]:
-        """What to type for one run of a method by hand, but for its seed."""
+        """Return the arguments of ``fit`` with which a user would train a method by hand, without the seed."""
         files = [*self.configs, self.files[method]]
         return ["fit", *(arg for file in files for arg in ("--config", file)), *self.args]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A study that was validated and is ready to run.
+
+    Args:
+        study: The study.
+        settings: Resolved settings of each method.
+        monitor: Metric that chooses the best checkpoint, and its mode; ``None`` if the last checkpoint is tested.
+        metric: Metric by which methods are compared.
+        mode: Whether ``"max"`` or ``"min"`` of it is better.
+        logged: Names of all metrics that the experiment logs.
+        notes: A sentence about each file of the study that was damaged and set aside.
+    """
+
+    study: Study
+    settings: dict[str, dict[str, Any]]
+    monitor: tuple[str, str] | None
+    metric: str
+    mode: str
+    logged: list[str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def monitored(self) -> bool:
+        """Whether each run has a best checkpoint, which is tested; else its last one is tested."""
+        return self.monitor is not None
+
+
 def parse_timeout(value: float | str | None) -> float | None:
-    """A time in seconds, from a number of them or a number with a unit; none where there is none.
+    """Convert a time to seconds.
+
+    Args:
+        value: A number of seconds, or a number with a unit such as ``"2h"``; ``None`` for no limit.
 
     Raises:
-        StudyError: If it is no such time.
+        StudyError: If the value is not such a time.
 
     Example:
         >>> [parse_timeout(value) for value in (90, "90", "1.5m", "2h", "1d")]
@@ -184,21 +233,21 @@ def _check_text(name: str, *refused: str) -> None:
 
     Args:
         name: The name.
-        refused: Unicode's categories of characters that it must not have.
+        refused: Unicode categories of characters that it must not have.
     """
     if any(unicodedata.category(character) in refused for character in name):
         raise StudyError(
-            f"{name!a} holds bytes that are not UTF-8, or control characters, and the settings and the report of "
-            "a study are text: rename the file or folder."
+            f"{name!a} holds bytes that are not UTF-8, or control characters. The settings and the report of a study "
+            "are text: rename the file or folder."
         )
 
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
-_TAKEN = {
+_REFUSED_OPTIONS = {
     "--seed_everything": "name --seeds instead",
-    "--ckpt_path": "runs begin with fresh weights, and go on from their own last checkpoint",
-    "--print_config": "the resulting settings of each run are in its run.yaml",
+    "--ckpt_path": "runs begin with fresh weights, and resume from their own last checkpoint",
+    "--print_config": "the resolved settings of each run are in its run.yaml",
     "--trainer.fast_dev_run": "it keeps no logs (--dry-run tries the study out)",
     "--help": "`compare --help` and `fit --help` list the options",
 }

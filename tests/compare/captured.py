@@ -7,7 +7,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import pytest
 
 from lightning_znorm.cli import main
-from lightning_znorm.compare.process import Processes
+from lightning_znorm.compare.processes import Processes
 
 ONE_AT_A_TIME = threading.Lock()
 

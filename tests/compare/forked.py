@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_znorm.compare.process import Processes
+from lightning_znorm.compare.processes import Processes
 from tests.processes import run_forked
 
 

@@ -10,7 +10,7 @@ import torch
 from samples import FIT, TEST, write_run
 
 from lightning_znorm import compare
-from lightning_znorm.compare.process import Processes
+from lightning_znorm.compare.processes import Processes
 from lightning_znorm.compare.study import Run
 
 SETTINGS = "{seed_everything: 1, trainer: {callbacks: null, logger: true, max_epochs: 2}}"
@@ -36,7 +36,7 @@ class Pretended:
         patch.setattr(Processes, "capture", lambda processes, args: (0, self.settings, ""))
         patch.setattr(Processes, "run", lambda processes, args, log, *_, **__: self.process(args, log))
         # What figures look like is another test's.
-        patch.setattr("lightning_znorm.compare.report_curves.plot", lambda *args: {"png": b"", "svg": b""})
+        patch.setattr("lightning_znorm.compare.report.plot", lambda *args: {"png": b"", "svg": b""})
 
     def run(self, **options: object) -> compare.Table:
         self.done.clear()

@@ -16,13 +16,12 @@ from samples import FIT, TEST
 
 from lightning_znorm import compare
 from lightning_znorm.cli import main
-from lightning_znorm.compare import one_run
-from lightning_znorm.compare.files import DamagedError
-from lightning_znorm.compare.locks import InUseError, locked
-from lightning_znorm.compare.one_run import do_run, mend_unused
-from lightning_znorm.compare.prepare import read_record
-from lightning_znorm.compare.process import Processes
+from lightning_znorm.compare import runner
+from lightning_znorm.compare.files import DamagedError, InUseError, locked
+from lightning_znorm.compare.plan import read_record
+from lightning_znorm.compare.processes import Processes
 from lightning_znorm.compare.results import read_run
+from lightning_znorm.compare.runner import fit_and_test, repair_if_idle
 from lightning_znorm.compare.study import StudyError
 
 NAME = "baseline-0"
@@ -35,7 +34,7 @@ def pretended(tmp_path, monkeypatch) -> Pretended:
     run = study.get(NAME)
     run.folder.mkdir(parents=True)
     run.config.write_text("trainer: {}")
-    assert do_run(run, True).error == ""
+    assert fit_and_test(run, True).error == ""
     study.done.clear()
     return study
 
@@ -142,7 +141,7 @@ def test_damaged_file_of_a_run_that_is_done(name, kind, again, pretended):
     path, before = run.folder / name, read_run(run)
     KINDS[path.name][kind](path)
     damaged = path.read_bytes() if path.is_file() else None
-    outcome = do_run(run, True)
+    outcome = fit_and_test(run, True)
     assert outcome.error == ""
     assert pretended.done == [f"{NAME}: {command}" for command in again]
     assert read_run(run) == before
@@ -151,7 +150,7 @@ def test_damaged_file_of_a_run_that_is_done(name, kind, again, pretended):
     assert ". It is kept in damaged-1, and " in sentence
     assert f"# {sentence}\n" in run.log.read_text()
     assert damaged is None or (run.folder / "damaged-1" / name).read_bytes() == damaged
-    assert do_run(run, True).notes == ()  # all is well
+    assert fit_and_test(run, True).notes == ()  # all is well
     assert len(pretended.done) == len(again)
 
 
@@ -215,7 +214,7 @@ def test_damaged_log_of_a_run_that_goes_on(kind, pretended):
     """It is found before the run is trained to its end, but for what was cut off of the epoch that is done again."""
     run = pretended.interrupt(NAME)
     LOGS[kind](run.logs / "version_0" / "metrics.csv")
-    outcome = do_run(run, True)
+    outcome = fit_and_test(run, True)
     seen = not kind.startswith("its last line")
     assert pretended.done == [f"{NAME}: fit" if seen else f"{NAME}: fit from last.ckpt", f"{NAME}: test"]
     assert len(outcome.notes) == seen
@@ -225,7 +224,7 @@ def test_half_a_line_of_a_run_that_was_killed(pretended):
     run = pretended.interrupt(NAME)
     path = run.logs / "version_0" / "metrics.csv"
     path.write_bytes(path.read_bytes() + b",1,19,0.5\xc3")  # half a character
-    assert do_run(run, True).error == ""
+    assert fit_and_test(run, True).error == ""
     assert pretended.done == [f"{NAME}: fit from last.ckpt", f"{NAME}: test"]
 
 
@@ -258,11 +257,11 @@ def test_damaged_last_checkpoint(kind, best, pretended):
         zero_middle(run.best)
     elif best == "missing":
         run.best.unlink()
-    outcome = do_run(run, True)
+    outcome = fit_and_test(run, True)
     resumed = " from last.ckpt" if best == "sound" else ""
     assert pretended.done == [f"{NAME}: fit{resumed}", f"{NAME}: test"]
     assert outcome.error == ""
-    consequence = "training goes on from best.ckpt" if best == "sound" else "the run begins anew"
+    consequence = "training resumes from best.ckpt" if best == "sound" else "the run begins anew"
     (sentence,) = outcome.notes
     assert re.fullmatch(rf"{run.last} is damaged: .+\. It is kept in damaged-1, and {consequence}\.", sentence)
     assert f"# {sentence}\n" in run.log.read_text()
@@ -278,7 +277,7 @@ def test_best_checkpoint_whose_epoch_may_not_be_whole_in_the_log(pretended):
     run = pretended.interrupt(NAME)
     write_checkpoint(run.best, [0, 1])
     cut(run.last)
-    assert do_run(run, True).error == ""
+    assert fit_and_test(run, True).error == ""
     assert pretended.done == [f"{NAME}: fit", f"{NAME}: test"]
 
 
@@ -288,9 +287,9 @@ def test_best_checkpoint_of_a_training_that_had_ended(pretended):
     write_checkpoint(run.best, [0, 1])
     run.fit_file.write_text("{")
     cut(run.last)
-    outcome = do_run(run, True)
+    outcome = fit_and_test(run, True)
     assert outcome.error == ""
-    assert "the training is taken up where it can be, for last.ckpt is damaged too." in outcome.notes[0]
+    assert "the training is resumed where it can be, because last.ckpt is damaged, too." in outcome.notes[0]
     assert pretended.done == [f"{NAME}: fit from last.ckpt", f"{NAME}: test"]
     assert (run.folder / "damaged-1/fit.json").exists()
     assert (run.folder / "damaged-2/checkpoints/last.ckpt").exists()
@@ -301,7 +300,7 @@ def test_damaged_checkpoint_that_is_to_be_tested(kind, pretended):
     run = pretended.get(NAME)
     run.test_file.unlink()
     CHECKPOINTS[kind](run.best)
-    assert do_run(run, True).error == ""
+    assert fit_and_test(run, True).error == ""
     assert pretended.done == [f"{NAME}: fit", f"{NAME}: test"]
     assert (run.folder / "damaged-1/checkpoints/best.ckpt").exists()
 
@@ -310,7 +309,7 @@ def test_damaged_checkpoint_that_nobody_needs(pretended):
     run = pretended.get(NAME)
     for path in (run.last, run.best):
         cut(path)
-    assert do_run(run, True).error == ""
+    assert fit_and_test(run, True).error == ""
     assert pretended.done == []
 
 
@@ -324,7 +323,7 @@ def test_checkpoint_without_sums(pretended):
         write_checkpoint(run.last, [0, 1])
     finally:
         torch.serialization.set_crc32_options(True)
-    assert do_run(run, True).error == ""
+    assert fit_and_test(run, True).error == ""
     assert pretended.done == [f"{NAME}: fit from last.ckpt", f"{NAME}: test"]
 
 
@@ -332,7 +331,7 @@ def test_checkpoint_with_objects_that_need_code(pretended):
     """It is whole; what `fit` makes of it is not for a study to decide."""
     run = pretended.interrupt(NAME)
     write_checkpoint(run.last, [0, 1], hyper_parameters={"root": Path("data")})
-    assert do_run(run, True).error == ""
+    assert fit_and_test(run, True).error == ""
     assert pretended.done == [f"{NAME}: fit from last.ckpt", f"{NAME}: test"]
 
 
@@ -403,11 +402,11 @@ def test_study_with_a_damaged_record(damage, study, capsys):
     assert study.done == []
     what = "is missing" if missing else r"is damaged: .+"
     out = capsys.readouterr().out
-    assert re.search(rf"^{path} {what}\. It was made anew from the settings of the runs\.$", out, re.MULTILINE)
+    assert re.search(rf"^{path} {what}\. It was restored from the settings of the runs\.$", out, re.MULTILINE)
     assert json.loads(path.read_text()) == {**record, "alone": False}
     assert (study.output / "study.json.damaged-1").exists() is not missing
     study.run()
-    assert "made anew" not in capsys.readouterr().out
+    assert "restored" not in capsys.readouterr().out
 
 
 def test_lost_record_and_other_settings(study):
@@ -466,12 +465,12 @@ def test_folder_of_a_run_that_may_only_be_read(is_done, study, monkeypatch):
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied", str(run.folder / "lock"))
 
-    monkeypatch.setattr(one_run, "locked", refuse)
+    monkeypatch.setattr(runner, "locked", refuse)
     if is_done:
-        assert mend_unused(run, True, True) == []
+        assert repair_if_idle(run, True, True) == []
     else:
         with pytest.raises(PermissionError):
-            mend_unused(run, True, True)
+            repair_if_idle(run, True, True)
 
 
 def test_somebody_elses_study_json(tmp_path, monkeypatch):
@@ -566,7 +565,7 @@ class TestFullDisk:
 
     def test_report_with_a_bug(self, study, monkeypatch, capsys):
         """The table is printed before the traceback is."""
-        monkeypatch.setattr("lightning_znorm.compare.report_curves.plot", lambda *args: 1 // 0)
+        monkeypatch.setattr("lightning_znorm.compare.report.plot", lambda *args: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             study.run()
         assert "test/accuracy\nbaseline  0.5500" in capsys.readouterr().out
@@ -597,7 +596,7 @@ class TestFullDisk:
             return 1
 
         pretended.does[f"{NAME}: fit from last.ckpt"] = fail
-        assert do_run(run, True).error.startswith("fit ended with exit code 1")
+        assert fit_and_test(run, True).error.startswith("fit ended with exit code 1")
         assert sorted(path.name for path in run.last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")

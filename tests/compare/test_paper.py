@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from lightning_znorm.cli.config_files import shipped_configs
-from lightning_znorm.compare.differences import compare_methods
+from lightning_znorm.compare.statistics import compare_methods
 from lightning_znorm.data import CIFAR10DataModule
 
 PAPER = Path(__file__).parents[2] / "examples" / "paper"

@@ -10,17 +10,13 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from written import written
 
-from lightning_znorm.compare.document import Block, Code, Figure, Grid, Heading, Points, Text, code
-from lightning_znorm.compare.findings import Findings
-from lightning_znorm.compare.html import to_html
-from lightning_znorm.compare.markdown import to_markdown
-from lightning_znorm.compare.one_run import Outcome
+from lightning_znorm.compare.formatting import Code
 from lightning_znorm.compare.plots import plot
-from lightning_znorm.compare.prepare import Plan
-from lightning_znorm.compare.report import write_report
+from lightning_znorm.compare.report import Figure, ReportData, build_report, write_report
 from lightning_znorm.compare.results import Measurement
-from lightning_znorm.compare.study import Study
+from lightning_znorm.compare.study import Outcome, Plan, Study
 
 NASTY = [
     "<script>alert(1)</script>",
@@ -172,25 +168,36 @@ def body(html: str) -> str:
     return html.partition("<body>")[2].partition("</body>")[0]
 
 
-def blocks(text: str) -> tuple[list[Block], list[tuple[str, str]]]:
-    """Every kind of block around a text, plain and as code, and what a reader is to see."""
+ELEMENTS = """
+{% call heading(1) %}{{ report.text }}{% endcall %}
+{% call heading(3) %}{{ report.text | code }}{% endcall %}
+{% call paragraph() %}{{ report.text }}{% endcall %}
+{% call paragraph() %}as {{ report.text | code }}.{% endcall %}
+{% call paragraph() %}{{ report.text }}{{ report.text | code }}{{ report.text }}{% endcall %}
+{% call points() %}
+{% call point() %}{{ report.text }}{% endcall %}
+{% call point() %}{{ report.text | code }}: {{ report.text }}{% endcall %}
+{% call point() %}last{% endcall %}
+{% endcall %}
+{{ code_block(report.text) -}}
+{{ table([report.text, report.text | code], [[report.text, report.text | code], ["-", "+1"]], numbers=[1]) -}}
+{{ figure(report.figure) -}}
+{% call paragraph() %}the end{% endcall %}
+"""
+"""Every kind of element around a text, plain and as code."""
+
+
+def values(text: str) -> dict[str, object]:
+    return {"text": text, "figure": Figure("name", (Code(text), f" by epoch, {text}"), IMAGES)}
+
+
+def expected_elements(text: str) -> list[tuple[str, str]]:
+    """What a reader is to see of them."""
     line = squeezed(shown(text))
     log = re.sub(r"\r\n?", "\n", shown(text)).strip("\n")
     around = squeezed(f"as {line}.")
-    content: list[Block] = [
-        Heading(text, 1),
-        Heading(code(text), 3),
-        Text(text),
-        Text(f"as {code(text)}."),
-        Text(f"{text}{code(text)}{text}"),
-        Points([text, f"{code(text)}: {text}", "last"]),
-        Code(text),
-        Grid((text, code(text)), [(text, code(text)), ("-", "+1")], frozenset((1,))),
-        Figure("name", f"{code(text)} by epoch, {text}", IMAGES),
-        Text("the end"),
-    ]
     three = re.sub(r"\r\n?|\n", " ", shown(text))
-    expected = [
+    return [
         ("h1", line),
         ("h3", line),
         ("p", line),
@@ -206,7 +213,6 @@ def blocks(text: str) -> tuple[list[Block], list[tuple[str, str]]]:
         ("p", squeezed(f"{three} by epoch, {three}")),
         ("p", "the end"),
     ]
-    return content, expected
 
 
 def without_edges(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -216,21 +222,39 @@ def without_edges(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("text", HARD)
 def test_everything_is_shown_as_what_it_is(text):
-    content, expected = blocks(text)
-    assert without_edges(elements(rendered(to_markdown(content)))) == without_edges(expected)
-    assert without_edges(elements(body(to_html(content, text)))) == without_edges(expected)
+    expected = without_edges(expected_elements(text))
+    assert without_edges(elements(rendered(written("md", ELEMENTS, **values(text))))) == expected
+    assert without_edges(elements(body(written("html", ELEMENTS, text, **values(text))))) == expected
+
+
+LOG = "{{ code_block(report.text) -}}"
 
 
 @pytest.mark.parametrize("text", HARD)
 def test_code_blocks_keep_every_blank(text):
     lines = f"  first\n\n{text}\n    last"
     expected = [("pre", re.sub(r"\r\n?", "\n", f"  first\n\n{shown(text)}\n    last"))]
-    assert elements(rendered(to_markdown([Code(lines)]))) == expected
-    assert elements(body(to_html([Code(lines)], "title"))) == expected
+    assert elements(rendered(written("md", LOG, text=lines))) == expected
+    assert elements(body(written("html", LOG, "title", text=lines))) == expected
 
 
 def test_a_log_that_begins_with_an_empty_line():
-    assert "<pre>\n\n\nlast</pre>" in to_html([Code("\n\nlast")], "")  # HTML drops the first line break of a <pre>
+    assert "<pre>\n\n\nlast</pre>" in written(
+        "html", LOG, text="\n\nlast"
+    )  # HTML drops the first line break of a <pre>
+
+
+SIDE_BY_SIDE = """
+{% call heading(2) %}{{ report.one }} {{ report.other | code }}{% endcall %}
+{% call paragraph() %}{{ report.one | code }}: {{ report.other }}{% endcall %}
+{% call points() %}
+{% call point() %}{{ report.one }}: {{ report.other | code }}{% endcall %}
+{% call point() %}{{ report.other }}{% endcall %}
+{% endcall %}
+{{ table([report.one, report.other | code], [[report.cell, report.together | code]]) -}}
+{{ code_block(report.lines) -}}
+{{ figure(report.figure) -}}
+"""
 
 
 @pytest.mark.full
@@ -238,15 +262,11 @@ def test_a_log_that_begins_with_an_empty_line():
 @given(one=ANY, other=ANY)
 def test_any_texts_side_by_side(one, other):
     """Nothing begins in one text and ends in another, and the two files have the same elements and code spans."""
-    content: list[Block] = [
-        Heading(f"{one} {code(other)}"),
-        Text(f"{code(one)}: {other}"),
-        Points([f"{one}: {code(other)}", other]),
-        Grid((one, code(other)), [(f"{one} {code(other)}", code(f"{one}{other}"))]),
-        Code(f"{one}\n{other}"),
-        Figure("name", f"{code(one)}, {other}", IMAGES),
-    ]
-    markdown, html = rendered(to_markdown(content)), body(to_html(content, one))
+    figure = Figure("name", (Code(one), f", {other}"), IMAGES)
+    cell = (f"{one} ", Code(other))
+    both = {"one": one, "other": other, "together": f"{one}{other}", "lines": f"{one}\n{other}"}
+    markdown = rendered(written("md", SIDE_BY_SIDE, **both, figure=figure, cell=cell))
+    html = body(written("html", SIDE_BY_SIDE, one, **both, figure=figure, cell=cell))
     assert without_edges(elements(markdown)) == without_edges(elements(html))
     assert [tag for tag, _ in parsed(markdown)[0] if tag == "code"] == [
         tag for tag, _ in parsed(html)[0] if tag == "code"
@@ -258,13 +278,14 @@ def test_any_texts_side_by_side(one, other):
 def test_plain_texts_stay_readable():
     """Only what means something is escaped: a report is read as a file, too."""
     for text in ("val_loss of znorm-0 is 1.5 (+0.2, -5 %).", "it's 3 x 4: a/b, c=d; 2 + 3", "a > b", "Is it? Yes!"):
-        assert to_markdown([Text(text)]) == f"{text}\n"
+        assert written("md", "{% call paragraph() %}{{ report.text }}{% endcall %}", text=text) == f"{text}\n"
     for cell in ("trainer.callbacks[1].class_path", "[0.9, 0.999]", "-", "+0.1"):
-        assert to_markdown([Grid((cell,), [])]) == f"| {cell} |\n| --- |\n"
-    assert to_markdown([Text(f"the {code('val/loss')}.")]) == "the `val/loss`.\n"
+        assert written("md", "{{ table([report.cell], []) -}}", cell=cell) == f"| {cell} |\n| --- |\n"
+    sentence = '{% call paragraph() %}the {{ "val/loss" | code }}.{% endcall %}'
+    assert written("md", sentence) == "the `val/loss`.\n"
 
 
-def a_study(folder: Path, name: str, **kept: object) -> Findings:
+def a_study(folder: Path, name: str, **kept: object) -> ReportData:
     """A report in which everything that is a user's is the name."""
     study = Study(("exp.yaml",), ("m/baseline.yaml", "m/x.yaml"), (0, 1), folder)
     for field, value in (("configs", (f"{name}.yaml",)), ("args", ("--model.name", name))):
@@ -299,13 +320,14 @@ def a_study(folder: Path, name: str, **kept: object) -> Findings:
         run.test_file.write_text(json.dumps(tested))
         for metric in (f"val/{name}", f"test/{name}", "train/loss", f"compare/gradient_norm-{name}"):
             found.append(Measurement(run.name, run.seed, run.method, 0, metric, 1.0 + i))
-    return Findings(plan, found, [Outcome(study.runs[0], f"fit failed\n{name}\nthe end")], f"compare {name}", True)
+    failures = [Outcome(study.runs[0], f"fit failed\n{name}\nthe end")]
+    return build_report(plan, found, failures, f"compare {name}", True)
 
 
 @pytest.mark.parametrize("name", HARD)
 def test_a_whole_report(name, tmp_path, monkeypatch):
     """Its two files have the same elements with the same texts."""
-    monkeypatch.setattr("lightning_znorm.compare.report_curves.plot", lambda *args: IMAGES)
+    monkeypatch.setattr("lightning_znorm.compare.report.plot", lambda *args: IMAGES)
     write_report(a_study(tmp_path, name), tmp_path)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     markdown = rendered((tmp_path / "report.md").read_text(encoding="utf-8"))
@@ -328,9 +350,9 @@ def test_figures_of_names_that_are_alike_have_files_of_their_own(tmp_path, monke
     names = ["a", "A", "x" * 300 + "1", "x" * 300]
     monkeypatch.setattr(
         "lightning_znorm.compare.report.curve_figures",
-        lambda findings: [Figure(name, name, IMAGES | {"png": name[-5:].encode()}) for name in names],
+        lambda *args: [Figure(name, name, IMAGES | {"png": name[-5:].encode()}) for name in names],
     )
-    monkeypatch.setattr("lightning_znorm.compare.report_curves.plot", lambda *args: IMAGES)
+    monkeypatch.setattr("lightning_znorm.compare.report.plot", lambda *args: IMAGES)
     write_report(a_study(tmp_path, "b"), tmp_path)
     named = re.findall(r"\(figures/(.*)\)", (tmp_path / "report.md").read_text())[:4]
     assert [(tmp_path / "figures" / name).read_bytes() for name in named] == [b"a", b"A", b"xxxx1", b"xxxxx"]

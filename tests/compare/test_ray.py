@@ -15,8 +15,8 @@ from alive import is_alive, processes_of
 from rich.console import Console
 
 from lightning_znorm import compare
-from lightning_znorm.compare.live import Progress, watch
-from lightning_znorm.compare.ray import ray_cluster
+from lightning_znorm.compare.engines import ray_engine
+from lightning_znorm.compare.progress import Progress, watch
 from lightning_znorm.compare.study import Run, StudyError
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
@@ -66,7 +66,7 @@ def test_study_on_two_nodes(address, tmp_path, monkeypatch):
         lost, failed = failed, lost
     assert "the method broke" in failed.error
     # Of a worker that was killed: why, what the run has printed, and that nothing of it goes on.
-    assert lost.error.startswith("The Ray worker of this run died, so that it was ended too: something killed")
+    assert lost.error.startswith("The Ray worker of this run died, so the run was ended, too: something killed")
     for text in (lost.error, Path("out/report.md").read_text(), Path("out/report.html").read_text()):
         assert "killing the worker at the end of epoch 1" in text
     assert not is_alive(int(Path("killed").read_text()))
@@ -81,7 +81,7 @@ def test_interruption_ends_processes(address, tmp_path):
     run.config.write_text("{}")
 
     def interrupted() -> None:
-        with ray_cluster(address, cpus=1, gpus=0, monitored=True) as cluster:
+        with ray_engine(address, cpus=1, gpus=0, monitored=True) as cluster:
             future = cluster.submit(run)
             while not processes_of(run.folder):  # its first seconds are those of imports
                 assert not future.done()
@@ -99,7 +99,7 @@ def test_a_worker_that_is_killed_takes_its_run_along(address, tmp_path):
     run.folder.mkdir()
     run.config.write_text("{}")
     progress = Progress([run], 1, "m")
-    with ray_cluster(address, cpus=1, gpus=0, monitored=True) as cluster:
+    with ray_engine(address, cpus=1, gpus=0, monitored=True) as cluster:
         future = cluster.submit(run)
         while not (processes := processes_of(run.folder)):
             assert not future.done()
@@ -113,7 +113,7 @@ def test_a_worker_that_is_killed_takes_its_run_along(address, tmp_path):
             time.sleep(0.02)
         watch({future: run}, progress, Console(file=io.StringIO()))
     error = progress.outcomes[run].error
-    assert error.startswith("The Ray worker of this run died, so that it was ended too")
+    assert error.startswith("The Ray worker of this run died, so the run was ended, too")
     assert f"The end of {run.log}:\n# on " in error
     assert "python -m lightning_znorm fit --config" in error
     assert "python-core-worker" not in error  # Ray's words, of files that a user does not know
@@ -121,7 +121,7 @@ def test_a_worker_that_is_killed_takes_its_run_along(address, tmp_path):
 
 def test_resources_that_no_machine_has(address):
     message = "No machine of the Ray cluster has 4 CPU cores and 0 GPUs"
-    with pytest.raises(StudyError, match=message), ray_cluster(address, cpus=4, gpus=0, monitored=True):
+    with pytest.raises(StudyError, match=message), ray_engine(address, cpus=4, gpus=0, monitored=True):
         pass
 
 
@@ -130,5 +130,5 @@ def test_no_cluster(address, monkeypatch):
         raise ConnectionError("Could not find any running Ray instance.")  # what `ray.init("auto")` raises then
 
     monkeypatch.setattr(ray, "init", nobody_there)
-    with pytest.raises(StudyError, match="No Ray cluster at auto"), ray_cluster("auto", cpus=1, gpus=0, monitored=True):
+    with pytest.raises(StudyError, match="No Ray cluster at auto"), ray_engine("auto", cpus=1, gpus=0, monitored=True):
         pass

@@ -12,17 +12,16 @@ from pathlib import Path
 import pytest
 from alive import is_alive
 
-from lightning_znorm.compare import ray
-from lightning_znorm.compare.one_run import Outcome
-from lightning_znorm.compare.study import Run
+from lightning_znorm.compare import engines
+from lightning_znorm.compare.study import Outcome, Run
 
 WORKER = """
 import sys
 from pathlib import Path
-from lightning_znorm.compare.ray import _LeashedProcesses
+from lightning_znorm.compare.engines import LeashedProcesses
 
 sys.executable = sys.argv[1]
-_LeashedProcesses().run(["fit"], Path(sys.argv[2]))
+LeashedProcesses().run(["fit"], Path(sys.argv[2]))
 """
 
 
@@ -101,10 +100,10 @@ def ray_error(name: str, base: type[Exception] = Exception) -> Exception:
     [
         (
             ray_error("WorkerCrashedError"),
-            "The Ray worker of this run died, so that it was ended too",
+            "The Ray worker of this run died, so the run was ended, too",
         ),
-        (ray_error("OutOfMemoryError"), "Ray ended this run, for its machine was about to run out of memory"),
-        (ray_error("NodeDiedError"), "The machine of this run has left the Ray cluster, or is out of reach."),
+        (ray_error("OutOfMemoryError"), "Ray ended this run, because its machine was about to run out of memory"),
+        (ray_error("NodeDiedError"), "The machine of this run has left the Ray cluster, or cannot be reached."),
         (ray_error("LocalRayletDiedError"), "Ray has ended on the machine of this run."),
         (ray_error("TaskCancelledError"), "This run was cancelled in Ray."),
         (ray_error("Newer", type(ray_error("NodeDiedError"))), "The machine of this run has left the Ray cluster"),
@@ -119,9 +118,9 @@ def ray_error(name: str, base: type[Exception] = Exception) -> Exception:
 def test_a_lost_run_is_explained_in_plain_words(error, words):
     done: Future[Outcome] = Future()
     future: Future[Outcome] = Future()
-    done.add_done_callback(lambda ended: ray._hand_on(ended, future))
+    done.add_done_callback(lambda ended: engines.copy_result(ended, future))
     done.set_exception(error)
-    with pytest.raises(ray.LostError) as found:
+    with pytest.raises(engines.LostError) as found:
         future.result(timeout=0)
     assert words in str(found.value)
     assert "\n" not in str(found.value)
@@ -131,7 +130,7 @@ def test_an_outcome_is_handed_on():
     outcome = Outcome(Run("a", 0, Path()), seconds=3.0)
     done: Future[Outcome] = Future()
     future: Future[Outcome] = Future()
-    done.add_done_callback(lambda ended: ray._hand_on(ended, future))
+    done.add_done_callback(lambda ended: engines.copy_result(ended, future))
     done.set_result(outcome)
     assert future.result(timeout=0) is outcome
 
@@ -139,7 +138,7 @@ def test_an_outcome_is_handed_on():
 def test_a_cancelled_future_leaves_nobody_waiting():
     done: Future[Outcome] = Future()
     future: Future[Outcome] = Future()
-    done.add_done_callback(lambda ended: ray._hand_on(ended, future))
+    done.add_done_callback(lambda ended: engines.copy_result(ended, future))
     assert done.cancel()
-    with pytest.raises(ray.LostError, match="cancelled"):
+    with pytest.raises(engines.LostError, match="cancelled"):
         future.result(timeout=0)

@@ -1,103 +1,36 @@
-"""Speed, tables, plots and the report, of measurements made up for it."""
+"""The report, of measurements made up for it."""
 
 import dataclasses
 import errno
-import io
 import json
 import math
 import re
-from itertools import combinations, pairwise
+from dataclasses import dataclass, fields
+from itertools import combinations
 from pathlib import Path
 
 import pytest
+from jinja2 import ChoiceLoader, DictLoader, FileSystemLoader, UndefinedError
+from measured import FIT, done, plan
+from written import written
 
-from lightning_znorm.compare import plots
-from lightning_znorm.compare.document import Code, Grid, Heading, Points, Text, code
-from lightning_znorm.compare.findings import Findings
-from lightning_znorm.compare.html import to_html
-from lightning_znorm.compare.markdown import to_markdown
-from lightning_znorm.compare.one_run import Outcome
-from lightning_znorm.compare.plots import plot, spaced
-from lightning_znorm.compare.prepare import Plan
-from lightning_znorm.compare.report import write_report
+from lightning_znorm.compare.report import TEMPLATES, ReportData, build_report, render, write_report
 from lightning_znorm.compare.results import Measurement
-from lightning_znorm.compare.speed import overheads, reaches, step_seconds
-from lightning_znorm.compare.study import Study
-from lightning_znorm.compare.tables import Table, make_rows
-
-FIT = {
-    "epochs": 4,
-    "seconds": 8.0,
-    "parameters": 10,
-    "device": "1 x cpu: x86_64",
-    "threads": 1,
-    "versions": {"python": "3.11", "torch": "2.6"},
-}
-
-
-def plan(output: Path, methods: tuple[str, ...] = ("baseline", "znorm"), seeds: tuple[int, ...] = (0, 1, 2)) -> Plan:
-    study = Study(("exp.yaml",), tuple(f"m/{name}.yaml" for name in methods), seeds, output)
-    settings = {name: {"trainer": {"lr": i}} for i, name in enumerate(methods)}
-    return Plan(study, settings, ("val/accuracy", "max"), "test/accuracy", "max", [])
-
-
-def done(plan: Plan) -> list[Measurement]:
-    """Runs that are done: znorm is as fast in two epochs as the baseline in four, at twice the time per step."""
-    found = []
-    for run in plan.study.runs:
-        run.folder.mkdir(parents=True)
-        run.fit_file.write_text(json.dumps(FIT))
-        factor = 1 + list(plan.study.files).index(run.method)
-        checkpoint = {"path": "best.ckpt", "epoch": 2, "monitor": "val/accuracy", "value": 0.75}
-        metrics = {"test/accuracy": 0.8 + 0.01 * factor * (1 + run.seed)}
-        run.test_file.write_text(json.dumps({"checkpoint": checkpoint, "metrics": metrics}))
-        for epoch in range(4):
-            accuracy = 0.5 + 0.1 * min(4, factor * (epoch + 1)) + 0.01 * run.seed
-            for metric, value in (
-                ("val/accuracy", accuracy),
-                ("train/loss", 1 - accuracy),
-                ("compare/train_seconds", (epoch + 1) * factor),
-                ("compare/step_seconds", (9.0, 0.05, 0.1, 0.15)[epoch] * factor),
-                ("compare/gradient_norm", 10.0 / (epoch + 1)),
-            ):
-                found.append(Measurement(run.name, run.seed, run.method, epoch, metric, value))
-        found += [Measurement(run.name, run.seed, run.method, 2, metric, value) for metric, value in metrics.items()]
-    return found
+from lightning_znorm.compare.statistics import Table, first_and_last, make_rows
+from lightning_znorm.compare.study import Outcome, Plan
 
 
 def report(plan: Plan, measurements: list[Measurement], failures: tuple[Outcome, ...] = (), alone: bool = True) -> str:
     plan.study.output.mkdir(parents=True, exist_ok=True)
-    write_report(Findings(plan, measurements, failures, "the command", alone), plan.study.output)
+    write_report(build_report(plan, measurements, failures, "the command", alone), plan.study.output)
     return (plan.study.output / "report.md").read_text()
-
-
-class TestSpeed:
-    def test_reaching_the_first_methods_end(self, tmp_path):
-        first, other = reaches(done(plan(tmp_path)), "val/accuracy", "max", ["baseline", "znorm"])
-        assert (first.epochs, first.seconds, first.seeds) == ((4, 4, 4), (4, 4, 4), 3)
-        assert (other.epochs, other.seconds, other.seeds) == ((2, 2, 2), (4, 4, 4), 3)
-
-    def test_not_reached(self):
-        numbers = [("baseline", 0, 0.5), ("baseline", 1, 0.4), ("znorm", 0, 0.6), ("znorm", 1, 0.41)]
-        found = [Measurement("", 0, method, epoch, "loss", value) for method, epoch, value in numbers]
-        assert [reach.epochs for reach in reaches(found, "loss", "min", ["baseline", "znorm"])] == [(2,), ()]
-
-    def test_time_per_step_leaves_the_first_epoch_out(self, tmp_path):
-        steps = step_seconds(done(plan(tmp_path)))
-        assert steps["baseline"] == pytest.approx({0: 0.1, 1: 0.1, 2: 0.1})
-        assert overheads(steps["znorm"], steps["baseline"]) == pytest.approx([1.0] * 3)
-        assert step_seconds([Measurement("", 0, "a", 0, "compare/step_seconds", 3.0)]) == {"a": {0: 3.0}}
-
-    def test_overhead_is_paired(self):
-        assert overheads({0: 2.0, 1: 10.0, 2: 5.0}, {0: 1.0, 1: 10.0}) == [1.0, 0.0]
-        assert overheads({0: 1.0}, {}) == []
 
 
 class TestReport:
     @pytest.fixture(autouse=True)
     def _quick(self, monkeypatch):
         """What figures look like is another test's."""
-        monkeypatch.setattr("lightning_znorm.compare.report_curves.plot", lambda *args: {"png": b"", "svg": b""})
+        monkeypatch.setattr("lightning_znorm.compare.report.plot", lambda *args: {"png": b"", "svg": b""})
 
     def test_numbers(self, tmp_path):
         text = report(plan(tmp_path), done(plan(tmp_path)))
@@ -276,7 +209,7 @@ class TestFullDisk:
         the_plan = plan(tmp_path)
         found = done(the_plan)
         images = {"png": b"new", "svg": b"new"}
-        monkeypatch.setattr("lightning_znorm.compare.report_curves.plot", lambda *args: images)
+        monkeypatch.setattr("lightning_znorm.compare.report.plot", lambda *args: images)
         names = [
             f"figures/{name}.{kind}" for name in ("train-loss", "val-accuracy", "gradient-norm") for kind in images
         ]
@@ -321,84 +254,72 @@ def test_html_needs_nothing_else(tmp_path):
     assert "<code>val/accuracy</code>" in html
 
 
-def test_table_in_a_terminal(tmp_path):
-    the_plan = plan(tmp_path)
-    table = Table("test/accuracy", tuple(make_rows(the_plan, done(the_plan))), (), tmp_path)
-    assert str(table).splitlines()[:2] == ["test/accuracy", "baseline  0.8200 +- 0.0100"]
-    assert (
-        str(table)
-        .splitlines()[2]
-        .startswith("znorm     0.8400 +- 0.0200  +0.0200 (-0.0048 to +0.0448)  3 seeds cannot tell; if")
-    )
-
-
-class TestPlots:
-    def test_methods_differ_without_colour(self):
-        curves = {name: {0: {0: i, 1: i + 1}} for i, name in enumerate("abcdef")}
-        image = plot(curves, list(curves), "loss")
-        assert image["png"].startswith(b"\x89PNG")
-        svg = image["svg"].decode()
-        dashes = set(re.findall(r"stroke-dasharray: ([\d., ]+)[;\"]", svg))
-        assert len(dashes) >= 4
-        assert "2024" not in svg  # no date: the same image for the same numbers
-        assert image == plot(curves, list(curves), "loss")
-
-    def test_curves_are_means_over_seeds_from_the_first_epoch_on(self, monkeypatch):
-        drawn = []
-        monkeypatch.setattr(plots, "_label", lambda axes, ends: drawn.append((axes, ends)))
-        plot({"a": {0: {0: 1.0, 1: 2.0, 2: 5.0}, 1: {0: 3.0, 1: 2.0}}}, ["a"], "loss")
-        ((axes, ends),) = drawn
-        low, high, line = axes.lines
-        assert [list(line.get_xdata()), list(line.get_ydata())] == [[1, 2, 3], [2.0, 2.0, 5.0]]
-        assert [list(edge.get_ydata()) for edge in (low, high)] == [[1.0, 2.0, 5.0], [3.0, 2.0, 5.0]]
-        assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "loss")
-        assert ends[0][:3] == (3, 5.0, "a")
-
-    def test_a_method_looks_the_same_in_every_plot(self):
-        curve = {0: {0: 1.0, 1: 2.0}}
-        both = plot({"a": curve, "b": curve}, ["a", "b"], "x")["svg"].decode()
-        alone = plot({"b": curve}, ["a", "b"], "x")["svg"].decode()
-        assert "#d55e00" in both
-        assert "#d55e00" in alone
-
-    @pytest.mark.parametrize(
-        "curves",
-        [
-            {},
-            {"a": {0: {0: math.nan, 1: math.inf}}},
-            {"a": {0: {3: 0.0}}},
-            {"a": {0: {0: 1e308, 1: 1.0}, 1: {0: -1.7e308, 1: 5e-324}}},
-            {"a": {0: {0: 3.4e38, 1: 1.0}, 1: {0: -3.4e38}}},
-        ],
-    )
-    def test_hardly_anything_to_draw(self, curves):
-        assert plot(curves, ["a"], "x")["png"]
-
-    def test_long_names_leave_room_for_curves(self):
-        """Else matplotlib warns that it has none left."""
-        assert plot({"m" * 250: {0: {0: 1.0, 1: 2.0}}}, ["m" * 250], "y" * 300)["png"]
-
-    def test_labels_keep_apart(self):
-        for wanted in ([0, 0, 0, 0], [1, 2, 3, 30], [0, 10, 20], []):
-            found = spaced(wanted, 5)
-            assert len(found) == len(wanted)
-            assert all(b - a > 5 - 1e-9 for a, b in pairwise(found))
-            assert sum(found) == pytest.approx(sum(wanted))
-
-    def test_size(self):
-        from PIL import Image
-
-        image = Image.open(io.BytesIO(plot({"a": {0: {0: 1.0}}}, ["a"], "x")["png"]))
-        assert image.width > 900
+ELEMENTS = """
+{% call heading(2) %}H{% endcall %}
+{% call points() %}
+{% call point() %}a{% endcall %}
+{% call point() %}b{% endcall %}
+{% endcall %}
+{{ code_block("x") -}}
+{{ table(["m", "n"], [["a|b", "1"]], numbers=[1]) -}}
+"""
 
 
 def test_markdown():
-    blocks = [Heading("H"), Points(["a", "b"]), Code("x"), Grid(("m", "n"), [("a|b", "1")], frozenset([1]))]
-    assert to_markdown(blocks) == "## H\n\n- a\n- b\n\n```\nx\n```\n\n| m | n |\n| --- | --: |\n| a\\|b | 1 |\n"
+    text = "## H\n\n- a\n- b\n\n```\nx\n```\n\n| m | n |\n| --- | --: |\n| a\\|b | 1 |\n"
+    assert written("md", ELEMENTS) == text
 
 
 def test_html_escapes():
-    html = to_html([Text(f"a < b & {code('c<d>')}"), Code("<script>"), Grid(("<",), [(">",)])], "<title>")
+    content = """
+{% call paragraph() %}{{ report.text }} {{ report.name | code }}{% endcall %}
+{{ code_block(report.script) -}}
+{{ table(["<"], [[">"]]) -}}
+"""
+    html = written("html", content, "<title>", text="a < b &", name="c<d>", script="<script>")
     for raw in ("<script>", "a < b", "<d>", "<title><"):
         assert raw not in html
     assert "a &lt; b &amp; <code>c&lt;d&gt;</code>" in html
+
+
+@pytest.mark.parametrize("kind", ["html", "md"])
+def test_a_value_that_is_missing_is_an_error(kind):
+    with pytest.raises(UndefinedError, match="has no attribute 'speeed'"):
+        written(kind, "{% call paragraph() %}{{ report.speeed }}{% endcall %}")
+
+
+def test_every_field_of_the_report_data_is_shown():
+    shown = (TEMPLATES / "sections.j2").read_text(encoding="utf-8")
+    assert [field.name for field in fields(ReportData) if f"report.{field.name}" not in shown] == []
+
+
+class TestNewSection:
+    """A section takes a function of the measurements, a field of the report data, and a block in sections.j2."""
+
+    @dataclass(frozen=True)
+    class Extended(ReportData):
+        ends: dict[str, tuple[float, float]]
+
+    BLOCK = """
+{% call heading(2) %}Final {{ "train/loss" | code }}{% endcall %}
+{% for method, (first, last) in report.ends.items() %}
+{% call paragraph() %}{{ method }} ends at {{ last }}.{% endcall %}
+{% endfor %}
+"""
+
+    def test_in_both_formats(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("lightning_znorm.compare.report.plot", lambda *args: {"png": b"", "svg": b""})
+        the_plan = plan(tmp_path, methods=("base_line_", "z<norm>"))
+        found = done(the_plan)
+        known = build_report(the_plan, found, (), "the command", True)
+        ends = first_and_last(found, "train/loss", known.methods)
+        data = self.Extended(**{field.name: getattr(known, field.name) for field in fields(known)}, ends=ends)
+        sections = (TEMPLATES / "sections.j2").read_text(encoding="utf-8") + self.BLOCK
+        loader = ChoiceLoader([DictLoader({"sections.j2": sections}), FileSystemLoader(TEMPLATES)])
+        before, text = render(known, "md"), render(data, "md", loader=loader)
+        assert text.startswith(before)
+        assert text.removeprefix(before).startswith("\n## Final `train/loss`\n\nbase_line\\_ ends at 0.0")
+        assert "\n\nz\\<norm> ends at " in text
+        html = render(data, "html", loader=loader)
+        assert "<h2>Final <code>train/loss</code></h2>\n<p>base_line_ ends at 0.0" in html
+        assert "<p>z&lt;norm&gt; ends at " in html

@@ -72,7 +72,7 @@ def test_method_of_a_function_that_does_not_say_so():
 def test_training_without_a_batch():
     write_experiment(monitor=None)
     flags = ["--data.init_args.batch_size", "100", "--data.init_args.drop_last", "true"]
-    check_refused("baseline.yaml: a first try at one batch has trained none, for there is none", args=flags)
+    check_refused("baseline.yaml: a first try at one batch has not trained, because there is no batch", args=flags)
 
 
 def test_method_that_is_attached_to_the_optimizer():

@@ -21,7 +21,7 @@ from alive import processes_of
 
 from lightning_znorm import compare
 from lightning_znorm.cli import main
-from lightning_znorm.compare.process import Processes
+from lightning_znorm.compare.processes import Processes
 from lightning_znorm.compare.study import StudyError
 from tests.compare.captured import capture_here
 

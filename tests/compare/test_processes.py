@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,17 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from alive import is_alive, is_gone
 from samples import write_answers
 
 from lightning_znorm import compare
+from lightning_znorm.compare import processes
 from lightning_znorm.compare.command import main
-from lightning_znorm.compare.files import read_json, write_json, write_text
-from lightning_znorm.compare.locks import locked
-from lightning_znorm.compare.one_run import command_to_fit, command_to_test, do_run, shell_line
-from lightning_znorm.compare.pool import pool
-from lightning_znorm.compare.process import Processes, Stopped, interruptible, tail
+from lightning_znorm.compare.engines import local_engine
+from lightning_znorm.compare.files import locked, write_json
+from lightning_znorm.compare.processes import Processes, Stopped, interruptible, tail
+from lightning_znorm.compare.runner import command_to_fit, command_to_test, fit_and_test, shell_line
 from lightning_znorm.compare.study import Run, StudyError
 from tests.processes import ROOT
 
@@ -93,13 +95,13 @@ def test_what_is_left_is_done(stand_in, tmp_path):
     run = run_in(tmp_path)
     write_answers(tmp_path)
     stand_in(f'echo "$@" >> {tmp_path}/commands; cp {tmp_path}/$3.json {run.folder}')
-    assert do_run(run, True).error == ""
+    assert fit_and_test(run, True).error == ""
     assert run.is_done
     commands = [f"-m lightning_znorm {' '.join(args)}\n" for args in (command_to_fit(run), command_to_test(run, True))]
     assert (tmp_path / "commands").read_text() == "".join(commands)
-    assert do_run(run, True).error == ""  # again: nothing
+    assert fit_and_test(run, True).error == ""  # again: nothing
     run.test_file.unlink()
-    assert do_run(run, True).error == ""
+    assert fit_and_test(run, True).error == ""
     assert (tmp_path / "commands").read_text() == "".join([*commands, commands[1]])
 
 
@@ -145,7 +147,7 @@ def test_failure(stand_in, tmp_path, script, words):
     stand_in(script)
     run = run_in(tmp_path)
     run.log.write_text("of an earlier try\n")
-    error = do_run(run, True).error
+    error = fit_and_test(run, True).error
     assert error.startswith(words)
     if "last" in script:
         assert error.endswith(f"{run.log}:\nfirst\nlast")
@@ -160,7 +162,7 @@ def test_disk_that_is_full_is_named(stand_in, tmp_path, monkeypatch):
     stand_in("exit 1")
     run = run_in(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
-    assert do_run(run, True).error.startswith(f"fit ended with exit code 1. The disk of {run.folder} is full.")
+    assert fit_and_test(run, True).error.startswith(f"fit ended with exit code 1. The disk of {run.folder} is full.")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
@@ -168,14 +170,60 @@ def test_log_that_cannot_be_written(stand_in, tmp_path):
     stand_in("exit 1")
     run = run_in(tmp_path)
     run.log.symlink_to("/dev/full")
-    assert do_run(run, True).error == f"{run.log}: No space left on device"
+    assert fit_and_test(run, True).error == f"{run.log}: No space left on device"
 
 
 def test_nothing_of_a_run_lives_on(stand_in, tmp_path):
     """Of a run on several devices, others may wait forever for the one that died, on GPUs that the next run gets."""
     stand_in(f"sleep 600 & echo $! > {tmp_path}/pid; kill -9 $$")
-    assert do_run(run_in(tmp_path), True).error.startswith("fit was ended by SIGKILL")
+    assert fit_and_test(run_in(tmp_path), True).error.startswith("fit was ended by SIGKILL")
     assert is_gone(int((tmp_path / "pid").read_text()))
+
+
+class TestChildrenOfChildren:
+    """They end wherever they are: in the group of the process, outside of it, and on systems without groups."""
+
+    @pytest.fixture(autouse=True)
+    def _soon(self, monkeypatch):
+        monkeypatch.setattr("lightning_znorm.compare.processes._SECONDS_TO_END", 1)
+
+    @pytest.mark.skipif(shutil.which("setsid") is None, reason="needs the command setsid")
+    @pytest.mark.parametrize("ignores", ["", "trap '' TERM; "])
+    def test_that_have_left_the_group(self, stand_in, tmp_path, ignores):
+        inner = f"{ignores}sleep 600 & echo $! $$ > {tmp_path}/inner; wait; wait; sleep 600"
+        stand_in(f'setsid sh -c "{inner.replace("$", chr(92) + "$")}" & echo $$ > {tmp_path}/pid; wait')
+        assert fit_and_test(replace(run_in(tmp_path), timeout=1.5), True).error.startswith("fit was ended after")
+        pids = [int(pid) for name in ("pid", "inner") for pid in (tmp_path / name).read_text().split()]
+        assert len(pids) == 3
+        assert all(map(is_gone, pids))
+
+    def test_without_groups(self, stand_in, tmp_path, monkeypatch):
+        monkeypatch.setattr("lightning_znorm.compare.processes._HAS_GROUPS", False)
+        stand_in(f"(sleep 600 & echo $! >> {tmp_path}/pids; wait) & echo $! $$ >> {tmp_path}/pids; wait")
+        assert fit_and_test(replace(run_in(tmp_path), timeout=1.5), True).error.startswith("fit was ended after")
+        pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+        assert len(pids) == 3
+        assert all(map(is_gone, pids))
+
+    def test_without_groups_whose_parent_has_ended(self, monkeypatch):
+        """On Windows they keep its id; a process that is older than the parent has got the id from another one."""
+        monkeypatch.setattr(processes, "_HAS_GROUPS", False)
+        root = subprocess.Popen(["true"])
+        tree = processes._Tree(root)
+        root.wait()
+        child, stranger = (subprocess.Popen(["sleep", "600"]) for _ in range(2))
+        try:
+            listed = [psutil.Process(child.pid), psutil.Process(stranger.pid)]
+            for process, started in zip(listed, (time.time(), 0.0), strict=True):
+                process.info = {"ppid": root.pid, "create_time": started}
+            monkeypatch.setattr(psutil, "process_iter", lambda attributes: listed)
+            tree.send_signal(signal.SIGKILL)
+            assert child.wait(10) == -signal.SIGKILL
+            assert stranger.poll() is None
+        finally:
+            for process in (child, stranger):
+                process.kill()
+                process.wait()
 
 
 @pytest.mark.full
@@ -183,7 +231,7 @@ def test_same_run_twice_at_once(stand_in, tmp_path):
     run = run_in(tmp_path)
     write_answers(tmp_path)
     stand_in(f"echo $3 >> {tmp_path}/commands; sleep 0.5; cp {tmp_path}/$3.json {run.folder}")
-    threads = [threading.Thread(target=do_run, args=(run, True)) for _ in range(2)]
+    threads = [threading.Thread(target=fit_and_test, args=(run, True)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -199,7 +247,7 @@ def test_stop_ends_all(stand_in, tmp_path):
     futures, pids = [], []
 
     def interrupted() -> None:
-        with pool(1, 1, True, processes) as opened:
+        with local_engine(1, 1, True, processes) as opened:
             futures.extend(opened.submit(run) for run in runs)
             pids.extend(map(int, wait_for(tmp_path / "pids").split()))
             raise KeyboardInterrupt
@@ -219,7 +267,7 @@ def test_stop_does_not_wait_for_another_studys_run(stand_in, tmp_path):
     run, processes = run_in(tmp_path), Processes()
 
     def interrupted() -> None:
-        with pool(1, 1, True, processes) as opened:
+        with local_engine(1, 1, True, processes) as opened:
             opened.submit(run)
             time.sleep(0.3)
             raise KeyboardInterrupt
@@ -236,7 +284,7 @@ def test_a_gpu_each(stand_in, tmp_path, monkeypatch):
     write_answers(tmp_path)
     stand_in(f'{note}; sleep 0.1; {note}; cp {tmp_path}/$3.json "$(dirname "$5")"')
     runs = [run_in(tmp_path, str(seed), seed) for seed in range(4)]
-    with pool(2, 1, True, Processes()) as opened:
+    with local_engine(2, 1, True, Processes()) as opened:
         outcomes = [future.result() for future in [opened.submit(run) for run in runs]]
     assert not any(outcome.error for outcome in outcomes)
     lines = (tmp_path / "gpus").read_text().splitlines()
@@ -249,10 +297,10 @@ def test_a_gpu_each(stand_in, tmp_path, monkeypatch):
 
 class TestTimeout:
     def test_process_and_all_that_it_started_are_ended(self, stand_in, tmp_path, monkeypatch):
-        monkeypatch.setattr("lightning_znorm.compare.process._SECONDS_TO_END", 1)
+        monkeypatch.setattr("lightning_znorm.compare.processes._SECONDS_TO_END", 1)
         stand_in(f"trap '' TERM; (sleep 600; true) & echo $! $$ > {tmp_path}/pids; echo here; wait; wait; wait")
         run = replace(run_in(tmp_path), timeout=1.0)
-        error = do_run(run, True).error
+        error = fit_and_test(run, True).error
         assert error == f"fit was ended after 0:00:01 (--timeout). The end of {run.log}:\nhere"
         # One that does not listen is killed: by itself it would last longer than a test may.
         assert all(is_gone(int(pid)) for pid in (tmp_path / "pids").read_text().split())
@@ -263,7 +311,7 @@ class TestTimeout:
         write_answers(tmp_path)
         run = replace(run_in(tmp_path), timeout=3.0)
         stand_in(f"[ $3 = fit ] || exec sleep 60; cp {tmp_path}/fit.json {run.folder}")
-        assert do_run(run, True).error.startswith("test was ended after 0:00:03 (--timeout).")
+        assert fit_and_test(run, True).error.startswith("test was ended after 0:00:03 (--timeout).")
         assert run.fit_file.exists()
 
     @pytest.mark.full
@@ -271,16 +319,16 @@ class TestTimeout:
         write_answers(tmp_path)
         stand_in(f'case "$5" in */0/*) exec sleep 60;; esac; cp {tmp_path}/$3.json "$(dirname "$5")"')
         runs = [run_in(tmp_path, str(seed), seed) for seed in range(3)]
-        with pool(1, 1, True, Processes(4.0)) as opened:
+        with local_engine(1, 1, True, Processes(4.0)) as opened:
             outcomes = [future.result() for future in [opened.submit(run) for run in runs]]
         assert [outcome.error[:31] for outcome in outcomes] == ["fit was ended after 0:00:04 (--", "", ""]
         stand_in(f'cp {tmp_path}/$3.json "$(dirname "$5")"')
-        assert do_run(runs[0], True).error == ""
+        assert fit_and_test(runs[0], True).error == ""
 
     def test_run_that_another_process_is_at(self, tmp_path):
         run = replace(run_in(tmp_path), timeout=0.3)
         with locked(run.folder / "lock"):
-            error = do_run(run, True).error
+            error = fit_and_test(run, True).error
         who = f"process {os.getpid()} on "
         assert error.startswith(f"{run.folder} was in use for 0:00:00 (--timeout), by {who}")
         assert not run.log.exists()
@@ -289,7 +337,7 @@ class TestTimeout:
         write_answers(tmp_path)
         run = replace(run_in(tmp_path), timeout=1e9)
         stand_in(f"cp {tmp_path}/$3.json {run.folder}")
-        assert do_run(run, True).error == ""
+        assert fit_and_test(run, True).error == ""
 
     @pytest.mark.parametrize("phase", ["reading settings", "trying a method"])
     def test_before_the_first_run(self, phase, stand_in, tmp_path, capsys):
@@ -324,7 +372,7 @@ class TestInterruptions:
     @pytest.mark.full
     def test_again_and_again(self, stand_in, tmp_path, monkeypatch):
         """A terminal that is closed tells its programs twice, and systemd sends SIGHUP after SIGTERM."""
-        monkeypatch.setattr("lightning_znorm.compare.process._SECONDS_TO_END", 2)
+        monkeypatch.setattr("lightning_znorm.compare.processes._SECONDS_TO_END", 2)
         stand_in(f"trap '' TERM; echo $$ > {tmp_path}/pid; while true; do sleep 0.5; done")
         with sending(tmp_path / "pid", *[signal.SIGHUP, signal.SIGTERM] * 5):
             assert main(["--config", "x", "--methods", "a.yaml", "--output", str(tmp_path / "out")]) == 130
@@ -421,12 +469,12 @@ def test_signal_while_nothing_can_be_shown(tmp_path):
 @pytest.mark.full
 def test_second_interruption_kills_at_once(stand_in, tmp_path, monkeypatch):
     """Ctrl-C while what was interrupted ends."""
-    monkeypatch.setattr("lightning_znorm.compare.process._SECONDS_TO_END", 1000)  # more than a test may take
+    monkeypatch.setattr("lightning_znorm.compare.processes._SECONDS_TO_END", 1000)  # more than a test may take
     stand_in(f"trap '' TERM; echo $$ > {tmp_path}/pid; while true; do sleep 1; done")
     processes, run = Processes(), run_in(tmp_path)
 
     def interrupted() -> None:
-        with pool(1, 1, True, processes) as opened:
+        with local_engine(1, 1, True, processes) as opened:
             opened.submit(run)
             wait_for(tmp_path / "pid")
             raise KeyboardInterrupt
@@ -480,33 +528,3 @@ def test_tail_of_what_was_printed_since(tmp_path):
     assert tail(log, start=2) == "b"
     assert tail(log, start=4) == ""
     assert tail(log, start=400) == ""  # of a log that was cut short meanwhile
-
-
-def test_json_is_whole_or_absent(tmp_path):
-    assert read_json(tmp_path / "x.json") is None
-    write_json(tmp_path / "x.json", {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "x.json", {"a": object()})
-    assert read_json(tmp_path / "x.json") == {"a": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
-
-
-def test_file_that_does_not_fit(tmp_path):
-    """The former one stays, nothing else does, and the error says which file it is."""
-    resource = pytest.importorskip("resource", reason="needs limits of Unix")
-    write_json(tmp_path / "x.json", {"a": 1})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large") as info:
-            write_json(tmp_path / "x.json", "a" * 10_000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert info.value.filename == str(tmp_path / "x.json")
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
-    assert read_json(tmp_path / "x.json") == {"a": 1}
-
-
-def test_names_that_are_no_text_can_be_written(tmp_path):
-    write_text(tmp_path / "report.md", f"a {os.fsdecode(b'caf' + bytes([0xE9]))}")
-    assert (tmp_path / "report.md").read_text() == "a caf\\udce9"

@@ -1,4 +1,4 @@
-"""What runs, what is done, and how long the rest will take."""
+"""Live progress: what runs, what is done, and how much time is left."""
 
 import time
 from collections import Counter
@@ -15,27 +15,25 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lightning_znorm.compare.document import visible
-from lightning_znorm.compare.numbers import clock, fixed
-from lightning_znorm.compare.one_run import Outcome
-from lightning_znorm.compare.process import tail
-from lightning_znorm.compare.ray import LostError
+from lightning_znorm.compare.engines import LostError
+from lightning_znorm.compare.formatting import clock, fixed, visible
+from lightning_znorm.compare.processes import tail
 from lightning_znorm.compare.results import read_progress, read_test
-from lightning_znorm.compare.study import Run
+from lightning_znorm.compare.study import Outcome, Run
 
 _LINES_AROUND = 6
-"""A line above the table, its frame and header, and the line that the cursor is on."""
+"""The line above the table, its frame and header, and the line of the cursor."""
 _Stamp: TypeAlias = tuple[int, int, int] | None
 
 
 @dataclass(frozen=True)
 class _View:
-    """What a table says, apart from an estimate of time: where it is the same, nothing is drawn anew.
+    """The content of the table without the estimate of time: it is drawn again only if this changes.
 
     Args:
         count: How many runs are done.
         rows: Method, seed, state and metric of each run that is shown.
-        hidden: How many others there are of each kind; empty if there are none.
+        hidden: How many other runs there are of each kind; empty if there are none.
     """
 
     count: str
@@ -48,8 +46,8 @@ class Progress:
 
     Args:
         runs: All runs.
-        jobs: How many go on at a time.
-        metric: Metric to show of those that are done.
+        jobs: Number of runs at a time.
+        metric: Metric to show for the runs that are done.
     """
 
     def __init__(self, runs: list[Run], jobs: int, metric: str) -> None:
@@ -60,13 +58,13 @@ class Progress:
         self.running: set[Run] = set()
         self.kept = {run for run in runs if run.is_done}
         self._start = time.monotonic()
-        # As the study found them: clocks of other machines, and of a folder's server, may differ from this one's.
+        # States of files at the start of the study, not times: the clocks of other machines may differ.
         self._found = {run: _files(run) for run in runs}
         self._positions: dict[Run, tuple[_Stamp, tuple[int, float] | None]] = {}
         self._values: dict[Run, str] = {}
 
     def table(self, console: Console) -> Group:
-        """One row for each run; where the screen is too small, for those that run, have failed or ended last.
+        """Return a table with a row for each run. On a small screen, it has those that run, failed or ended last.
 
         Args:
             console: The terminal.
@@ -74,7 +72,7 @@ class Progress:
         return self._drawn(self._view(console.height), console)
 
     def state(self, run: Run) -> str:
-        """A word or two on a run."""
+        """Return the state of a run in a few words."""
         outcome = self.outcomes.get(run)
         if outcome is not None:
             return "failed" if outcome.error else f"done in {clock(outcome.seconds)}"
@@ -88,11 +86,11 @@ class Progress:
         return "done before" if run in self.kept else "waits"
 
     def has_begun(self, run: Run) -> bool:
-        """Whether a process of the run has written since the study began; it may be another study's or elsewhere."""
+        """Return whether a process of the run, also of another study or machine, has written since the study began."""
         return _files(run) != self._found[run]
 
     def log_end(self, run: Run) -> str:
-        """What the run has printed since the study began, the end of it, to be put behind a sentence."""
+        """Return a sentence with the end of what the run printed since the study began."""
         log = self._found[run][0]
         try:
             text = tail(run.log, start=log[1] if log else 0)
@@ -101,27 +99,27 @@ class Progress:
         return f"The end of {run.log}:\n{text}" if text else f"There is nothing new in {run.log}."
 
     def seconds_left(self) -> float | None:
-        """Estimate, from the runs that have ended and the shares of those that have not."""
+        """Estimate the remaining time from the runs that have ended and the shares of those that go on."""
         took = [outcome.seconds for outcome in self.outcomes.values() if not outcome.error]
         if not took:
-            # None has ended: those that run began together, some time ago.
+            # No run has ended: assume that those that go on began with the study.
             share = sum(self._share(run) for run in self.running) / max(1, len(self.running))
             if not share:
                 return None
             took = [(time.monotonic() - self._start) / share]
         waiting = [run for run in self.runs if run not in self.outcomes and run not in self.kept]
         shares = sum(1 - self._share(run) if run in self.running else 1.0 for run in waiting)
-        at_a_time = min(max(self.jobs, len(self.running)), max(1, len(waiting)))  # on Ray, as many as find place
+        at_a_time = min(max(self.jobs, len(self.running)), max(1, len(waiting)))  # a Ray cluster may run more
         return sum(took) / len(took) * shares / at_a_time
 
-    def _view(self, height: int) -> "_View":
+    def _view(self, height: int) -> _View:
         shown = self._shown(height)
         kinds = Counter(map(self._kind, set(self.runs) - set(shown)))
         hidden = ", ".join(f"{kinds[kind]} {kind}" for kind in ("run", "wait", "failed", "done") if kinds[kind])
         rows = tuple((run.method, str(run.seed), self.state(run), self._value(run)) for run in shown)
         return _View(self._count(), rows, f"not shown: {hidden}" if hidden else "")
 
-    def _drawn(self, view: "_View", console: Console) -> Group:
+    def _drawn(self, view: _View, console: Console) -> Group:
         def cell(text: str) -> Text:
             return Text(_writable(text, console), no_wrap=True, overflow="crop")
 
@@ -157,11 +155,11 @@ class Progress:
         return position[1] if position and 0 <= position[1] <= 1 else 0.0
 
     def _position(self, run: Run) -> tuple[int, float] | None:
-        """Epochs and share that a run has behind it, read where its file has changed."""
+        """Return completed epochs and share of a run. Its file is read only if it has changed."""
         stamp = _stamp(run.progress_file)
         before, position = self._positions.get(run, (None, None))
         if stamp != before:
-            with suppress(OSError, ValueError):  # of a file that is damaged: what was known before is all there is
+            with suppress(OSError, ValueError):  # the file is damaged: keep what was known before
                 position = read_progress(run)
             self._positions[run] = stamp, position
         return position
@@ -173,7 +171,7 @@ class Progress:
             try:
                 tested = read_test(run)
                 value = None if tested is None else tested.metrics.get(self.metric)
-            except (OSError, ValueError):  # which the report says
+            except (OSError, ValueError):  # the report says so
                 value = None
             self._values[run] = "" if value is None else fixed(value, 4)
         return self._values[run]
@@ -189,7 +187,13 @@ class Progress:
 
 
 def watch(futures: Mapping["Future[Outcome]", Run], progress: Progress, console: Console) -> None:
-    """Show a live table until all runs have ended; where there is no terminal, a line for each event."""
+    """Show a live table until all runs have ended; without a terminal, print a line for each event.
+
+    Args:
+        futures: The run of each future.
+        progress: The state of every run.
+        console: The terminal, or the file that replaces it.
+    """
     progress.kept -= set(futures.values())
     if not console.is_interactive:
         for event in _events(futures, progress, 0.2):
@@ -214,7 +218,7 @@ def _events(
             run = futures[future]
             try:
                 progress.outcomes[run] = future.result()
-            except Exception as error:  # of Ray, or of what the run's folder is on
+            except Exception as error:  # from Ray, or from the disk of the run's folder
                 reason = str(error) if isinstance(error, LostError) else f"{type(error).__name__}: {error}"
                 progress.outcomes[run] = Outcome(run, f"{reason.rstrip('.')}. {progress.log_end(run)}")
             progress.running.discard(run)
@@ -233,7 +237,7 @@ def _files(run: Run) -> tuple[_Stamp, _Stamp]:
 
 
 def _stamp(path: Path) -> _Stamp:
-    """Return what changes whenever a file is written to, or put in place of another; None if there is none."""
+    """Return values that change whenever a file is written to or replaced; ``None`` if there is no file."""
     try:
         found = path.stat()
     except OSError:
@@ -242,5 +246,5 @@ def _stamp(path: Path) -> _Stamp:
 
 
 def _writable(text: str, console: Console) -> str:
-    """Show what a terminal cannot, or what would move its cursor, by its number."""
+    """Replace characters that the terminal cannot show, or that would move its cursor, by their numbers."""
     return visible(text).encode(console.encoding, "backslashreplace").decode(console.encoding)

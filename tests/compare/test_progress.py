@@ -11,10 +11,9 @@ from concurrent.futures import Future
 import pytest
 from rich.console import Console
 
-from lightning_znorm.compare import live
-from lightning_znorm.compare.live import Progress, watch
-from lightning_znorm.compare.one_run import Outcome
-from lightning_znorm.compare.study import Run
+from lightning_znorm.compare import progress as progress_module
+from lightning_znorm.compare.progress import Progress, watch
+from lightning_znorm.compare.study import Outcome, Run
 
 TESTED = json.dumps(
     {
@@ -68,7 +67,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, steps: Sequence[Callable[[], objec
         ended = {future for future in futures if future.done()}
         return ended, futures - ended
 
-    monkeypatch.setattr(live, "wait", wait)
+    monkeypatch.setattr(progress_module, "wait", wait)
 
 
 def test_states(tmp_path):
@@ -303,7 +302,7 @@ class TestManyRuns:
         """Neither is the screen written to, nor a file read."""
         reads: Counter[str] = Counter()
         for name in ("read_progress", "read_test"):
-            monkeypatch.setattr(live, name, counting(getattr(live, name), reads))
+            monkeypatch.setattr(progress_module, name, counting(getattr(progress_module, name), reads))
         console = terminal()
         sizes: list[tuple[int, int]] = []
         the_runs = progress.runs

@@ -1,4 +1,4 @@
-"""Locks end with the processes that hold them."""
+"""Small files are whole or absent, and locks end with the processes that hold them."""
 
 import errno
 import os
@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from lightning_znorm.compare.locks import InUseError, holder, locked
+from lightning_znorm.compare.files import InUseError, lock_holder, locked, read_json, write_json, write_text
 
 HOLD = """
 import pathlib, subprocess, sys, time
-from lightning_znorm.compare.locks import locked
+from lightning_znorm.compare.files import locked
 with locked(pathlib.Path({path!r})) as lock:
     if {child}:
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep({child})"], pass_fds=[lock])
@@ -75,13 +75,43 @@ def test_file_system_without_locks(tmp_path, monkeypatch):
     def refuse(descriptor: int) -> bool:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("lightning_znorm.compare.locks._acquire", refuse)
+    monkeypatch.setattr("lightning_znorm.compare.files._acquire", refuse)
     with pytest.raises(OSError, match="No locks available") as info, locked(tmp_path / "lock"):
         pass
     assert info.value.filename == str(tmp_path / "lock")
 
 
 def test_who_holds_it(tmp_path):
-    assert holder(tmp_path / "lock") == "another process"
+    assert lock_holder(tmp_path / "lock") == "another process"
     with locked(tmp_path / "lock"):
-        assert holder(tmp_path / "lock").startswith(f"process {os.getpid()} on ")
+        assert lock_holder(tmp_path / "lock").startswith(f"process {os.getpid()} on ")
+
+
+def test_json_is_whole_or_absent(tmp_path):
+    assert read_json(tmp_path / "x.json") is None
+    write_json(tmp_path / "x.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "x.json", {"a": object()})
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_file_that_does_not_fit(tmp_path):
+    """The former one stays, nothing else does, and the error says which file it is."""
+    resource = pytest.importorskip("resource", reason="needs limits of Unix")
+    write_json(tmp_path / "x.json", {"a": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as info:
+            write_json(tmp_path / "x.json", "a" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert info.value.filename == str(tmp_path / "x.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+
+
+def test_names_that_are_no_text_can_be_written(tmp_path):
+    write_text(tmp_path / "report.md", f"a {os.fsdecode(b'caf' + bytes([0xE9]))}")
+    assert (tmp_path / "report.md").read_text() == "a caf\\udce9"

@@ -1,17 +1,30 @@
-"""Paired differences, their intervals, and what is said about them."""
+"""Paired differences, their intervals, what is said about them, speed, and the table in a terminal."""
 
 import math
 
 import numpy as np
 import pytest
+from measured import done, plan
 from scipy.stats import ttest_rel
 
-from lightning_znorm.compare.differences import compare_methods, paired_interval, say, seeds_needed, student
+from lightning_znorm.compare.results import Measurement
+from lightning_znorm.compare.statistics import (
+    Table,
+    compare_methods,
+    judge,
+    make_rows,
+    overheads,
+    paired_interval,
+    reaches,
+    seeds_needed,
+    step_seconds,
+    t_quantile,
+)
 
 
 @pytest.mark.parametrize(("seeds", "t"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (30, 2.045)])
 def test_student(seeds, t):
-    assert student(seeds) == pytest.approx(t, abs=5e-4)  # the printed tables of two-sided 95 %
+    assert t_quantile(seeds) == pytest.approx(t, abs=5e-4)  # the printed tables of two-sided 95 %
 
 
 def test_interval_by_hand():
@@ -86,11 +99,44 @@ def test_only_seeds_of_both_are_paired():
     ],
 )
 def test_words(differences, mode, words):
-    assert say(differences, paired_interval(differences), mode) == words
+    assert judge(differences, paired_interval(differences), mode) == words
 
 
 def test_seeds_needed_suffice():
     differences = [0.01, 0.02, 0.03]
     n = seeds_needed(differences)
     # Differences of the same mean and standard deviation, but n of them.
-    assert student(n) * 0.01 / math.sqrt(n) < 0.02 <= student(n - 1) * 0.01 / math.sqrt(n - 1)
+    assert t_quantile(n) * 0.01 / math.sqrt(n) < 0.02 <= t_quantile(n - 1) * 0.01 / math.sqrt(n - 1)
+
+
+class TestSpeed:
+    def test_reaching_the_first_methods_end(self, tmp_path):
+        first, other = reaches(done(plan(tmp_path)), "val/accuracy", "max", ["baseline", "znorm"])
+        assert (first.epochs, first.seconds, first.seeds) == ((4, 4, 4), (4, 4, 4), 3)
+        assert (other.epochs, other.seconds, other.seeds) == ((2, 2, 2), (4, 4, 4), 3)
+
+    def test_not_reached(self):
+        numbers = [("baseline", 0, 0.5), ("baseline", 1, 0.4), ("znorm", 0, 0.6), ("znorm", 1, 0.41)]
+        found = [Measurement("", 0, method, epoch, "loss", value) for method, epoch, value in numbers]
+        assert [reach.epochs for reach in reaches(found, "loss", "min", ["baseline", "znorm"])] == [(2,), ()]
+
+    def test_time_per_step_leaves_the_first_epoch_out(self, tmp_path):
+        steps = step_seconds(done(plan(tmp_path)))
+        assert steps["baseline"] == pytest.approx({0: 0.1, 1: 0.1, 2: 0.1})
+        assert overheads(steps["znorm"], steps["baseline"]) == pytest.approx([1.0] * 3)
+        assert step_seconds([Measurement("", 0, "a", 0, "compare/step_seconds", 3.0)]) == {"a": {0: 3.0}}
+
+    def test_overhead_is_paired(self):
+        assert overheads({0: 2.0, 1: 10.0, 2: 5.0}, {0: 1.0, 1: 10.0}) == [1.0, 0.0]
+        assert overheads({0: 1.0}, {}) == []
+
+
+def test_table_in_a_terminal(tmp_path):
+    the_plan = plan(tmp_path)
+    table = Table("test/accuracy", tuple(make_rows(the_plan, done(the_plan))), (), tmp_path)
+    assert str(table).splitlines()[:2] == ["test/accuracy", "baseline  0.8200 +- 0.0100"]
+    assert (
+        str(table)
+        .splitlines()[2]
+        .startswith("znorm     0.8400 +- 0.0200  +0.0200 (-0.0048 to +0.0448)  3 seeds cannot tell; if")
+    )
