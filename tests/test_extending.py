@@ -1,8 +1,11 @@
 """What docs/architecture.md says one must touch to add something, done here for one of each kind."""
 
+import csv
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,8 +18,11 @@ from torch.utils.data import DataLoader
 from lightning_znorm import GradientTransform, ZNormCallback
 from lightning_znorm.callbacks import strategies
 from lightning_znorm.callbacks.strategies import Support
+from lightning_znorm.cli import main
+from lightning_znorm.data.base import InMemoryDataModule
+from lightning_znorm.data.datasets import Images, Labels
 from lightning_znorm.gradients import AffineMethod, Statistics
-from lightning_znorm.gradients.adapters.plain import GradientAdapter
+from lightning_znorm.gradients.adapters import GradientAdapter
 from lightning_znorm.gradients.slots import GradientSlot
 from lightning_znorm.metrics.mask_metric import MaskMetric
 
@@ -153,6 +159,59 @@ def test_a_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
     strategy = StashingStrategy()
     change, grad = one_step(stash_module(strategy), ZNormCallback(), strategy=strategy)
     torch.testing.assert_close(change, (grad - grad.mean()) / grad.std(correction=0), rtol=1e-5, atol=1e-6)
+
+
+class StripesDataModule(InMemoryDataModule):
+    """A data set: a file in data/, its name in data/__init__.py, and an experiment in configs/."""
+
+    num_classes = 2
+    max_value = 255
+    mean, std = (0.5,), (0.5,)
+
+    def __init__(self, batch_size: int = 20, val_fraction: float = 0.25, seed: int = 0) -> None:
+        super().__init__(batch_size, val_fraction, seed)
+        self.save_hyperparameters()
+
+    def load(self, train: bool) -> tuple[Images, Labels]:
+        draws = np.random.default_rng(0 if train else 1)
+        labels = draws.integers(0, 2, 160).astype(np.int64)
+        stripes = np.broadcast_to(255 * draws.integers(0, 2, (160, 1, 8, 1)), (160, 1, 8, 8)).astype(np.uint8)
+        return np.where(labels[:, None, None, None] == 1, stripes, stripes.swapaxes(2, 3)), labels
+
+
+EXPERIMENT = """
+seed_everything: 0
+model:
+  class_path: ClassificationTask
+  init_args:
+    model: resnet20
+    num_classes: 2
+    in_chans: 1
+data:
+  class_path: tests.test_extending.StripesDataModule
+trainer:
+  accelerator: cpu
+  max_epochs: 4
+  enable_progress_bar: false
+  log_every_n_steps: 2
+  logger:
+    class_path: CSVLogger
+    init_args:
+      save_dir: logs
+      name: stripes
+  callbacks+:
+    - class_path: LastCheckpoint
+"""
+
+
+def test_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("stripes.yaml").write_text(EXPERIMENT)
+    files = ["--config", "stripes.yaml", "--config", "configs/methods/znorm.yaml"]
+    main(["fit", *files])
+    main(["test", *files, "--ckpt_path", str(next(tmp_path.rglob("last.ckpt")))])
+    logged = [row for path in tmp_path.rglob("metrics.csv") for row in csv.DictReader(path.read_text().splitlines())]
+    assert [float(row["test/accuracy"]) for row in logged if row.get("test/accuracy")][-1] > 0.9
 
 
 class JaccardIndex(MaskMetric):
