@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning_znorm import (
     SINGCallback,
     ZNormCallback,
 )
+from lightning_znorm.arguments import checked_integer, checked_number
 from lightning_znorm.functional import attach, centralize_grads_, transform_grads_, zscore_grads_
 from lightning_znorm.gradients import SING, AffineMethod, Statistics, ZScore
 
@@ -198,3 +200,33 @@ def test_statistics_over_something_else(use: Callable[[AffineMethod], Any]) -> N
     method.over = "column"  # type: ignore[assignment, misc]
     with pytest.raises(TypeError, match=r"over must be 'tensor' or 'row', got 'column'"):
         use(method)
+
+
+@pytest.mark.parametrize(
+    ("check", "value", "options", "message"),
+    [
+        (checked_number, float("nan"), {"minimum": 0}, "size must be at least 0, got nan."),
+        (checked_number, float("inf"), {"minimum": 0, "finite": True}, "size must be finite and at least 0, got inf."),
+        (checked_number, float("nan"), {"finite": True}, "size must be finite, got nan."),
+        (checked_integer, 0, {"minimum": 1}, "size must be at least 1, got 0."),
+        (
+            checked_integer,
+            2**31,
+            {"minimum": 1, "bits": 31},
+            "size must be at least 1 and less than 2**31, got 2147483648.",
+        ),
+    ],
+)
+def test_messages_name_all_bounds(check: Callable[..., Any], value: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        check("size", value, **options)
+
+
+def test_numbers_within_bounds_become_pythons() -> None:
+    assert checked_number("size", float("inf"), minimum=0) == float("inf")
+    assert checked_number("size", 10**400, minimum=0, finite=True) == 10**400  # too large for a float
+    assert checked_integer("size", 2**31 - 1, minimum=1, bits=31) == 2**31 - 1
+    for check, value in ((checked_number, np.float32(0.5)), (checked_integer, np.int64(3))):
+        checked = check("size", value)
+        assert checked == value
+        assert type(checked) in (int, float)
