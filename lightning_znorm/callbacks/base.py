@@ -235,7 +235,7 @@ class GradientCallback(Callback, ABC):
             return model
         if trainer.state.fn != "fit":
             self._check_strategy(trainer)
-        adapter = gradient_adapter(trainer.strategy, pl_module, self.label)
+        adapter = gradient_adapter(trainer.strategy, pl_module)
         has_lazy = self._check_filter(adapter)
         self.check_slots(trainer, adapter, _not_lazy(adapter.slots()))
         watch = StepWatch(

@@ -1,5 +1,7 @@
 """Which strategies are supported, and which adapter belongs to each of them."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -12,11 +14,20 @@ from lightning_znorm.gradients.amp import check_grad_scaler
 from lightning_znorm.gradients.methods import describe
 from lightning_znorm.gradients.slots import dtensor_support
 
-# Classes are compared by name, because lightning.pytorch and pytorch_lightning each have their own. `isinstance` would
-# not do: DeepSpeedStrategy is a DDPStrategy, and a subclass could do anything with the gradients.
-_UNSHARDED = {"SingleDeviceStrategy", "DDPStrategy"}
-_SHARDED = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
 _PACKAGES = ("lightning.pytorch.", "pytorch_lightning.")
+
+
+@dataclass(frozen=True)
+class Support:
+    """How a strategy is supported.
+
+    Attributes:
+        make_adapter: Makes the adapter from the LightningModule and the strategy, which has set up its model.
+        shards_gradients: Whether a process may hold only a part of a gradient.
+    """
+
+    make_adapter: Callable[[LightningModule, Any], GradientAdapter]
+    shards_gradients: bool
 
 
 def check_strategy(strategy: Any, callback: str, method: GradientMethod, allow_untested: bool) -> None:
@@ -33,7 +44,7 @@ def check_strategy(strategy: Any, callback: str, method: GradientMethod, allow_u
             set, or if it shards gradients and the method is a function of whole gradients.
     """
     cls = type(strategy)
-    if cls.__name__ not in _UNSHARDED | _SHARDED or not cls.__module__.startswith(_PACKAGES):
+    if not _is_tested(cls):
         untested = f"{callback} has not been tested with {cls.__name__} ({cls.__module__})"
         if not allow_untested:
             raise MisconfigurationException(
@@ -42,20 +53,19 @@ def check_strategy(strategy: Any, callback: str, method: GradientMethod, allow_u
                 "or make sure that it leaves gradients where these do, and set allow_untested_strategy=True."
             )
         rank_zero_warn(f"{untested}: it is trusted to leave gradients where Lightning's strategies do.")
-    if not isinstance(method, AffineMethod) and _family(strategy) in _SHARDED:
+    if not isinstance(method, AffineMethod) and _support(strategy).shards_gradients:
         raise MisconfigurationException(
             f"{callback}: {describe(method)} is a function of whole gradients, and {cls.__name__} shards them. Write "
             "it as an AffineMethod, which works with statistics of whole gradients, or use a single device or 'ddp'."
         )
 
 
-def gradient_adapter(strategy: Any, module: LightningModule, callback: str) -> GradientAdapter:
+def gradient_adapter(strategy: Any, module: LightningModule) -> GradientAdapter:
     """Return the adapter for a strategy that has set up its model.
 
     Args:
         strategy: The Trainer's strategy.
         module: The LightningModule.
-        callback: The name of the callback, for messages.
 
     Raises:
         RuntimeError: If the strategy has not set up its model yet, or has torn it down.
@@ -65,28 +75,56 @@ def gradient_adapter(strategy: Any, module: LightningModule, callback: str) -> G
     scaler = getattr(getattr(strategy, "precision_plugin", None), "scaler", None)
     if scaler is not None and scaler.is_enabled():
         check_grad_scaler()
-    family = _family(strategy)
-    if family == "FSDPStrategy":
-        from lightning_znorm.gradients.adapters.fsdp1 import FSDP1Adapter
+    return _support(strategy).make_adapter(module, strategy)
 
-        return FSDP1Adapter(module, strategy.model)
-    if family == "DeepSpeedStrategy":
-        if strategy.model is None or strategy.model is module:
-            raise RuntimeError(
-                f"{callback}.on_before_optimizer_step was called, and {type(strategy).__name__} has no engine for the "
-                "model, where its gradients would be: step optimizers between `on_fit_start` and `on_fit_end` only"
-            )
-        from lightning_znorm.gradients.adapters.deepspeed import DeepSpeedAdapter
 
-        return DeepSpeedAdapter(module, strategy.model)
-    if family == "ModelParallelStrategy":
-        dtensor_support()
+def _plain(module: LightningModule, strategy: Any) -> GradientAdapter:
     return GradientAdapter(module)
 
 
-def _family(strategy: Any) -> str | None:
-    """Return the name of the first of Lightning's tested classes that a strategy is or derives from."""
+def _dtensor(module: LightningModule, strategy: Any) -> GradientAdapter:
+    dtensor_support()
+    return GradientAdapter(module)
+
+
+def _fsdp1(module: LightningModule, strategy: Any) -> GradientAdapter:
+    from lightning_znorm.gradients.adapters.fsdp1 import FSDP1Adapter
+
+    return FSDP1Adapter(module, strategy.model)
+
+
+def _deepspeed(module: LightningModule, strategy: Any) -> GradientAdapter:
+    if strategy.model is None or strategy.model is module:
+        raise RuntimeError(
+            f"{type(strategy).__name__} has no engine for the model, where its gradients would be, at this "
+            "on_before_optimizer_step: step optimizers between `on_fit_start` and `on_fit_end` only"
+        )
+    from lightning_znorm.gradients.adapters.deepspeed import DeepSpeedAdapter
+
+    return DeepSpeedAdapter(module, strategy.model)
+
+
+SUPPORTED = {
+    "SingleDeviceStrategy": Support(_plain, shards_gradients=False),
+    "DDPStrategy": Support(_plain, shards_gradients=False),
+    "FSDPStrategy": Support(_fsdp1, shards_gradients=True),
+    "ModelParallelStrategy": Support(_dtensor, shards_gradients=True),
+    "DeepSpeedStrategy": Support(_deepspeed, shards_gradients=True),
+}
+"""The strategies of ``lightning.pytorch`` and ``pytorch_lightning`` that are tested, by the names of their classes.
+
+By name, because each of the two packages has its own classes. ``isinstance`` would not do: ``DeepSpeedStrategy`` is a
+``DDPStrategy``, and a subclass could do anything with the gradients.
+"""
+
+
+def _is_tested(cls: type) -> bool:
+    return cls.__name__ in SUPPORTED and cls.__module__.startswith(_PACKAGES)
+
+
+def _support(strategy: Any) -> Support:
+    """Return how the first of the tested classes that a strategy is or derives from is supported."""
     for cls in type(strategy).__mro__:
-        if cls.__name__ in _UNSHARDED | _SHARDED and cls.__module__.startswith(_PACKAGES):
-            return cls.__name__
-    return None
+        if _is_tested(cls):
+            return SUPPORTED[cls.__name__]
+    return Support(_plain, shards_gradients=False)

@@ -280,7 +280,7 @@ class Recorder(Callback):
         trusted = any(getattr(callback, "allow_untested_strategy", False) for callback in callbacks)
         try:
             check_strategy(trainer.strategy, "compare", ZScore(), allow_untested=trusted)
-            return gradient_adapter(trainer.strategy, module, "compare")
+            return gradient_adapter(trainer.strategy, module)
         except (MisconfigurationException, UnsupportedGradientError) as error:
             rank_zero_warn(f"There will be no curve of gradient norms: {error}")
             return None
