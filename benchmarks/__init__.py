@@ -1,1 +1,1 @@
-"""What prints the numbers that the README quotes."""
+"""Programs that print the numbers in the README and in docs/."""

@@ -1,6 +1,6 @@
-"""Kills ``python -m lightning_znorm fit`` with SIGKILL at random batches, resumes it, and compares the weights.
+"""Kill ``python -m lightning_znorm fit`` with SIGKILL at random batches, resume it, and compare the weights.
 
-``python -m benchmarks.cli_interruptions --kills 10 --seed 0``: every second training is of two processes, under DDP.
+``python -m benchmarks.cli_interruptions --kills 10 --seed 0``: every second training has two processes, under DDP.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).parents[1]
-# A network with dropout and batch normalization, a step's checkpoint of which is never an epoch's last; and one
-# checkpoint at the end.
+# A network with dropout and batch normalization. A checkpoint every 5 steps is never at the last step of an epoch here.
+# One more checkpoint is written at the end.
 EXPERIMENT = """
 model:
   class_path: ClassificationTask
@@ -49,11 +49,11 @@ trainer:
       init_args: {{batch: {batch}, rank: {rank}}}
 """
 BATCHES = {1: 63, 2: 33}
-"""Of a training, in each of its processes."""
+"""Batches of a training in each process, by number of processes."""
 
 
 def fit(folder: Path, processes: int, *arguments: str) -> int:
-    """Run ``fit`` in a folder, and return its exit status once none of its processes is left."""
+    """Run ``fit`` in a folder until all its processes are gone, and return its exit status."""
     folder.mkdir(exist_ok=True)
     (folder / "experiment.yaml").write_text(EXPERIMENT)
     command = [sys.executable, "-m", "lightning_znorm", "fit", "--config", "experiment.yaml"]
@@ -83,7 +83,7 @@ def fit(folder: Path, processes: int, *arguments: str) -> int:
 
 
 def weights(folder: Path) -> dict[str, object]:
-    """Of the network, and what its optimizer keeps."""
+    """Return the state of the network and of its optimizer."""
     checkpoint = torch.load(folder / "end" / "end.ckpt", weights_only=True)
     return {name: checkpoint[name] for name in ("state_dict", "optimizer_states")}
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs all that there is to run on a machine with a CUDA device, and writes what it prints to the folder $OUT:
+# Runs the GPU tests and benchmarks on a machine with a CUDA device, and writes their output to the folder $OUT:
 #     OUT=benchmarks/results/<device> bash benchmarks/gpu.sh
-# Needs torch, torchvision, timm, lightning, pytest and hypothesis, and at most ten minutes. What fails does not keep the
-# rest from running. With the argument `strategies`, it trains under each strategy instead, DeepSpeed's too where it is
-# installed, in at most ten minutes.
+# Needs torch, torchvision, timm, lightning, pytest and hypothesis, and at most ten minutes. If a part fails, the
+# others still run. With the argument `strategies`, it trains under each strategy instead (under DeepSpeed if that is
+# installed), in at most ten minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:?the folder to write to}"
@@ -26,7 +26,7 @@ run() {
 
 limit=20 run device nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv
 limit=30 run versions "$python" -c "import platform, torch, triton; print(platform.python_version(), torch.__version__, triton.__version__, torch.cuda.get_device_properties(0))"
-# Not by the project's settings: plugins of pytest that they name may be missing.
+# Without the project's settings, because they name plugins of pytest that may be missing.
 pytest=("$python" -m pytest -c /dev/null --rootdir . -p no:cacheprovider -q -m gpu --durations=10)
 if [ "${1:-}" = strategies ]; then
     limit=570 run strategies "${pytest[@]}" tests/strategies/test_one_gpu.py

@@ -1,7 +1,7 @@
-"""Kills trainings with SIGKILL at random batches, resumes them, and compares the weights with an uninterrupted run's.
+"""Kill trainings with SIGKILL at random batches, resume them, and compare the weights with an uninterrupted run's.
 
-``python -m benchmarks.interruptions --kills 20 --saves 20 --seed 0``: each line is a kill, of a setup drawn at random.
-Linux and macOS alone: processes are forked, for to start one anew takes longer than its training.
+``python -m benchmarks.interruptions --kills 20 --saves 20 --seed 0``: each line is a kill, of a random setup.
+It needs Linux or macOS: processes are forked, because a new process would take longer to start than to train.
 """
 
 import argparse
@@ -50,7 +50,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 }
 PRECISIONS = ("32-true", "bf16-mixed")
 BATCHES = {("classification", 1): 21, ("classification", 2): 11, ("segmentation", 1): 11, ("segmentation", 2): 6}
-"""Of an epoch and process."""
+"""Batches of an epoch in each process, by task and number of processes."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class AugmentedDigits(DigitsDataModule):
 
 
 def make(setup: Setup, data: Path) -> tuple[pl.LightningModule, pl.LightningDataModule]:
-    """A task and data that draw random numbers wherever they can: in the network and on the batch."""
+    """Make a task and data that draw random numbers in the network and on the batch."""
     if setup.task == "classification":
         network = nn.Sequential(
             *(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout2d(0.2)),
@@ -87,7 +87,7 @@ def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSch
 
 
 def train(setup: Setup, data: Path, folder: Path, extra: list[Callback], **fit: Any) -> str:
-    """Train, from the last checkpoint of ``folder`` if there is one; return the sum of all weights and buffers."""
+    """Train, from the last checkpoint of ``folder`` if there is one, and return a hash of all weights and buffers."""
     torch.set_num_threads(1)
     seed_everything(0, verbose=False)
     module, datamodule = make(setup, data)
@@ -113,7 +113,7 @@ def train(setup: Setup, data: Path, folder: Path, extra: list[Callback], **fit: 
 
 
 def forked(setup: Setup, data: Path, folder: Path, kill: Callback | None = None) -> str | None:
-    """Run `train` in processes of its own; return its sum, or None if it was killed."""
+    """Run `train` in new processes, and return its hash, or None if it was killed."""
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / "sum"
     with socket.socket() as free:
@@ -161,7 +161,7 @@ def _fork_rank(
 
 
 def draw_setups(kills: int, rng: random.Random) -> list[Setup]:
-    """Setups in which every value of every setting comes about equally often."""
+    """Draw setups in which every value of every setting comes about equally often."""
     setups: list[Setup] = []
     settings = [TASKS, tuple(CALLBACKS), PRECISIONS, (1, 2), tuple(CHECKPOINTS)]
     columns = []
@@ -207,7 +207,7 @@ def _kill_batches(kills: int, seed: int, folder: Path) -> bool:
 
 
 def _kill_saves(saves: int, seed: int, folder: Path) -> bool:
-    """Kill one training after the other while it saves; each must have a checkpoint that loads, and go on exactly."""
+    """Kill trainings while they save; each must have a checkpoint that loads, and resume exactly."""
     rng = random.Random(seed)
     setup = Setup("classification", "ZNorm+EMA", "32-true", 1, "every 5 steps")
     whole = forked(setup, folder / "data", folder / "whole")
@@ -215,7 +215,7 @@ def _kill_saves(saves: int, seed: int, folder: Path) -> bool:
     origins = []
     for number in range(saves):
         run = folder / f"saving-{number}"
-        # Of the second checkpoint, so that there is one to fall back on: its own file, or the copy named last.ckpt.
+        # While it saves the second checkpoint (its own file, or the copy last.ckpt), so that the first can be used.
         kill = KillWhileSaving(save=rng.choice((3, 4)), delay=rng.uniform(0, 0.02))
         killed = forked(setup, folder / "data", run, kill)
         assert killed is None

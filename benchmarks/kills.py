@@ -1,4 +1,4 @@
-"""Callbacks that end a training as a power cut or a scheduler does; YAML may name them, to kill the command line."""
+"""Callbacks that end a training as a power cut or a scheduler does; YAML may name them, too."""
 
 import os
 import signal
@@ -10,11 +10,11 @@ from lightning.pytorch.callbacks import Callback
 
 
 class Kill(Callback):
-    """Ends all processes of the training in the middle of a batch.
+    """Kills all processes of the training in the middle of a batch.
 
     Args:
-        batch: Which one.
-        rank: Process that gets there first.
+        batch: Index of the batch, from the start of the training.
+        rank: The process that kills all of them.
     """
 
     def __init__(self, batch: int, rank: int) -> None:
@@ -27,10 +27,10 @@ class Kill(Callback):
 
 
 class KillWhileSaving(Callback):
-    """Ends all processes of the training while a checkpoint is written, or a moment before or after.
+    """Kills all processes of the training while a checkpoint is written, or a moment before or after.
 
     Args:
-        save: Which one, counted from 1.
+        save: Number of the checkpoint, from 1.
         delay: Seconds from the moment when its content is collected.
     """
 
@@ -40,17 +40,17 @@ class KillWhileSaving(Callback):
 
     def on_save_checkpoint(self, *_: object) -> None:
         self.save -= 1
-        if self.save == 0 and not os.fork():  # a process of its own, for a thread would wait for this one to write
+        if self.save == 0 and not os.fork():  # a new process, because a thread would wait while this one writes
             time.sleep(self.delay)
             os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
 class Pace(Callback):
-    """Makes a file when the first batch begins, and takes its time for each, so that a signal can be sent meanwhile.
+    """Makes a file when the first batch begins, and slows down each batch, so that a signal can be sent in between.
 
     Args:
         started: Path of the file.
-        seconds: For each batch.
+        seconds: Time to wait at each batch.
     """
 
     def __init__(self, started: str, seconds: float) -> None:
@@ -64,7 +64,7 @@ class Pace(Callback):
 
 
 class Terminate(Callback):
-    """Sends SIGTERM to each process of a training itself, when a batch begins."""
+    """Sends SIGTERM from each process to itself when a batch begins."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch

@@ -1,7 +1,7 @@
 """Learning rates with and without ZNorm, under Adam and SGD: ``python -m benchmarks.learning_rates``.
 
-Trains the digits experiment's ResNet-20 briefly at each rate and prints the validation accuracy: where the usable range
-lies matters here, not the last point.
+It trains the ResNet-20 of the digits experiment briefly at each rate, and prints the validation accuracy. This shows
+the usable range of rates; it does not show the best accuracy.
 """
 
 import argparse
@@ -45,12 +45,12 @@ def accuracy(optimizer: Callable[[Iterable[nn.Parameter]], Optimizer], znorm: bo
 def main() -> None:
     parser = argparse.ArgumentParser(description="Validation accuracy over learning rates, with and without ZNorm.")
     parser.add_argument("--epochs", type=int, default=6, help="epochs of each run (default: 6)")
-    parser.add_argument("--rates", type=float, nargs="+", help="these in place of the optimizers' own ranges")
+    parser.add_argument("--rates", type=float, nargs="+", help="rates in place of the default ranges")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of each mean (default: 0 1 2)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")  # of unused workers and accelerators
+    warnings.filterwarnings("ignore", module="lightning")  # about unused workers and accelerators
     torch.set_num_threads(args.threads)
 
     print(f"ResNet-20 on the digits, {args.epochs} epochs, mean validation accuracy of seeds {args.seeds}\n")

@@ -1,4 +1,4 @@
-"""Trains for many steps in two processes under DDP with ZNorm, and tells whether memory grows and what is left behind.
+"""Train for many steps in two processes under DDP with ZNorm, and report memory and what is left behind.
 
 ``python -m benchmarks.soak --steps 1000``, and ``--tensors 10000`` for a network of many parameters.
 """
@@ -22,7 +22,7 @@ from lightning_znorm import ZNormCallback
 
 
 class ManyTensors(pl.LightningModule):
-    """As many weight tensors as wanted, of 64 elements each."""
+    """A network with a given number of weight tensors, of 64 elements each."""
 
     def __init__(self, tensors: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class ManyTensors(pl.LightningModule):
 
 
 class Memory(Callback):
-    """Notes after every step what the process holds, and tells at the end how that changed."""
+    """Records memory and open files after every step, and prints at the end how they changed."""
 
     def __init__(self) -> None:
         self.resident: list[int] = []
@@ -98,7 +98,7 @@ def main(steps: int, tensors: int) -> int:
         )
         code = process.wait()
         files = [path.name for path in Path(folder).rglob("*")]
-        for _ in range(50):  # the first process does not wait for the others, which end with it
+        for _ in range(50):  # the first process does not wait for the other one, which ends about then
             processes = [path for path in Path("/proc").glob("[0-9]*/stat") if _session(path) == process.pid]
             if not processes:
                 break

@@ -1,9 +1,9 @@
-"""Sends SIGTERM to trainings of two processes under DDP at random moments, and counts what comes of it.
+"""Send SIGTERM to trainings of two processes under DDP at random moments, and count the results.
 
-``python -m benchmarks.terminations --trials 5 --seed 0``: a line for each way to start a training and each choice of
-processes that are told to end; how many ended by themselves, left a checkpoint
-(``ModelCheckpoint(save_on_exception=True)``), and went on from it to the weights of an uninterrupted run. Without
-dropout, for such a checkpoint lacks the random numbers of all processes but the first. Linux alone.
+``python -m benchmarks.terminations --trials 5 --seed 0`` prints a line for each way to start a training and each choice
+of processes that get the signal. The line says how many trainings ended by themselves, left a checkpoint
+(``ModelCheckpoint(save_on_exception=True)``), and went on from it to the weights of an uninterrupted run. The network
+has no dropout, because such a checkpoint has the random numbers of the first process only. It needs Linux.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.cli_interruptions import EXPERIMENT, REPOSITORY, same, weights
 
-LIMIT = 45  # seconds to end in: torchrun gives its processes 30
+LIMIT = 45  # seconds that a training has to end: torchrun gives its processes 30
 SETTINGS = """
 trainer:
   max_epochs: 6
@@ -75,7 +75,7 @@ def to_each(*which: int) -> Callable[[list[int]], None]:
     return send
 
 
-# Processes are listed as they were started. torchrun has sessions of its own for those that train.
+# Processes are listed in the order of their start. torchrun starts each training process in a session of its own.
 TARGETS: dict[str, dict[str, Callable[[list[int]], None]]] = {
     start: {
         "process 0": to_each(0),
@@ -88,7 +88,7 @@ TARGETS: dict[str, dict[str, Callable[[list[int]], None]]] = {
 
 
 class Training:
-    """A training, of which no process is left behind."""
+    """A training that leaves no process behind."""
 
     def __init__(self, start: str, folder: Path, *arguments: str) -> None:
         folder.mkdir(exist_ok=True)
@@ -112,13 +112,13 @@ class Training:
             )
 
     def processes(self) -> list[int]:
-        """Those that are left, in the order of their start."""
+        """Return the processes that still run, in the order of their start."""
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 if self.mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
                     found.append(int(entry.name))
-            except OSError:  # gone, or somebody else's
+            except OSError:  # the process is gone, or another user's
                 continue
         return sorted(found)
 
@@ -129,7 +129,7 @@ class Training:
             time.sleep(0.01)
 
     def ended(self, seconds: float) -> bool:
-        """Wait until no process is left; kill what is left after so many seconds."""
+        """Return whether all processes end within so many seconds, and kill those that do not."""
         limit = time.monotonic() + seconds
         while time.monotonic() < limit:
             if self.process.poll() is not None and not self.processes():
@@ -148,7 +148,7 @@ class Training:
 
 
 def completed(start: str, folder: Path, *arguments: str) -> dict[str, object]:
-    """The weights of a training that is left alone."""
+    """Train without an interruption, and return the weights."""
     training = Training(start, folder, *arguments)
     try:
         if not training.ended(200) or training.process.returncode:
@@ -159,7 +159,7 @@ def completed(start: str, folder: Path, *arguments: str) -> dict[str, object]:
 
 
 def terminated(start: str, target: str, folder: Path, delay: float) -> str | None:
-    """How a training ended that was told to so many seconds after its first batch; None if it had to be killed."""
+    """Send SIGTERM ``delay`` seconds after the first batch; return how the training ended, or None if it was killed."""
     training = Training(start, folder)
     try:
         training.wait_for_first_batch()

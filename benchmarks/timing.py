@@ -1,4 +1,4 @@
-"""Times several functions in turn, so that a machine that slows down slows all of them."""
+"""Time functions in turn: if the machine slows down, it slows down all of them."""
 
 import statistics
 import time
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 def alternating_medians(
     functions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3
 ) -> dict[str, float]:
-    """Median seconds of each function over rounds in which all take their turn."""
+    """Return the median seconds of each function, over rounds in which each of them runs once."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_index in range(warmup + rounds):
         for name, function in functions.items():

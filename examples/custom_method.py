@@ -1,11 +1,11 @@
 """A gradient method of your own, in about ten lines.
 
-A method that is an affine map of the gradient, ``(g - shift) * scale``, need only say what shift and scale are, given
-the count, mean and deviation of each tensor (or, with ``over = "row"``, of each output channel). Half precision, mixed
-precision, DDP, filters by name and everything else that ``ZNormCallback`` does, it then does as well.
+A method that is an affine map of the gradient, ``(g - shift) * scale``, only returns shift and scale, given the count,
+mean and deviation of each tensor (or, with ``over = "row"``, of each output channel). It then works with half
+precision, mixed precision, DDP, filters by name and everything else that ``ZNormCallback`` works with.
 
-Here: every layer's gradient is divided by its norm (Yu et al., "Block-Normalized Gradient Method: An Empirical Study
-for Training Deep Neural Network", arXiv 1707.04822).
+This example divides every layer's gradient by its norm (Yu et al., "Block-Normalized Gradient Method: An Empirical
+Study for Training Deep Neural Network", arXiv 1707.04822).
 
     python examples/custom_method.py
 """
@@ -21,7 +21,7 @@ from lightning_znorm.tasks import ClassificationTask
 
 
 class UnitNorm(AffineMethod):
-    """Divides each gradient by its norm."""
+    """A method that divides each gradient by its norm."""
 
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
         mean_square = stats.std.square() + stats.mean.abs().square()
@@ -30,7 +30,7 @@ class UnitNorm(AffineMethod):
 
 
 class Task(ClassificationTask):
-    """A classification task that prints the norms of the gradients with which it takes its first step."""
+    """A classification task that prints the norms of the gradients of its first step."""
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.global_step == 0:

@@ -1,7 +1,7 @@
 """ZNorm in two processes (DDP), on the CPU.
 
-DDP averages the gradients before the callback sees them, so every process normalizes the same numbers and takes the
-same step, the one of a single process with twice the batch. Lightning starts the second process itself.
+DDP averages the gradients before the callback sees them. So every process normalizes the same numbers and takes the
+same step, which is also the step of a single process with twice the batch. Lightning starts the second process itself.
 
     python examples/ddp.py
 """

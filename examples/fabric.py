@@ -1,7 +1,8 @@
 """ZNorm with Lightning Fabric: two processes on the CPU, by DDP and by FSDP2.
 
-Fabric has no callbacks of its own; the loop is yours. ``attach(optimizer)``, before Fabric wraps the optimizer,
-normalizes the gradients at each step: DDP's averages, and FSDP2's shards with the statistics of the whole.
+Fabric has no callbacks like the Trainer's; the loop is yours. Call ``attach(optimizer)`` before Fabric wraps the
+optimizer. Each step then normalizes the gradients: DDP's averages, or FSDP2's shards with the statistics of whole
+gradients.
 
     python examples/fabric.py
 

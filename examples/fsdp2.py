@@ -1,14 +1,14 @@
 """ZNorm with FSDP2 in plain PyTorch: two processes on the CPU, each with half of every parameter.
 
-``fully_shard`` leaves each process a part of every gradient. Call ``zscore_grads_`` as if it were whole: it takes mean
-and deviation of the whole, in two small collectives for all gradients together. The step is that of a single process
-with twice the batch.
+``fully_shard`` gives each process a shard of every gradient. Call ``zscore_grads_`` as for whole gradients: it uses the
+mean and deviation of whole gradients, with two small collectives for all gradients together. The step is the same as
+that of a single process with twice the batch.
 
     python examples/fsdp2.py
 
 On a CPU, FSDP2 needs a newer torch than 2.6.
 
-On GPUs: start one process for each with ``torchrun``, initialize "nccl", and make the mesh of "cuda".
+On GPUs, start one process for each GPU with ``torchrun``, initialize "nccl", and make the mesh of "cuda".
 """
 
 import os
@@ -40,20 +40,20 @@ def train(rank: int, store: str) -> None:
 
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     fully_shard(model, mesh=init_device_mesh("cpu", (PROCESSES,)))
-    here = sum(parameter.to_local().numel() for parameter in model.parameters())
+    local_weights = sum(parameter.to_local().numel() for parameter in model.parameters())
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(EPOCHS):
-        # The same order everywhere, of which each process takes its share.
+        # All processes draw the same order, and each takes its share of a batch.
         for chosen in torch.randperm(len(labels)).split(64):
-            own = chosen[rank::PROCESSES]
+            share = chosen[rank::PROCESSES]
             optimizer.zero_grad()
-            F.cross_entropy(model(images[own]), labels[own]).backward()
+            F.cross_entropy(model(images[share]), labels[share]).backward()
             zscore_grads_(model.parameters())
             optimizer.step()
 
     accuracy = (model(test_images).argmax(dim=1) == test_labels).float().mean()
-    print(f"process {rank} of {PROCESSES}: holds {here} weights, test accuracy {accuracy:.3f}")
-    dist.barrier()  # gloo may abort a process whose partner has left
+    print(f"process {rank} of {PROCESSES}: holds {local_weights} weights, test accuracy {accuracy:.3f}")
+    dist.barrier()  # gloo may abort a process after the other one has ended
     dist.destroy_process_group()
 
 

@@ -1,9 +1,9 @@
 """ZNorm for a GAN: manual optimization, two optimizers, one callback.
 
-Each step normalizes the gradients of its own optimizer. Those that the generator's loss leaves in the discriminator
-stay as they are.
+Each step normalizes the gradients of its own optimizer. The generator's loss also leaves gradients in the
+discriminator; these stay as they are.
 
-Learns to draw 8x8 digits, and compares as many drawings with the 1,797 real ones.
+The GAN learns to draw 8x8 digits. Before and after training, 1,797 drawings are compared with the 1,797 real digits.
 
     python examples/gan.py
 """
@@ -23,7 +23,7 @@ class GAN(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.latent = latent
-        # No bias in front of a normalization: its gradient is rounding noise, of which ZNorm would make unit size.
+        # No bias in front of a normalization: its gradient is rounding noise, to which ZNorm would give unit size.
         self.generator = nn.Sequential(
             nn.Linear(latent, 128, bias=False),
             nn.BatchNorm1d(128),

@@ -1,12 +1,12 @@
 """ZNorm with the Trainer of Hugging Face's transformers: an optimizer of your own, with the method attached.
 
-``attach`` runs right before each step: after accumulation, after the Trainer's clipping (which it undoes), and of
-gradients that a ``GradScaler`` has unscaled, whatever the Trainer's arguments say. Attach it before the Trainer has the
-optimizer. A callback's ``on_pre_optimizer_step`` is no substitute in fp16 without clipping: nothing has unscaled the
-gradients there.
+The attached method runs right before each step: after accumulation, after the Trainer's clipping (which it undoes), and
+after a ``GradScaler`` has unscaled the gradients, whatever the Trainer's arguments are. Attach it before you give the
+optimizer to the Trainer. A callback's ``on_pre_optimizer_step`` does not work in fp16 without clipping: there, the
+gradients are still scaled.
 
-Trains a small vision transformer, made from its configuration without a download, on the 1,797 handwritten digits that
-come with scikit-learn.
+The program trains a small vision transformer, made from its configuration without a download, on the 1,797 handwritten
+digits that come with scikit-learn.
 
     pip install transformers accelerate
     python examples/huggingface.py

@@ -1,6 +1,6 @@
 """ZNorm for a LightningModule of your own: one line in the Trainer, none in the module.
 
-Trains a small convolutional network on the 1,797 handwritten digits that come with scikit-learn.
+The program trains a small convolutional network on the 1,797 handwritten digits that come with scikit-learn.
 
     python examples/own_lightning_module.py
 """

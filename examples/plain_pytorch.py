@@ -1,11 +1,11 @@
 """ZNorm in a training loop without Lightning, in three ways.
 
-1. A call of ``zscore_grads_`` between ``backward()`` and ``step()``, where ``clip_grad_norm_`` would go.
-2. ``attach(optimizer)``, once, for a loop that you would rather not touch.
-3. The same under automatic mixed precision: the z-score is that of the true gradients, not of the scaled ones, and a
-   step with infinite gradients is skipped as ever.
+1. Call ``zscore_grads_`` between ``backward()`` and ``step()``, as you would call ``clip_grad_norm_``.
+2. Call ``attach(optimizer)`` once, if you do not want to change the loop.
+3. Do the same under automatic mixed precision: the z-score is that of the true gradients, not of the scaled ones, and a
+   step with infinite gradients is still skipped.
 
-Needs no more of this package than ``lightning_znorm.functional``, which imports torch alone.
+The program only needs ``lightning_znorm.functional``, which imports nothing but torch.
 
     python examples/plain_pytorch.py
 """
@@ -39,7 +39,7 @@ def attach_to_the_optimizer(model: nn.Module, images: Tensor, labels: Tensor) ->
         optimizer.zero_grad()
         F.cross_entropy(model(batch), targets).backward()
         optimizer.step()
-    znorm.remove()  # a further step would use the gradients as they are
+    znorm.remove()  # later steps use the gradients as they are
 
 
 def attach_under_mixed_precision(model: nn.Module, images: Tensor, labels: Tensor) -> None:

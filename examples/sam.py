@@ -1,13 +1,13 @@
 """ZNorm with sharpness-aware minimization (SAM), in a plain loop and in a Lightning Trainer.
 
-SAM (Foret et al., arXiv 2010.01412) climbs a little along the gradient, and descends from where it started along the
-gradient that it finds up there. The climb is along the true gradient, whose length it divides by; the gradient of the
-descent is the one that ZNorm normalizes.
+SAM (Foret et al., arXiv 2010.01412) takes a small step up along the gradient, and computes the gradient there. It goes
+back to where it started, and descends along that second gradient. The climb uses the true gradient, divided by its
+norm. ZNorm normalizes the gradient of the descent.
 
-1. In a loop of your own, ``attach`` to the optimizer that descends. With a SAM optimizer that has ``first_step`` and
-   ``second_step``, that is the optimizer in it: ``attach(sam.base_optimizer)``.
-2. In a Lightning Trainer, climb by hand, and hand the descent to ``optimizer.step`` as a closure: ``ZNormCallback``
-   normalizes what the closure leaves in the gradients.
+1. In a loop of your own, ``attach`` to the optimizer that descends. If a SAM optimizer has ``first_step`` and
+   ``second_step``, that is the optimizer inside: ``attach(sam.base_optimizer)``.
+2. In a Lightning Trainer, climb by hand, and give the descent to ``optimizer.step`` as a closure: ``ZNormCallback``
+   normalizes the gradients that the closure computes.
 
 Both take the same steps.
 
@@ -33,7 +33,7 @@ RADIUS = 0.05
 
 @torch.no_grad()
 def climb(model: nn.Module) -> list[Tensor]:
-    """Moves the weights along the gradient by RADIUS, and returns the way, to go back."""
+    """Move the weights along the gradient by RADIUS, and return the moves, to go back."""
     params = list(model.parameters())
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(param.grad) for param in params]))
     way = [param.grad * (RADIUS / norm) for param in params]

@@ -1,4 +1,4 @@
-"""CIFAR-10 for tests: random images in its format, and the real ones where they are."""
+"""CIFAR-10 for tests: random images in its format, and the real images if they are there."""
 
 import hashlib
 import os
@@ -32,13 +32,13 @@ def write_cifar10(root: Path, images_per_batch: int = 40, seed: int = 0) -> dict
 
 @pytest.fixture
 def fake_cifar10(tmp_path, monkeypatch) -> Path:
-    """Root of 200 + 40 random images, in place of CIFAR-10's 50,000 + 10,000."""
+    """Root folder of 200 + 40 random images, in place of CIFAR-10's 50,000 + 10,000."""
     return put_in_place_of_cifar10(tmp_path, monkeypatch)
 
 
 def put_in_place_of_cifar10(folder: Path, monkeypatch: pytest.MonkeyPatch, images_per_batch: int = 40) -> Path:
     """Write random images that torchvision takes for CIFAR-10, and return their root."""
-    from torchvision.datasets import CIFAR10  # takes seconds, which the process that hands out the tests does not need
+    from torchvision.datasets import CIFAR10  # takes seconds; the process that distributes the tests does not need it
 
     root = folder / "my data"
     sums = write_cifar10(root, images_per_batch)

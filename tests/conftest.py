@@ -1,4 +1,4 @@
-"""Fixtures, the two tiers, and warnings of others, which pytest's policy (all are errors) would turn into failures."""
+"""Fixtures, the two tiers, and the warnings of other packages that must not become errors."""
 
 import importlib.util
 import json
@@ -14,11 +14,11 @@ import pytest
 
 try:
     from xdist.scheduler import LoadScopeScheduling
-except ImportError:  # benchmarks/gpu.sh does without pytest-xdist
+except ImportError:  # benchmarks/gpu.sh does not need pytest-xdist
     LoadScopeScheduling = object
 
-# Before torch is imported: workers that share the cores are slower with more threads than with one. A user who sets the
-# variable knows why.
+# Set before torch is imported: workers that share the cores are slower with several threads than with one. If the user
+# has set the variable, it stays.
 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -35,17 +35,17 @@ GROUPS = pytest.StashKey[Path]()
 THIRD_PARTY = (
     # Lightning 2.6 with torch 2.15.
     r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning",
-    # torchvision unpacks CIFAR-10's archive, on Python 3.12 and 3.13.
+    # torchvision, when it unpacks CIFAR-10's archive on Python 3.12 and 3.13.
     "ignore:Python 3.14 will, by default, filter extracted tar archives:DeprecationWarning",
-    # torch.compile, on Python 3.13.0 alone.
+    # torch.compile, only on Python 3.13.0.
     r"ignore:Guards may run slower on Python 3\.13\.0:RuntimeWarning",
-    # Of machines with more than two CPU cores: workers would do nothing for data that is in memory.
+    # On machines with more than two CPU cores: data in memory does not need workers.
     r"ignore:The '\w+_dataloader' does not have many workers",
-    # Of machines with fewer CPU cores than a test has workers.
+    # On machines with fewer CPU cores than a test has workers.
     r"ignore:This DataLoader will create \d+ worker processes in total",
     # LightningCLI's own calls.
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
-    # Of machines with a GPU: tests choose the CPU.
+    # On machines with a GPU: tests choose the CPU.
     r"ignore:GPU available but not used",
 )
 
@@ -57,19 +57,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def named_files(config: pytest.Config) -> set[Path]:
-    """Files that the command line names, by themselves or in the ids of tests."""
-    places = (Path(config.invocation_params.dir, str(argument).split("::")[0]) for argument in config.args)
-    return {place.resolve() for place in places if place.is_file()}
+    """Return the files that the command line names, alone or in the ids of tests."""
+    paths = (Path(config.invocation_params.dir, str(argument).split("::")[0]) for argument in config.args)
+    return {path.resolve() for path in paths if path.is_file()}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """Return the number of workers for ``-n auto``; none where all should happen in this very process."""
+    """Return the number of workers for ``-n auto``, or 0 if the tests should run in this process."""
     if os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
         return None  # pytest-xdist reads it
-    places = [Path(config.invocation_params.dir, str(argument).split("::")[0]) for argument in config.args]
-    # Of a path that is not there, workers would say nothing.
-    if all(place.is_file() for place in places) or not all(place.exists() for place in places):
+    paths = [Path(config.invocation_params.dir, str(argument).split("::")[0]) for argument in config.args]
+    # Workers would not report a path that does not exist.
+    if all(path.is_file() for path in paths) or not all(path.exists() for path in paths):
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_WORKERS)
@@ -85,7 +85,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def missing() -> Iterator[str]:
-    """What is not here, and how to have its tests run."""
+    """Yield what this machine lacks, and how to have its tests run."""
     if not os.environ.get("ZNORM_DATA"):
         yield "real data: set ZNORM_DATA to a folder with cifar10, lgg-mri-segmentation and pcam"
     if not importlib.util.find_spec("ray"):
@@ -104,7 +104,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def choose_default_tier(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests of the full tier, but of files that the command line names."""
+    """Deselect tests of the full tier, except in files that the command line names."""
     named = named_files(config)
     left_out = [item for item in items if item.get_closest_marker("full") and item.path.resolve() not in named]
     if left_out:
@@ -116,7 +116,7 @@ def choose_default_tier(config: pytest.Config, items: list[pytest.Item]) -> None
 def group_of(item: pytest.Item) -> str:
     """Return the name of the group of tests that one worker runs, one after the other.
 
-    It is the file, whose fixtures are then made once; a long test that shares none is better off alone.
+    The group is the file, so that its fixtures are made once. A long test that shares no fixture is a group of its own.
     """
     if mark := item.get_closest_marker("xdist_group"):
         return str(mark.args[0] if mark.args else mark.kwargs["name"])
@@ -126,16 +126,16 @@ def group_of(item: pytest.Item) -> str:
 
 
 def shares_fixtures(item: pytest.Item) -> bool:
-    """Whether a fixture of ours lives longer than the test."""
+    """Return whether a fixture of this project lives longer than the test."""
     used: dict[str, Iterable[Any]] = item._fixtureinfo.name2fixturedefs
-    # Those of pytest and of its plugins have no place of their own.
+    # Fixtures of pytest and of its plugins have no base id.
     return any(fixture.baseid and fixture.scope != "function" for fixtures in used.values() for fixture in fixtures)
 
 
-# pytest-xdist 3.8 tells the groups to the process that hands out the tests by appending them to the tests' ids, by a
-# private name which pytest 9.2 ignores. Here each worker writes them down, before it says that it has collected.
+# pytest-xdist 3.8 appends the groups to the tests' ids, by a private name which pytest 9.2 ignores. Here each worker
+# writes its groups into a file, before it reports that it has collected the tests.
 class GroupScheduling(LoadScopeScheduling):
-    """``--dist loadgroup``: hand out tests by :func:`group_of`."""
+    """``--dist loadgroup``: distribute tests by :func:`group_of`."""
 
     @cached_property
     def groups(self) -> dict[str, str]:
@@ -169,7 +169,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_report_to_serializable() -> Iterator[None]:
-    """Let workers send what a test has logged, whatever it is: pytest-xdist breaks off at a text that is not UTF-8."""
+    """Let workers send every log text of a test: pytest-xdist fails at a text that is not UTF-8."""
     return in_utf_8((yield))
 
 

@@ -27,7 +27,7 @@ import torchmetrics.utilities.prints
 
 ROOT = Path(__file__).parents[1]
 
-# Imported once, by the forkserver. Under DeepSpeed, some of this would take every process seconds.
+# The forkserver imports these once. Under DeepSpeed, some of them would take seconds in every process.
 PRELOADED = [
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.runtime.zero.muon.original_muon",
@@ -40,12 +40,12 @@ PRELOADED = [
     "torch.distributed.checkpoint",
 ]
 
-# Seconds that the other processes have once one has failed: time to fail for the same reason, and no time to hang.
+# Seconds that the others have after one process has failed: enough to fail for the same reason, and not to hang.
 GRACE = 5.0
 
 
 class ProcessesError(AssertionError):
-    """Processes failed, died or hung. The message says which, and ends with what they printed."""
+    """Raised if processes fail, die or hang. The message names them, and ends with what they printed."""
 
 
 def run_distributed(
@@ -53,25 +53,25 @@ def run_distributed(
 ) -> list[Any]:
     """Call ``function(*arguments)`` in several processes at once, and return its results, in the order of ranks.
 
-    Each process has the environment variables of torchrun, one thread and an empty working directory. No process is
-    left when this function returns or raises, nor any process that they started.
+    Each process has the environment variables of torchrun, one thread and an empty working directory. When this
+    function returns or raises, none of the processes is left, and none that they started.
 
     Args:
         function: A function at the top level of a module.
         *arguments: Arguments that can be pickled.
         processes: Number of processes.
-        timeout: Seconds after which all processes are killed.
-        name: What an error calls the run. Default: the function's name and arguments.
+        timeout: Number of seconds after which all processes are killed.
+        name: The name of the run in errors. Default: the function's name and arguments.
 
     Raises:
         ProcessesError: if a process raises, dies or still runs after ``timeout`` seconds.
     """
     name = name or f"{function.__name__}{arguments}"
     folder = Path(tempfile.mkdtemp(prefix="processes-"))
-    # The store lives in this process: its port is taken from the start, and no rank can come before it is there.
+    # The store lives in this process: its port is reserved from the start, and no rank can connect before it exists.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     try:
-        # As bytes, so that a function that cannot be imported fails where its traceback is kept.
+        # As bytes: if the function cannot be imported, that fails in the process that saves its traceback.
         call = pickle.dumps((function, arguments))
         calls = [(rank, processes, store.port, folder, timeout, call) for rank in range(processes)]
         with _started(calls) as launched:
@@ -101,7 +101,7 @@ def _started(calls: Sequence[tuple[Any, ...]]) -> Iterator[list[ForkServerProces
 
 
 def _start_server() -> None:
-    """Start the forkserver if it does not run, with the environment that its processes need."""
+    """Start the forkserver, unless it runs, with the environment that its processes need."""
     needed = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     before = {key: os.environ.get(key) for key in needed}
     os.environ.update(needed)
@@ -117,7 +117,7 @@ def _start_server() -> None:
 
 
 def _join(launched: Sequence[ForkServerProcess], timeout: float, folder: Path) -> str:
-    """Wait for processes, and return what went wrong, or an empty text."""
+    """Wait for processes, and return what went wrong, or an empty string."""
     end, problems = time.monotonic() + timeout, []
     pending = {process.sentinel: rank for rank, process in enumerate(launched)}
     while pending:
@@ -132,7 +132,7 @@ def _join(launched: Sequence[ForkServerProcess], timeout: float, folder: Path) -
                 end = min(end, time.monotonic() + GRACE)
         if not ended:
             late = sorted(pending.values())
-            for rank in late:  # it then prints its stack, and so do the processes that it forked
+            for rank in late:  # it then prints its stack, as do the processes that it forked
                 with suppress(ProcessLookupError):
                     os.killpg(launched[rank].pid or 0, signal.SIGUSR1)
             time.sleep(0.2)
@@ -143,11 +143,11 @@ def _join(launched: Sequence[ForkServerProcess], timeout: float, folder: Path) -
 
 
 def _kill(process: ForkServerProcess) -> None:
-    """Kill a process and all of its session. What a compiler starts has groups of its own, but stays in the session."""
+    """Kill a process and its session. Processes of a compiler have other groups, but the same session."""
     for pid in _session(process.pid or 0):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    if process.is_alive():  # and has not made its session yet
+    if process.is_alive():  # it has not made its session yet
         process.kill()
     process.join()
 
@@ -163,7 +163,7 @@ def _session(leader: int) -> list[int]:
 
 
 def is_running(pid: int) -> bool:
-    """Return whether there is such a process, and it is not a zombie."""
+    """Return whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -177,20 +177,20 @@ def _last_words(folder: Path, processes: int) -> str:
 
 
 def _work(rank: int, processes: int, port: int, folder: Path, timeout: float, call: bytes) -> None:
-    """Call the pickled function as one rank, and leave its result or its traceback in the folder."""
+    """Call the pickled function as one rank, and write its result or its traceback into the folder."""
     os.setsid()
-    # The forkserver ends when all copies of this end of a pipe are closed. The process of the tests closes its own by
-    # ending, and each process here has inherited one.
+    # The forkserver ends when all copies of this end of a pipe are closed. The process of the tests closes its copy
+    # when it ends; each process here has inherited a copy.
     with suppress(AttributeError, OSError, TypeError):
         os.close(forkserver._forkserver._forkserver_alive_fd)
-    if sys.platform == "linux":  # and this process ends with the forkserver
+    if sys.platform == "linux":  # this process then ends with the forkserver
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
-    # And by itself, in case that the signal would kill it: a Trainer of Lightning's that ends resets the handlers of
-    # signals to those that Python knows of.
+    # Also print the stack after the timeout, because the signal may kill this process: a Trainer of Lightning that ends
+    # resets the signal handlers to those that Python knows.
     faulthandler.dump_traceback_later(timeout, file=log)
     os.environ |= {
         "RANK": str(rank),
@@ -208,11 +208,11 @@ def _work(rank: int, processes: int, port: int, folder: Path, timeout: float, ca
         lightning_utilities.core.rank_zero.rank_zero_only,
         torchmetrics.utilities.prints.rank_zero_only,
     ):
-        rank_zero_only.rank = rank  # which they have read from the environment, in the forkserver
+        rank_zero_only.rank = rank  # Lightning has read it from the environment, in the forkserver
     own = folder / f"{rank}.folder"
     own.mkdir()
     os.chdir(own)
-    set_start_method(None, force=True)  # workers of a DataLoader start as in any process, and not by a forkserver
+    set_start_method(None, force=True)  # workers of a DataLoader start as usual, and not from a forkserver
     code = 1
     try:
         function, arguments = pickle.loads(call)
@@ -222,7 +222,7 @@ def _work(rank: int, processes: int, port: int, folder: Path, timeout: float, ca
     except BaseException:
         traceback.print_exc()
     finally:
-        # Without cleaning up: a process group's threads may wait for a rank that failed.
+        # Exit without cleanup: threads of a process group may wait for a rank that failed.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,4 +1,4 @@
-"""Torch's default type, changed for a while; what must not be made of it; and where torch itself is wrong."""
+"""Change torch's default dtype, and check that no tensor depends on it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,14 +36,14 @@ class _Types(TorchDispatchMode):
 
 @contextmanager
 def default_is_never_read() -> Iterator[None]:
-    """Fails if a tensor of torch's default type is made; the code under test must have no bfloat16 of its own."""
+    """Fail if a tensor of torch's default dtype is made; the tested code must not use bfloat16 itself."""
     with default_dtype(torch.bfloat16), _Types() as types:
         yield
     assert torch.bfloat16 not in types.made, types.made[torch.bfloat16]
 
 
 def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Returns few rows, of one value of each axis, in which any two values of two axes meet."""
+    """Return a few rows with one value of each axis, so that any two values of two axes occur together in a row."""
 
     def pairs(row: tuple[int, ...]) -> set[tuple[tuple[int, int], ...]]:
         return set(combinations(enumerate(row), 2))
@@ -59,7 +59,7 @@ def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
 
 
 def fused_sgd_is_right(dtype: torch.dtype) -> bool:
-    """Whether torch's own fused SGD can step in this type on the CPU; that of torch 2.6 cannot in half precision."""
+    """Return whether torch's fused SGD can step in this dtype on the CPU; torch 2.6 cannot in half precision."""
     weights = [torch.zeros(30, dtype=dtype, requires_grad=True) for _ in range(2)]
     for weight, fused in zip(weights, (False, True), strict=True):
         weight.grad = torch.linspace(-1, 1, 30).to(dtype)

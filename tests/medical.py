@@ -1,4 +1,4 @@
-"""LGG and PatchCamelyon for tests: small data sets in their formats, made by hand, and the real ones where they are."""
+"""LGG and PatchCamelyon for tests: small artificial data sets in their formats, and the real data if they are there."""
 
 import csv
 import os
@@ -16,20 +16,20 @@ PCAM = "camelyonpatch_level_2_split_{split}_{what}.h5"
 def write_lgg(
     root: Path, patients: int = 5, slices: int = 4, size: int = 32, seed: int = 0, **save: Any
 ) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-    """Write slices as Kaggle's ``kaggle_3m`` has them: a grey disc in noise, and in some a bright tumour with its mask.
+    """Write slices in the format of Kaggle's ``kaggle_3m``: a grey disc in noise, some with a bright tumour and a mask.
 
     Patient i of n has tumour in the share (i + 1) / (n + 1) of its slices.
 
     Args:
         root: Folder that will hold ``kaggle_3m``.
         patients: Number of patients.
-        slices: Slices of each.
+        slices: Number of slices of each patient.
         size: Width and height.
-        seed: Of the noise.
-        **save: For Pillow's ``Image.save``, such as ``compression="tiff_lzw"``.
+        seed: Seed of the noise.
+        **save: Arguments for Pillow's ``Image.save``, such as ``compression="tiff_lzw"``.
 
     Returns:
-        Image, (H, W, 3), and mask, (H, W), by the path of the image from ``kaggle_3m`` on.
+        Image, (H, W, 3), and mask, (H, W), by the image's path, from ``kaggle_3m`` on.
     """
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[:size, :size] / size - 0.5
@@ -53,7 +53,7 @@ def write_lgg(
 
 
 def patches(count: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Patches of 96x96 pixels in shades of pink, of which every second has class 1 and a dark centre."""
+    """Make patches of 96x96 pixels in shades of pink; every second patch has class 1 and a dark centre."""
     rng = np.random.default_rng(seed)
     images = rng.integers(-30, 31, (count, 96, 96, 3)) + np.array([180, 140, 178])
     labels = (np.arange(count) % 2).astype(np.uint8)
@@ -64,13 +64,13 @@ def patches(count: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]
 def write_pcam(
     root: Path, counts: tuple[int, int, int] = (40, 10, 12), seed: int = 0, **dataset: Any
 ) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-    """Write patches as PatchCamelyon's HDF5 files hold them.
+    """Write patches in the format of PatchCamelyon's HDF5 files.
 
     Args:
         root: Folder that will hold ``pcam``.
-        counts: Images of train, valid and test.
-        seed: Of the noise.
-        **dataset: For h5py's ``create_dataset`` of the images, such as ``compression="gzip"``.
+        counts: Numbers of images of train, valid and test.
+        seed: Seed of the noise.
+        **dataset: Arguments for h5py's ``create_dataset`` of the images, such as ``compression="gzip"``.
 
     Returns:
         Images and labels of ``train``, ``valid`` and ``test``.
@@ -90,7 +90,7 @@ def write_pcam(
 
 
 def write_kaggle_pcam(root: Path, count: int = 60, seed: int = 0) -> dict[str, tuple[NDArray[np.uint8], int]]:
-    """Write patches as Kaggle's ``histopathologic-cancer-detection`` has them, labels in an order of their own.
+    """Write patches in the format of Kaggle's ``histopathologic-cancer-detection``; labels have another order.
 
     Returns:
         Image and label by name.
@@ -112,14 +112,14 @@ def write_kaggle_pcam(root: Path, count: int = 60, seed: int = 0) -> dict[str, t
 
 @pytest.fixture
 def fake_lgg(tmp_path) -> Path:
-    """Root of 5 patients with 4 slices of 32x32 pixels each."""
+    """Root folder of 5 patients with 4 slices of 32x32 pixels each."""
     write_lgg(tmp_path / "my data")
     return tmp_path / "my data"
 
 
 @pytest.fixture
 def fake_pcam(tmp_path) -> Path:
-    """Root of 40, 10 and 12 patches in HDF5 files."""
+    """Root folder of 40, 10 and 12 patches in HDF5 files."""
     write_pcam(tmp_path / "my data")
     return tmp_path / "my data"
 

@@ -1,23 +1,24 @@
-"""Change single lines of the package, a seeded sample, and see that tests of the default tier fail.
+"""Change single lines of the package, in a seeded sample, and check that tests of the default tier fail.
 
 python -m tests.mutants [--seed 0] [--count 24] [--only ID ...] [--jobs 1] [--timeout 180] [--check] [--output FILE]
 python -m tests.mutants --list [--seed 0] [--count 24] [--only ID ...]
 
-A mutant is a copy of the working tree (what git tracks, and what it does not ignore) in which one line of the package
-is changed: see `find_mutations`. Each room of the package gets at least one of the sample, where there are enough, and
-gradients and callbacks get more than their lines of code would give them. In a room every line that can be changed is
-as likely as any other.
+A mutant is a copy of the working tree (all files that git tracks or does not ignore) in which one line of the package
+is changed: see `find_mutations`. Each room of the package gets at least one mutant of the sample, if there are enough.
+Gradients and callbacks get more mutants than in proportion to their lines. Within a room, every line that can be
+changed is equally likely.
 
-One pytest process for each mutant runs, until one fails, the files that `choose_tests` names, nearest first. It is
+For each mutant, one pytest process runs the files that `choose_tests` names, nearest first, until a test fails. The
+mutant is
 
 - killed, if a test fails, cannot be collected, hangs, or ends the process,
-- survived, if all pass,
-- timed out, if none has failed after --timeout seconds.
+- survived, if all tests pass,
+- timed out, if no test has failed after --timeout seconds.
 
 Test files that cannot be collected in the unchanged copy are left out, and named.
 
-Prints a table. Exits with 1 if a mutant survives or times out without a word in `REASONS`; and, with --check, if a test
-that killed one fails in the unchanged copy as well.
+The script prints a table. It exits with 1 if a mutant survives or times out without a reason in `REASONS`; with
+--check, also if a test that killed a mutant fails in the unchanged copy, too.
 """
 
 import argparse
@@ -45,7 +46,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "lightning_znorm"
 CLI = f"{PACKAGE}.cli"
 
-# Rooms by how much more of the sample they get than their lines of code would give them.
+# Rooms that get more of the sample than in proportion to their lines, and the factor.
 ROOMS = {
     "gradients": 2,
     "callbacks": 2,
@@ -59,7 +60,7 @@ ROOMS = {
     "cli": 1,
 }
 
-# Why a mutant that no test kills is right as well: (file, line, line in the mutant), both lines stripped, to a reason.
+# Mutants that no test kills because they are correct, too: (file, line, line in the mutant), lines stripped: reason.
 REASONS: dict[tuple[str, str, str], str] = {
     (
         "lightning_znorm/tasks/targets.py",
@@ -68,7 +69,7 @@ REASONS: dict[tuple[str, str, str], str] = {
     ): "the notes are made with one entry for each of STAGES, so that the lengths are the same",
 }
 
-# A test that takes longer hangs. Tests of their own time, by a marker, keep it.
+# A test that takes longer hangs. Tests with a `timeout` marker keep their own limit.
 SECONDS_OF_A_TEST = 100
 
 COMPARISONS: dict[type[ast.cmpop], tuple[str, str]] = {
@@ -95,7 +96,7 @@ MESSAGES = re.compile(r"(.*_)?(warn|warning|log|debug|info|error|exception|criti
 
 @dataclass(frozen=True)
 class Mutation:
-    """Other text in a part of one line. `start` and `end` are in bytes, as `ast` counts them."""
+    """A replacement of a part of one line. `start` and `end` are in bytes, as `ast` counts them."""
 
     file: str
     line: int
@@ -103,11 +104,11 @@ class Mutation:
     end: int
     kind: str
     text: str
-    number: int = 0  # among those of the line
+    number: int = 0  # among the mutations of the line
 
     @property
     def id(self) -> str:
-        """What --only takes."""
+        """Id of the mutation, for --only."""
         return f"{self.file}:{self.line}.{self.number}"
 
     @property
@@ -116,13 +117,13 @@ class Mutation:
         return self.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
     def lines(self, source: str) -> tuple[str, str]:
-        """Return the line as it is, and as it becomes, without what surrounds it."""
+        """Return the line before and after the change, stripped."""
         line = source.encode().splitlines()[self.line - 1]
         return line.decode().strip(), (line[: self.start] + self.text.encode() + line[self.end :]).decode().strip()
 
 
 def render(source: str, mutation: Mutation) -> str:
-    """Return the source with the mutation; all other lines stay as they are, to the byte."""
+    """Return the source with the mutation; all other bytes stay the same."""
     lines = source.encode().splitlines(keepends=True)
     line = lines[mutation.line - 1]
     lines[mutation.line - 1] = line[: mutation.start] + mutation.text.encode() + line[mutation.end :]
@@ -130,22 +131,22 @@ def render(source: str, mutation: Mutation) -> str:
 
 
 def find_mutations(source: str, file: str = "<source>") -> list[Mutation]:
-    """Find what can be changed in a module, in the order of lines.
+    """Find all mutations of a module, in the order of lines.
 
     - ``<`` and ``<=``, ``>`` and ``>=``, ``==`` and ``!=``, ``is`` and ``is not``, ``in`` and ``not in`` are exchanged,
       ``+`` and ``-``, ``*`` and ``/``, ``and`` and ``or``.
-    - ``not x`` becomes ``x``, and the condition of an ``if`` the contrary.
-    - Numbers grow by one, True and False are exchanged, and defaults become others.
-    - A function returns None instead of a value, or leaves a call out whose value nobody uses.
+    - ``not x`` becomes ``x``, and the condition of an ``if`` is negated.
+    - Numbers grow by one, True and False are exchanged, and default values become other values.
+    - A function returns None instead of a value, or a call is removed whose value is not used.
 
-    What no behaviour depends on is left out: annotations, ``__all__``, ``if TYPE_CHECKING`` and ``if __name__``, what
-    is raised, and what is warned of or logged. Strings are, but for defaults.
+    Code without an effect on behaviour is left out: annotations, ``__all__``, ``if TYPE_CHECKING``, ``if __name__``,
+    the texts of errors, warnings and logs, and strings other than default values.
     """
     finder = _Finder(source)
     finder.visit(ast.parse(source))
     numbers: dict[int, int] = defaultdict(int)
     found = []
-    # By position, so that a line's numbers are in the order in which it is read.
+    # By position, so that the mutations of a line are numbered from left to right.
     for line, start, end, kind, text in sorted(finder.found):
         numbers[line] += 1
         found.append(Mutation(file, line, start, end, kind, text, numbers[line]))
@@ -181,7 +182,7 @@ class _Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
-        # Of strings and paths any other operator is an error at once.
+        # With strings and paths, any other operator is an error at once.
         if type(node.op) in ARITHMETIC and not any(map(_is_text, (node.left, node.right))):
             self._exchange(node.left, node.right, *ARITHMETIC[type(node.op)], "arithmetic")
         self.generic_visit(node)
@@ -253,7 +254,7 @@ class _Finder(ast.NodeVisitor):
     def visit_Raise(self, node: ast.Raise) -> None:
         pass
 
-    # Before Python 3.12, positions in it are not those in the file.
+    # Before Python 3.12, positions in an f-string are not positions in the file.
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
         pass
 
@@ -272,13 +273,13 @@ class _Finder(ast.NodeVisitor):
 
     def _leave_not_out(self, node: ast.UnaryOp) -> None:
         if node.lineno == node.operand.lineno:
-            # A parenthesis is in neither of the two.
+            # The parenthesis belongs neither to `not` nor to the operand, so it stays.
             between = self._text(node.lineno, node.col_offset, node.operand.col_offset)
             end = node.col_offset + len(between) - len(between.removeprefix("not").lstrip())
             self.found.append((node.lineno, node.col_offset, end, "not", ""))
 
     def _exchange(self, left: ast.expr, right: ast.expr, old: str, new: str, kind: str) -> None:
-        """Change the operator between two operands, where only parentheses can be besides."""
+        """Change the operator between two operands; only parentheses can stand beside it."""
         if left.end_lineno != right.lineno or left.end_col_offset is None:
             return
         between = self._text(right.lineno, left.end_col_offset, right.col_offset)
@@ -308,7 +309,7 @@ def _other_number(value: object) -> str | None:
 
 
 def room_of(file: str) -> str:
-    """Return the room of a file of the package; the package's own two modules are the command line's door."""
+    """Return the room of a file of the package; the package's own two modules count as the command line."""
     room = file.split("/")[1].removesuffix(".py")
     return "cli" if room in ("__init__", "__main__") else room
 
@@ -321,7 +322,7 @@ def package_sources(root: Path = ROOT) -> Mapping[str, str]:
 
 
 def _read(path: Path) -> str:
-    return path.read_bytes().decode()  # with its ends of lines
+    return path.read_bytes().decode()  # keeps the line endings
 
 
 @cache
@@ -331,7 +332,7 @@ def package_mutations(root: Path = ROOT) -> Sequence[Mutation]:
 
 
 def sample(seed: int, count: int, root: Path = ROOT) -> list[Mutation]:
-    """Draw mutations: a number of each room, and in a room lines, each as likely as any other."""
+    """Draw a number of mutations from each room, in which each line is equally likely."""
     sources = package_sources(root)
     lines: dict[str, dict[tuple[str, int], list[Mutation]]] = {room: {} for room in ROOMS}
     for mutation in package_mutations(root):
@@ -341,7 +342,7 @@ def sample(seed: int, count: int, root: Path = ROOT) -> list[Mutation]:
         sizes[room_of(file)] += source.count("\n")
     drawn = []
     for room, number in shares(sizes, count, random.Random(seed)).items():
-        # Each room has a generator of its own: another room's new line does not change what is drawn here.
+        # Each room has a generator of its own, so that a new line in another room does not change its sample.
         generator = random.Random(f"{seed} {room}")
         places = sorted(lines[room])
         generator.shuffle(places)
@@ -356,7 +357,7 @@ def sample(seed: int, count: int, root: Path = ROOT) -> list[Mutation]:
 
 
 def shares(sizes: Mapping[str, int], count: int, generator: random.Random) -> dict[str, int]:
-    """Divide a sample among the rooms: one for each, if there are enough, and the others by size and `ROOMS`."""
+    """Divide a sample among the rooms: one for each, if there are enough, and the rest by size and `ROOMS`."""
     if count < len(sizes):
         chosen = generator.sample(list(sizes), count)
         return {room: int(room in chosen) for room in sizes}
@@ -369,10 +370,10 @@ def shares(sizes: Mapping[str, int], count: int, generator: random.Random) -> di
 
 
 def is_change(source: str, mutation: Mutation) -> bool:
-    """Say whether the mutant is a program, and another one."""
+    """Return whether the mutant compiles, and differs from the original."""
     mutant = render(source, mutation)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of comparisons with constants
+        warnings.simplefilter("ignore")  # about comparisons with constants
         try:
             compile(mutant, mutation.file, "exec")
         except (SyntaxError, ValueError):
@@ -381,7 +382,7 @@ def is_change(source: str, mutation: Mutation) -> bool:
 
 
 class Imports:
-    """Which module of the package names which, and which test file."""
+    """Which modules of the package, and which test files, name which modules."""
 
     def __init__(self, root: Path = ROOT) -> None:
         self.sources = {_module(file): source for file, source in package_sources(root).items()}
@@ -401,7 +402,7 @@ class Imports:
             arguments[file] = {node.arg for node in tree if isinstance(node, ast.arg)}
             self.tests[file] = self._named(tree) | self._named_in_strings(tree)
             self.helpers[file] = _helpers(tree, file, files)
-        # A conftest.py helps a test that has an argument of a fixture's name.
+        # A conftest.py helps a test if an argument of the test is the name of a fixture.
         fixtures = {file: _definitions(root / file) for file in files if file.endswith("/conftest.py")}
         for file in files:
             folders = [folder.as_posix() for folder in Path(file).parents]
@@ -409,14 +410,14 @@ class Imports:
             self.helpers[file] |= {name for name in above if fixtures[name] & arguments[file]}
 
     def resolve(self, module: str, name: str) -> str:
-        """Return the module of the package that defines what another one gives by that name."""
+        """Return the module of the package that defines a name that another module exports."""
         if f"{module}.{name}" in self.sources:
             return f"{module}.{name}"
         origin, original = self.bindings.get(module, {}).get(name, ("", ""))
         return self.resolve(origin, original) if origin.split(".")[0] == PACKAGE and origin != module else module
 
     def distances(self, module: str) -> dict[str, int]:
-        """Return of each module that imports this one, itself or through others, the number of steps to it."""
+        """Return all modules that import this one, directly or through others, with the number of steps."""
         distances = {module: 0}
         nearest = [module]
         while nearest:
@@ -428,7 +429,7 @@ class Imports:
 
     @cache  # noqa: B019 - there is one object for each tree
     def named_by_helpers(self, file: str) -> set[str]:
-        """Return the modules of the package that the files of tests/ name which a test file imports or runs."""
+        """Return the modules of the package that a test file names through the helpers in tests/ that it uses."""
         seen, left = {file}, [file]
         while left:
             new = self.helpers[left.pop()] - seen
@@ -446,7 +447,7 @@ class Imports:
         return found
 
     def _named_in_strings(self, tree: list[ast.AST]) -> set[str]:
-        """Return the modules in class paths, in what monkeypatch sets, in programs and in commands."""
+        """Return the modules in class paths, in names that monkeypatch sets, in programs and in commands."""
         found = set()
         for node in tree:
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -459,12 +460,12 @@ class Imports:
         return found
 
     def _of_dotted(self, dotted: str) -> set[str]:
-        """Return the module that a dotted name belongs to, and the one where it is defined if that is another."""
+        """Return the module that a dotted name belongs to, and the module that defines it, if that is another."""
         module, rest = PACKAGE, dotted.split(".")[1:]
         while rest and f"{module}.{rest[0]}" in self.sources:
             module = f"{module}.{rest.pop(0)}"
         defined = self.resolve(module, rest[0]) if rest else module
-        # A package passes names on, a module uses them.
+        # A package re-exports names; a module uses them.
         is_package = any(other.startswith(f"{module}.") for other in self.sources)
         return {defined} if is_package else {module, defined}
 
@@ -514,25 +515,25 @@ def _definitions(path: Path) -> set[str]:
 
 @cache
 def imports(root: Path = ROOT) -> Imports:
-    """Read who names whom, once."""
+    """Read once which modules and test files name which modules."""
     return Imports(root)
 
 
 def choose_tests(mutation: Mutation, root: Path = ROOT) -> list[str]:
     """Name the test files that may notice a mutation, nearest first.
 
-    A test file names a module if it imports it, or something that is defined there from wherever the package gives it,
-    or has its dotted name in a string. The room of a test is its folder, or in its name. In this order:
+    A test file names a module if it imports the module, or an object that the module defines, or if a string in it has
+    the module's dotted name. The room of a test is its folder, or is part of its name. The order is:
 
-    1. Files that are called after the module, and name it or belong to its room.
+    1. Files that have the module's name, and name it or belong to its room.
     2. Files of its room that name it.
     3. Other files that name it.
-    4. Files whose helpers in tests/ name it, those of its room first.
+    4. Files whose helpers in tests/ name it, first those of its room.
     5. Files of its room that reach it through the package's imports.
     6. Other files that name a module that names it.
-    7. Files that run the command line, through which settings reach everything.
+    7. Files that run the command line, because settings reach everything through it.
 
-    Among equals come first those that name fewer modules: they are about this one.
+    Among equals, files that name fewer modules come first: they are more likely to be about this module.
     """
     found = imports(root)
     distances = found.distances(mutation.module)
@@ -563,7 +564,7 @@ def choose_tests(mutation: Mutation, root: Path = ROOT) -> list[str]:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a mutant: "killed", "survived" or "timed out"; by or in which test, and after how many seconds."""
+    """The result of a mutant: "killed", "survived" or "timed out"; the test that decided, and the seconds."""
 
     mutation: Mutation
     outcome: str
@@ -572,17 +573,17 @@ class Result:
 
 
 def copy_tree(target: Path, root: Path = ROOT) -> None:
-    """Copy what git tracks, and what it does not ignore."""
+    """Copy all files that git tracks or does not ignore."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
     for name in filter(None, listed.split("\0")):
-        if (root / name).is_file():  # else deleted, and not yet in git
+        if (root / name).is_file():  # otherwise the file is deleted, and git does not know yet
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, target / name)
 
 
 def pytest_configure(config: Any) -> None:
-    """Refuse to test another package than that of the copy, in the process itself; for ``pytest -p tests.mutants``."""
+    """Refuse, in the pytest process, to test a package that is not the copy's; for ``pytest -p tests.mutants``."""
     import pytest
 
     import lightning_znorm
@@ -593,9 +594,9 @@ def pytest_configure(config: Any) -> None:
 
 
 def run_pytest(tree: Path, arguments: Sequence[str], timeout: float) -> tuple[int | None, str]:
-    """Run pytest in a copy; return its exit status, or None upon timeout, and what it printed.
+    """Run pytest in a copy; return its exit status, or None after a timeout, and its output.
 
-    None of the processes that it started is left, for they inherit a variable: some are in sessions of their own.
+    No process that it started is left: some have sessions of their own, but all inherit an environment variable.
     """
     command = [sys.executable, "-m", "pytest", "-v", "-m", "not full", "-n", "0", "-p", "no:cacheprovider"]
     command += ["-p", "tests.mutants", "--timeout", str(SECONDS_OF_A_TEST), "--basetemp", f"{tree}.tmp", *arguments]
@@ -624,21 +625,21 @@ def _kill_group(group: int) -> None:
 
 
 def _kill_marked(tree: Path) -> None:
-    """Kill what was started in a copy, or in any of a folder."""
+    """Kill all processes that were started in a copy, or in any copy of a folder."""
     variable = f"ZNORM_MUTANT={tree}".encode()
     for path in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):  # it is gone, or somebody else's
+        with suppress(OSError):  # the process is gone, or another user's
             if any(entry.startswith(variable) for entry in path.read_bytes().split(b"\0")):
                 os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def failed_tests(output: str) -> list[str]:
-    """Return the tests of pytest's summary that failed, or the files that it could not collect."""
+    """Return the failed tests of pytest's summary, or the files that it could not collect."""
     return [line.split(" - ")[0] for line in re.findall(r"^(?:FAILED|ERROR) (tests/.*)$", output, re.MULTILINE)]
 
 
 def judge(status: int | None, output: str) -> tuple[str, str]:
-    """Return what pytest's exit status and output say about a mutant, and the test that says so, or how far it came."""
+    """Return the result that pytest's exit status and output give, and the test that decided, or the last test."""
     if failed := failed_tests(output):
         return "killed", failed[0]
     if status is None:
@@ -652,7 +653,7 @@ def judge(status: int | None, output: str) -> tuple[str, str]:
 
 
 def find_broken(base: Path, tests: Iterable[str]) -> list[str]:
-    """Return the test files that cannot be collected in the unchanged copy: they would seem to kill any mutant."""
+    """Return the test files that cannot be collected in the unchanged copy: they would kill any mutant."""
     status, output = run_pytest(base, ["--collect-only", *sorted({*tests})], 300)
     if status is None:
         raise RuntimeError(f"pytest collects for more than 300 s:\n{output[-3000:]}")
@@ -660,7 +661,7 @@ def find_broken(base: Path, tests: Iterable[str]) -> list[str]:
 
 
 def run_mutant(mutation: Mutation, base: Path, timeout: float, broken: Sequence[str] = ()) -> Result:
-    """Run the tests that may notice a mutation in a fresh copy: no bytecode of an earlier one is there."""
+    """Run the tests that may notice a mutation, in a fresh copy without bytecode of an earlier mutant."""
     tree = Path(tempfile.mkdtemp(prefix="mutant-", dir=base.parent))
     try:
         shutil.copytree(base, tree, dirs_exist_ok=True)
@@ -675,12 +676,12 @@ def run_mutant(mutation: Mutation, base: Path, timeout: float, broken: Sequence[
 
 
 def reason(mutation: Mutation, source: str) -> str | None:
-    """Return why a mutant may survive, if it may."""
+    """Return the reason why a mutant may survive, if there is one."""
     return REASONS.get((mutation.file, *mutation.lines(source)))
 
 
 def row(result: Result, source: str) -> str:
-    """Write a row of the table."""
+    """Print a row of the table."""
     before, after = result.mutation.lines(source)
     said = result.by
     if result.outcome != "killed":
@@ -690,7 +691,7 @@ def row(result: Result, source: str) -> str:
 
 
 def choose(args: argparse.Namespace, root: Path) -> list[Mutation]:
-    """Return the mutations that the arguments ask for."""
+    """Return the mutations that the arguments select."""
     if not args.only:
         return sample(args.seed, args.count, root)
     every = package_mutations(root)
@@ -701,7 +702,7 @@ def choose(args: argparse.Namespace, root: Path) -> list[Mutation]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sample, and print its table."""
+    """Run the sample, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=24)
@@ -718,14 +719,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{mutation.id} {mutation.kind}\n  - {before}\n  + {after}\n  {' '.join(choose_tests(mutation))}")
         return 0
     with tempfile.TemporaryDirectory(prefix="znorm-", ignore_cleanup_errors=True) as folder:
-        # One state of the tree for all of them, whatever is edited meanwhile.
+        # All mutants use one state of the tree, even if files are edited meanwhile.
         base = Path(folder).resolve() / "base"
         copy_tree(base)
         return run_all(choose(args, base), base, args)
 
 
 def run_all(mutations: Sequence[Mutation], base: Path, args: argparse.Namespace) -> int:
-    """Run mutants, and print a row for each as soon as it is known."""
+    """Run mutants, and print the row of each as soon as its result is known."""
     sources = package_sources(base)
     broken = find_broken(base, (test for mutation in mutations for test in choose_tests(mutation, base)))
     if broken:
@@ -739,7 +740,7 @@ def run_all(mutations: Sequence[Mutation], base: Path, args: argparse.Namespace)
                 results.append(result)
                 table.append(row(result, sources[result.mutation.file]))
                 print(table[-1], flush=True)
-        except BaseException:  # Ctrl-C: the pool waits for those that run
+        except BaseException:  # such as Ctrl-C: the pool waits for running mutants
             _kill_marked(base.parent)
             raise
     killed = [result for result in results if result.outcome == "killed"]

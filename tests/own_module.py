@@ -1,4 +1,4 @@
-"""What a user brings along: a LightningModule, data and a logger of their own, named in YAML by class path."""
+"""A user's own LightningModule, data module and logger, named in YAML by class path."""
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -43,7 +43,7 @@ def load_weights_of_another(module: OwnModule, stage: str) -> None:
 
 
 class OwnLogger(Logger):
-    """Has one folder for the files of all runs, as those for Weights & Biases and MLflow do."""
+    """A logger with one folder for the files of all runs, like those for Weights & Biases and MLflow."""
 
     def __init__(self, version: int | str | None, save_dir: str | None, name: str | None = "project") -> None:
         super().__init__()

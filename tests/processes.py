@@ -1,4 +1,4 @@
-"""Runs Python programs from tests, so that nothing of them is left behind."""
+"""Run Python programs from tests, without leaving a process behind."""
 
 import os
 import signal
@@ -19,11 +19,11 @@ ROOT = str(Path(__file__).parents[1])
 def run_python(
     *arguments: str | Path, timeout: float, cwd: Path | None = None, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs ``python ARGUMENTS``, and returns once it and all processes that it has started are gone.
+    """Run ``python ARGUMENTS``, and return when it and all processes that it has started are gone.
 
-    The output ends when the last process that can write to it does. After ``timeout`` seconds all of them are killed,
-    and the test fails. Each computes with one thread and finds package ``tests``, wherever it is started; ``env`` is
-    laid over the environment.
+    The output ends when the last process that can write to it ends. After ``timeout`` seconds all of them are killed,
+    and the test fails. Each process computes with one thread and finds the package ``tests``, in any folder; ``env``
+    adds to the environment, or changes it.
     """
     command = [sys.executable, *map(str, arguments)]
     process = subprocess.Popen(
@@ -48,9 +48,9 @@ def run_python(
 
 
 def run_forked(arguments: Sequence[str], log: Path) -> int:
-    """Runs ``python -m lightning_znorm ARGUMENTS`` in a copy of this process, which need not import anything.
+    """Run ``python -m lightning_znorm ARGUMENTS`` in a fork of this process, which need not import anything.
 
-    Returns its exit code, or the negative number of the signal that ended it; what it prints is appended to ``log``.
+    Return its exit code, or the negative number of the signal that ended it. Its output is appended to ``log``.
     """
     from lightning_znorm.cli import main
 
@@ -58,17 +58,17 @@ def run_forked(arguments: Sequence[str], log: Path) -> int:
     if process := os.fork():
         try:
             return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        except BaseException:  # the time that pytest gives a test
+        except BaseException:  # such as pytest's timeout of the test
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
             raise
     code = 1
     try:
-        os.setsid()  # so that what kills its process group leaves this one alone
+        os.setsid()  # so that a signal to its process group does not reach this process
         with log.open("a") as output, redirect_stdout(output), redirect_stderr(output):
             warnings.simplefilter("ignore")
-            # OpenMP's threads are not there after a fork, and waiting for them would never end. Lightning's strategies
-            # of several processes set the number too, unless the variable is there.
+            # OpenMP's threads do not exist after a fork, and a wait for them would never end. Lightning's strategies of
+            # several processes set their number too, unless the variable is set.
             os.environ["OMP_NUM_THREADS"] = "1"
             torch.set_num_threads(1)
             try:

@@ -1,4 +1,4 @@
-"""Config files with a mistake in them, and checkpoints that are none: one sentence names the key or the file."""
+"""Config files with a mistake, and files that are no checkpoints: one sentence names the key or the file."""
 
 import copy
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ CPU = ["--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true"]
 
 
 def keys(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to every key of nested mappings and lists."""
+    """Yield the path of every key of nested mappings and lists."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
         if isinstance(node, dict):
             yield (*path, key)
@@ -28,7 +28,7 @@ def keys(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def changed(content: Any, path: tuple[Any, ...], key: str | None = None, value: Any = None) -> Any:
-    """A copy with another key, or another value, at the end of the way."""
+    """Return a copy with another key, or another value, at the end of the path."""
     content = copy.deepcopy(content)
     node = content
     for step in path[:-1]:
@@ -52,7 +52,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """The line that says what is wrong; anything but a refusal, or a second line, is a failure."""
+    """Return the line that says what is wrong; fail if the command is not refused, or says more than one line."""
     with pytest.raises(SystemExit) as exit_info:
         main(list(map(str, args)))
     out, err = capsys.readouterr()
@@ -76,7 +76,7 @@ IN_DEFAULT_TIER = ("digits", "methods")
 
 
 def unique_mistakes() -> Iterator[Any]:
-    """Each key of each file, but those that the file shares with one before it (there are 20 networks)."""
+    """Yield each key of each file, without keys that an earlier file has too (there are 20 networks)."""
     seen = set()
     for file in sorted(FILES, key=lambda file: file.parent.name not in IN_DEFAULT_TIER):
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -240,7 +240,7 @@ def test_checkpoint_of_a_newer_lightning_warns(checkpoint) -> None:
 def test_what_the_system_says_of_a_file() -> None:
     with pytest.raises(FileNotFoundError) as caught:
         Path("gone").stat()
-    assert sentence(caught.value) is None  # for all it knows, this test is at fault
+    assert sentence(caught.value) is None  # as far as it can tell, the fault is in this test
     assert caught.value.__traceback__ is not None
     caught.value.__traceback__ = caught.value.__traceback__.tb_next
     assert sentence(caught.value) == "gone: No such file or directory"
@@ -262,7 +262,7 @@ TWICE = {
 @pytest.mark.parametrize("command", ["fit", pytest.param("compare", marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", TWICE)
 def test_a_key_that_is_there_twice(command: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Or the first would be lost without a word, and a method with it."""
+    """Without the refusal, the first would be lost silently, and its method too."""
     text, line, key, first = TWICE[name]
     Path("twice.yaml").write_text(text)
     others = ["--methods", CONFIGS / "methods/baseline.yaml", "twice.yaml", "--output", "out"]

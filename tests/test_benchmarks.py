@@ -1,4 +1,4 @@
-"""Every benchmark runs, and prints a table whose figures agree with one another."""
+"""Every benchmark runs, and prints a table whose figures agree with each other."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ import torchmetrics.segmentation
 
 from tests.processes import run_python
 
-# Those that the README names are found by tests/test_readme.py too.
+# tests/test_readme.py also finds the benchmarks that the README names.
 pytestmark = pytest.mark.full
 
 
@@ -121,7 +121,7 @@ def test_metrics() -> None:
 
 @pytest.fixture
 def averages() -> None:
-    """Skips where gloo takes no averages, which DTensor's own mean is made of."""
+    """Skip if gloo cannot average, which DTensor's own mean needs."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         dist.all_reduce(torch.ones(1), dist.ReduceOp.AVG)
@@ -142,7 +142,7 @@ def test_collectives(tmp_path: Path) -> None:
         for count in ("3", "30")
         for name in ("zscore_grads_", "centralize_grads_", "DTensor by DTensor", "gathered one by one")
     ]
-    # Ours do not grow with the number of parameters. All are cut along rows, which centralization works on.
+    # Our collectives do not grow with the number of parameters. Centralization works on rows, and these are whole.
     collectives = {(count, name): int(calls) for count, name, calls, _, _ in table}
     for count in (3, 30):
         assert collectives[str(count), "zscore_grads_"] == 2
@@ -170,7 +170,7 @@ def test_soak() -> None:
 def test_large_gradient() -> None:
     arguments = ("--elements", "100001", "--dtypes", "bfloat16", "float16", "float32")
     errors = {row[1]: float(row[-1]) for row in rows(output_of("benchmarks.large_gradient", *arguments))}
-    # Half a unit in the last place; in float32 those of the subtraction and of the mean too.
+    # Half a unit in the last place; in float32 also the errors of the subtraction and of the mean.
     assert errors["bfloat16"] <= 2**-8
     assert errors["float16"] <= 2**-11
     assert 0 < errors["float32"] < 1e-5

@@ -1,4 +1,4 @@
-"""Code in checkpoints of strangers is found, and refused in one sentence, before anything runs it."""
+"""Code in a stranger's checkpoint is found, and refused in one sentence, before anything runs it."""
 
 import copy
 import os
@@ -25,7 +25,7 @@ from tests.fsdp import needs_fsdp2_on_cpu
 from tests.processes import run_forked
 from tests.test_configs import CONFIGS
 
-# Of PyTorch's, where there is one process, and of that of torch 2.6 where it saves.
+# PyTorch warns if there is one process; torch 2.6 also when it saves.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is .*uninitialized, assuming"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
@@ -39,14 +39,14 @@ MKDIR = f"{os.mkdir.__module__}.mkdir"
 
 
 class Payload:
-    """Leaves a folder where it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("witness",)
 
 
 class Near:
-    """Calls anything where it is unpickled."""
+    """Calls a given function when it is unpickled."""
 
     def __init__(self, reduced: tuple[Any, ...]) -> None:
         self.reduced = reduced
@@ -62,7 +62,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ran() -> bool:
-    """Whether the payload did; forgets it."""
+    """Return whether the payload made its folder, and remove the folder."""
     there = Path("witness").is_dir()
     if there:
         Path("witness").rmdir()
@@ -79,7 +79,7 @@ def refused(path: str | Path, *named: str) -> str:
     return message
 
 
-# A checkpoint in parts, as FSDP and FSDP2 write it
+# A sharded checkpoint, as FSDP and FSDP2 write it
 
 
 def state() -> dict[str, Any]:
@@ -133,7 +133,7 @@ class TestParts:
 
     @pytest.mark.parametrize("protocol", range(3, pickle.HIGHEST_PROTOCOL + 1))
     def test_those_of_other_versions(self, folder: Path, protocol: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Of pickle, and of Python: some of 3.11 name the members of an Enum by ``getattr``."""
+        """Versions of pickle and of Python: some of 3.11 name the members of an Enum by ``getattr``."""
         path = save_parts(folder / "saved")
         index = FileSystemReader(path).read_metadata()
         (path / ".metadata").write_bytes(pickle.dumps(index, protocol))
@@ -149,7 +149,7 @@ class TestParts:
         path = save_parts(folder / "saved")
         rewrite_index(path, change)
         pickle.loads((path / ".metadata").read_bytes())
-        assert ran()  # where it is not looked at before
+        assert ran()  # if nothing checks the file before
         refused(path, f"{path}/.metadata names {MKDIR}, and may run any code")
 
     def test_in_a_value(self, folder: Path) -> None:
@@ -182,7 +182,7 @@ class TestParts:
 
     @pytest.mark.parametrize("name", ["Metadata", "MetadataIndex", "TensorStorageMetadata"])
     def test_that_changes_the_classes(self, folder: Path, name: str) -> None:
-        """Or what PyTorch finds could be another entry than the one that was looked at."""
+        """With changed classes, PyTorch could find another entry than the one that was checked."""
         module = "torch.distributed.checkpoint.metadata"
         path = save_parts(folder / "saved")
         changes = f"c{module}\n{name}\n(N}}V__eq__\nctorch\nSize\nstb0".encode()
@@ -268,7 +268,7 @@ def test_torchs_advice_to_run_code_is_not_passed_on(folder: Path) -> None:
 class TestDeepSpeed:
     @pytest.fixture
     def saved(self, folder: Path) -> Path:
-        """As DeepSpeed writes it, with its own objects."""
+        """A checkpoint as DeepSpeed writes it, with DeepSpeed's objects."""
         pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install '.[deepspeed]'")
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -372,7 +372,7 @@ def make(params) -> torch.optim.Optimizer: return torch.optim.SGD(params)
 class TestNames:
     @pytest.fixture(autouse=True)
     def module(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        """That leaves a folder where it is imported."""
+        """A module that makes a folder when it is imported."""
         Path("strangers.py").write_text(STRANGERS)
         Path("strangers.yaml").write_text("class_path: strangers.Optimizer")
         monkeypatch.syspath_prepend(str(folder))
@@ -426,7 +426,7 @@ class TestNames:
         return message
 
     def test_imported_otherwise(self) -> None:
-        """What the tests above would show."""
+        """Without a check, the module makes its folder: the tests above would see it."""
         __import__("strangers")
         assert ran()
 
@@ -454,7 +454,7 @@ class TestNames:
         ],
     )
     def test_other_settings(self, settings: dict[str, Any]) -> None:
-        """They are taken over, with a warning, or refused as another training's."""
+        """The command takes such settings, with a warning, or refuses them later as another training's."""
         save_file("saved.ckpt", {**HPARAMS, **settings})
         check_names("saved.ckpt", {"class_path": HPARAMS["_class_path"], "init_args": copy.deepcopy(HPARAMS)})
 
@@ -467,7 +467,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
 class TestAddress:
     @pytest.fixture
     def address(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-        """Of the folder, as a server gives it."""
+        """The address of a server of the folder."""
         monkeypatch.setenv("TORCH_HOME", str(folder / "downloaded"))
         handler = partial(QuietHandler, directory=str(folder))
         with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -478,7 +478,7 @@ class TestAddress:
             thread.join()
 
     def test_payload(self, address: str) -> None:
-        """Lightning loads what an address gives with ``weights_only=False``, where nothing else is said."""
+        """By default, Lightning loads a checkpoint at an address with ``weights_only=False``."""
         save_file("saved.ckpt", HPARAMS, callbacks=Payload())
         with pytest.raises(pickle.UnpicklingError, match=rf"GLOBAL {MKDIR}"):
             main(["test", "--config", DIGITS, "--trainer.logger", "false", "--ckpt_path", f"{address}/saved.ckpt"])

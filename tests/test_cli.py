@@ -1,4 +1,4 @@
-"""The command line as users meet it: through `main`, from a folder that is not the repository."""
+"""The command line as users call it: through `main`, from a folder that is not the repository."""
 
 import os
 import re
@@ -30,7 +30,7 @@ ZNORM = "configs/methods/znorm.yaml"
 CLIP = "configs/methods/clip.yaml"
 WEIGHT_DECAY = "configs/methods/wd-1e-3.yaml"
 METHODS = [name for name in shipped_configs() if name.startswith("configs/methods/")]
-# Two optimizer steps, and one batch of validation.
+# Two optimizer steps, and one validation batch.
 SHORT = shlex.split(
     "--trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1 --trainer.accelerator cpu"
     " --trainer.log_every_n_steps 1"
@@ -60,7 +60,7 @@ def configs(*names: str) -> list[str]:
 
 
 def refusal(*args: str) -> str:
-    """The sentence with which a command is refused."""
+    """Return the sentence that refuses a command."""
     with pytest.raises(SystemExit) as exit_info:
         main(list(args))
     assert isinstance(exit_info.value.code, str)
@@ -69,7 +69,7 @@ def refusal(*args: str) -> str:
 
 
 def resolved(capsys: pytest.CaptureFixture[str], *args: str) -> dict:
-    """What `--print_config` says that a run would use."""
+    """Return the settings that `--print_config` prints."""
     with pytest.raises(SystemExit) as exit_info:
         main([*args, "--print_config"])
     assert exit_info.value.code == 0
@@ -80,7 +80,7 @@ def resolved(capsys: pytest.CaptureFixture[str], *args: str) -> dict:
     "stage", ["train", *(pytest.param(stage, marks=pytest.mark.full) for stage in ("val", "test", "predict"))]
 )
 def test_one_batch_is_not_every_batch(capsys, stage):
-    """Typing may reorder Lightning's Union[int, float], by what else was imported, and then 1 is read as 1.0."""
+    """Other imports may make typing reorder Lightning's Union[int, float], and then 1 is read as 1.0."""
 
     def elsewhere(share: float | int | None = None) -> None: ...
 
@@ -349,7 +349,7 @@ class TestRun:
 
     @pytest.mark.full
     def test_best_of_a_resumed_run(self, capsys):
-        """Lightning forgets the best score when the folder changes: what is best since then is said to be so."""
+        """Lightning forgets the best score when the folder changes: the output says since when it is the best."""
         main(["fit", *configs(DIGITS), *SHORT])
         capsys.readouterr()
         main(["fit", *configs(DIGITS), *SHORT, "--ckpt_path", "last", "--trainer.max_epochs", "2"])
@@ -361,7 +361,7 @@ class TestRun:
 
     @pytest.mark.full
     def test_checkpoint_that_no_metric_chose(self, capsys):
-        """Lightning calls the last one its best."""
+        """Lightning calls the last checkpoint its best one."""
         write("mine.yaml", "trainer: {callbacks: []}")
         main(["fit", *configs(DIGITS, "mine.yaml"), *SHORT])
         out = capsys.readouterr().out
@@ -409,7 +409,7 @@ class TestRun:
 
     @pytest.mark.full
     def test_loggers_that_keep_the_files_of_all_runs_in_one_folder(self):
-        logger = ["--trainer.logger", "own_module.OwnLogger", "--trainer.logger.version"]  # named as the file says
+        logger = ["--trainer.logger", "own_module.OwnLogger", "--trainer.logger.version"]  # keeps the file's name
         main(["fit", *configs(DIGITS), *SHORT, *logger, "one"])
         main(["fit", *configs(DIGITS), *SHORT, *logger, "two", "--trainer.max_epochs", "2"])
         for version, epochs in (("one", 1), ("two", 2)):
@@ -472,8 +472,8 @@ class TestRun:
     def test_resuming_from_the_last(self, capsys):
         command = ["fit", *configs(DIGITS, ZNORM), *SHORT, "--ckpt_path", "last"]
         with pytest.warns(UserWarning, match="there is no last checkpoint available"):
-            main(command)  # the first run of a job that is begun again whenever it was stopped
-        assert capsys.readouterr().out.count("--ckpt_path") == 1  # in the command that tests the best checkpoint
+            main(command)  # the first run of a job that restarts after every stop
+        assert capsys.readouterr().out.count("--ckpt_path") == 1  # only in the command that tests the best checkpoint
         for run in (1, 2):
             main([*command, "--trainer.max_epochs", str(run + 1)])
             resumed = torch.load(f"logs/digits-resnet20/version_{run}/checkpoints/last.ckpt", weights_only=True)
@@ -525,7 +525,7 @@ def wandb(**init_args: str) -> dict[str, Any]:
 
 
 class TestLastCheckpoint:
-    """Where `--ckpt_path last` looks."""
+    """The folders in which `--ckpt_path last` searches."""
 
     @pytest.mark.parametrize(
         ("trainer", "where"),
@@ -546,7 +546,7 @@ class TestLastCheckpoint:
     def test_folders(self, trainer, where):
         write(f"{where}/last.ckpt", "")
         write("elsewhere/version_0/checkpoints/last.ckpt", "")
-        if where in ("lightning_logs/x/checkpoints", "lightning_logs/version_7/checkpoints"):  # a run that is named
+        if where in ("lightning_logs/x/checkpoints", "lightning_logs/version_7/checkpoints"):  # a named run
             write("lightning_logs/version_9/checkpoints/last.ckpt", "")
         assert last_checkpoint(trainer) == Path(where, "last.ckpt")
 
@@ -754,7 +754,7 @@ class TestErrors:
         "environment",
         [
             {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
-            # A batch script that runs without srun, as for an evaluation, sees how many tasks the job could start.
+            # A batch script without srun, such as an evaluation, sees how many tasks the job could start.
             {"SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8", "SLURM_NNODES": "2", "SLURM_PROCID": "0"}
             | {"SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
         ],
@@ -797,12 +797,12 @@ class TestErrors:
             try:
                 function(*args)
             except Exception as error:
-                error.__traceback__ = error.__traceback__.tb_next  # as from main, without this function
+                error.__traceback__ = error.__traceback__.tb_next  # as if raised in main, without this function
                 return error
 
         missing = caught(read_config, "none.yaml")
         assert sentence(missing) == str(missing)
-        assert sentence(caught(flatten, None)) is None  # AttributeError: a bug, if it came up
+        assert sentence(caught(flatten, None)) is None  # an AttributeError would be a bug
 
 
 def test_monitor_on_the_command_line(folder):

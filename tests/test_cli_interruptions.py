@@ -1,4 +1,4 @@
-"""The command line, killed and told to end: a few of the cases of `benchmarks`, which count many at random."""
+"""The command line, killed or terminated: a few of the cases of `benchmarks`, which count many random ones."""
 
 import csv
 import signal
@@ -36,7 +36,7 @@ trainer:
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 def test_killed_after_an_epoch_that_did_not_improve(tmp_path, monkeypatch):
-    """Of an experiment as it is shipped: resumed from the last epoch, not from the best, to the same bits."""
+    """An experiment as it is shipped resumes from the last epoch, not from the best, to the same bits."""
     monkeypatch.chdir(tmp_path)
     command = ["fit", "--config", "configs/digits/resnet20.yaml", "--config", "configs/methods/znorm.yaml"]
     options = {"max_epochs": 4, "limit_train_batches": 3, "limit_val_batches": 1, "accelerator": "cpu"}
@@ -57,7 +57,7 @@ def test_killed_after_an_epoch_that_did_not_improve(tmp_path, monkeypatch):
     weights = [torch.load(run / "checkpoints/last.ckpt") for run in (whole, killed)]
     for name in ("epoch", "global_step", "state_dict", "optimizer_states"):
         assert same(weights[0][name], weights[1][name])
-    with (killed / "metrics.csv").open() as file:  # no epoch was done again
+    with (killed / "metrics.csv").open() as file:  # no epoch was repeated
         assert {row["epoch"] for row in csv.DictReader(file)} == {str(number) for number in range(epoch + 1, 4)}
 
 
@@ -69,7 +69,7 @@ trainer:
 
 
 def test_told_to_end_at_the_same_moment(tmp_path):
-    """Where the processes are not at the same line, Lightning's may wait for each other: docs/reliability.md."""
+    """If the processes are at different lines, they may wait for each other in Lightning: docs/reliability.md."""
     run = tmp_path / "terminated"
     run.mkdir()
     (run / "terminate.yaml").write_text(TERMINATE)
@@ -80,7 +80,7 @@ def test_told_to_end_at_the_same_moment(tmp_path):
     finally:
         training.kill()
     checkpoint = torch.load(run / "saved" / "last.ckpt")
-    assert checkpoint["global_step"] == 14  # the step in hand is taken to its end
+    assert checkpoint["global_step"] == 14  # the current step is completed
     assert [state is None for state in checkpoint["random_states"]] == [False, True]
     resumed = completed("torchrun", run, "--ckpt_path", "saved/last.ckpt")
     assert same(resumed, completed("torchrun", tmp_path / "whole"))

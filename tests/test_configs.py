@@ -18,7 +18,7 @@ LGG = [path for path in EXPERIMENTS if path.parent.name == "lgg"]
 PCAM = [path for path in EXPERIMENTS if path.parent.name == "pcam"]
 DIGITS = CONFIGS / "digits/resnet20.yaml"
 CPU = ["--trainer.accelerator", "cpu"]
-# One of each kind of data takes a step in the default tier, and all of them do in the full one.
+# In the default tier, one file for each data set takes a step; in the full tier, all files do.
 QUICK = ["digits/resnet20", "cifar10/resnet56", "pcam/resnet56", "lgg/attention-unet", "imagenet/resnet50"]
 
 
@@ -31,7 +31,7 @@ def trained(path: Path) -> object:
 
 
 def resolved(capsys: pytest.CaptureFixture[str], *args: object) -> dict:
-    """What `--print_config` says that a run would use."""
+    """Return the settings that `--print_config` prints."""
     with pytest.raises(SystemExit) as exit_info:
         main(["fit", *map(str, args), "--print_config"])
     assert exit_info.value.code == 0
@@ -63,7 +63,7 @@ def data_flags(request, fake_cifar10, fake_lgg, fake_pcam, monkeypatch, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
-# Of Python 3.12 and later, when the loader starts its worker beside torch's threads.
+# Python 3.12 and later, when the loader starts its worker beside torch's threads.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize("experiment", [trained(path) for path in EXPERIMENTS])
 def test_experiment(experiment, data_flags, capsys):
@@ -104,7 +104,7 @@ def test_what_every_experiment_keeps(experiment, capsys):
     metric = "val/dice" if experiment in LGG else "val/accuracy"
     assert (best["init_args"]["monitor"], best["init_args"]["mode"]) == (metric, "max")
     assert (best["init_args"]["filename"], best["init_args"]["auto_insert_metric_name"]) == ("best", False)
-    # Lightning's own is written in improving epochs alone: tests/test_cli_interruptions.py.
+    # Lightning writes its own last.ckpt only in epochs that improve: tests/test_cli_interruptions.py.
     assert best["init_args"]["save_last"] is None
     assert last["class_path"] == "lightning_znorm.LastCheckpoint"
     assert last["init_args"] == {"dirpath": None, "enable_version_counter": True}
@@ -160,7 +160,7 @@ def test_imagenet(capsys):
 
 
 class TestWhatMethodsChange:
-    """Each method against the experiment by itself: what changes, and that nothing else does."""
+    """Each method compared with the experiment alone: the expected settings change, and nothing else does."""
 
     @pytest.fixture
     def change(self, capsys):
@@ -232,7 +232,7 @@ class TestWhatMethodsChange:
 
 @pytest.mark.parametrize(("epochs", "accuracy"), [(2, 0.8), pytest.param(10, 0.95, marks=pytest.mark.full)])
 def test_learns_digits(epochs, accuracy, tmp_path, monkeypatch, capsys):
-    """The newcomer's run, cut to a third, and to less."""
+    """The newcomer's run, cut to a third of its epochs, and to fewer."""
     monkeypatch.chdir(tmp_path)
     methods = [str(DIGITS), str(CONFIGS / "methods/znorm.yaml")]
     flags = ["--trainer.max_epochs", str(epochs), *CPU]

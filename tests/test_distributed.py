@@ -1,4 +1,4 @@
-"""The harness of tests of several processes: what it gives, and that it neither hangs nor leaves anything behind."""
+"""The harness of tests of several processes: its results, and that it neither hangs nor leaves anything behind."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def rank() -> int:
 
 
 def answer(start: int) -> tuple[int, int]:
-    time.sleep(0.2 if rank() == 0 else 0.0)  # the first is the last to answer
+    time.sleep(0.2 if rank() == 0 else 0.0)  # rank 0 answers last
     return rank(), start + rank()
 
 
@@ -48,7 +48,7 @@ def surroundings() -> dict[str, Any]:
 
 
 def leave_pids(folder: Path) -> None:
-    """Start a process that outlives this one, and write down both."""
+    """Start a process that outlives this one, and write both process ids into a file."""
     grandchild = subprocess.Popen(["sleep", str(SLEEP)])
     print(f"rank {rank()} has begun")
     (folder / f"{rank()}.new").write_text(f"{os.getpid()} {grandchild.pid}")
@@ -61,7 +61,7 @@ def pass_by(folder: Path) -> str:
 
 
 def begin(folder: Path) -> None:
-    """Leave pids, and wait until both ranks have: what follows ends the one or the other."""
+    """Write process ids, and wait until both ranks have, because one of them may end right after this."""
     leave_pids(folder)
     sys.stdout.flush()
     while not all((folder / f"{number}.pids").exists() for number in range(2)):
@@ -99,7 +99,7 @@ def return_nothing_to_pickle(folder: Path) -> Callable[[], None]:
 
 
 def left(folder: Path) -> list[int]:
-    """Return those of the processes that are still running, long after they could have died of a signal."""
+    """Return the processes that still run, long after a signal could have ended them."""
     pids = [int(pid) for path in folder.glob("*.pids") for pid in path.read_text().split()]
     assert len(pids) == 4
     end = time.monotonic() + 20
@@ -158,7 +158,7 @@ def test_failure(
     expected: list[str],
 ) -> None:
     monkeypatch.setattr(distributed, "GRACE", 1.0)
-    # To wait for a process that sleeps would take longer than a test may.
+    # A wait for a process that sleeps would take longer than a test may take.
     with pytest.raises(ProcessesError) as caught:
         run_distributed(function, tmp_path, timeout=timeout)
     message = str(caught.value)
@@ -185,7 +185,7 @@ def test_function_that_cannot_be_imported_there(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
 def test_no_process_outlives_that_of_the_tests(tmp_path: Path, name: str) -> None:
-    """Although one of them hangs."""
+    """No process remains, although one of them hangs."""
     program = "\n".join(
         [
             "import sys",
@@ -205,7 +205,7 @@ def test_no_process_outlives_that_of_the_tests(tmp_path: Path, name: str) -> Non
     finally:
         process.send_signal(getattr(signal, name))
         process.wait()
-    # What they had started themselves is no longer anyone's to kill.
+    # Nobody is left to kill the processes that they started themselves: this test does.
     ranks = [int(path.read_text().split()[0]) for path in tmp_path.glob("*.pids")]
     end = time.monotonic() + 20
     while any(map(is_running, [server, *ranks])) and time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""Config files are read once, in UTF-8, from pipes too; and no character that a stream lacks ends a command."""
+"""Config files are read once, in UTF-8, also from pipes; characters that a stream cannot write do not end a command."""
 
 import io
 import os
@@ -49,7 +49,7 @@ def refusal(*args: str) -> str:
 
 
 def settings(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
-    """What `--print_config` says that a run would use."""
+    """Return the settings that `--print_config` prints."""
     with pytest.raises(SystemExit) as exit_info:
         main([*args, "--print_config"])
     out, err = capsys.readouterr()
@@ -66,7 +66,7 @@ def written(name: str, text: str, encoding: str = "utf-8") -> str:
 
 @pytest.fixture
 def pipe() -> Iterator[Callable[[str], str]]:
-    """Makes what a shell makes of ``<(...)``, and returns its name; the text must fit into the pipe."""
+    """Return a function that makes a pipe like a shell's ``<(...)`` and returns its name; the text must fit into it."""
     with ExitStack() as opened:
 
         def make(text: str) -> str:
@@ -102,7 +102,7 @@ class TestReading:
         assert message.endswith("save it in UTF-8.")
 
     def test_what_was_read_is_what_is_used(self, capsys, monkeypatch):
-        """A file that is changed, or gone, while the command starts, has no second reading that could differ."""
+        """If a file changes, or is removed, while the command starts, it is not read a second time."""
         mine, other = (written(name, OWN) for name in ("mine.yaml", "other.yaml"))
 
         def change(files: list[Any]) -> None:
@@ -186,7 +186,7 @@ class TestPipes:
         command = capsys.readouterr().out.rpartition("python -m lightning_znorm ")[2]
         assert shlex.split(command)[:3] == ["test", "--config", "lögs/version_0/config.yaml"]
         assert yaml.safe_load(Path("lögs/version_0/config.yaml").read_bytes())["model"]["init_args"]["fault"] == NAME
-        with pytest.raises(SystemExit, match="No `test_step"):  # which this module lacks
+        with pytest.raises(SystemExit, match="No `test_step"):  # this module has no `test_step`
             main(shlex.split(command))
 
     def test_processes_that_would_read_it_again(self, pipe, folder):
@@ -196,7 +196,7 @@ class TestPipes:
         assert not list(folder.iterdir())
 
     def test_processes_that_do_not(self, monkeypatch, pipe):
-        """Those that begin as a copy of this one, or from what it hands them."""
+        """Processes that begin as a fork of this one, or with the settings that it passes on."""
         monkeypatch.setattr("lightning_znorm.cli.run.RunCLI._run_subcommand", lambda *_: None)
         main(["fit", "--config", pipe(OWN), "--trainer.devices", "2", "--trainer.strategy", "ddp_spawn"])
 
@@ -222,7 +222,7 @@ class TestPipes:
 
 @pytest.fixture
 def as_typed(monkeypatch: pytest.MonkeyPatch):
-    """Runs a command as it is typed, and returns what it printed, on a stream of some encoding."""
+    """Return a function that runs a command as typed, and returns its output, on a stream of a given encoding."""
 
     def run(encoding: str, *args: str) -> bytes:
         out, err = io.BytesIO(), io.BytesIO()
@@ -270,7 +270,7 @@ class TestPrinting:
 
 
 def of_another_century(folder, name):
-    """Train where the encoding of names and streams is ASCII: in a process, for Python asks for it when it starts."""
+    """Train in a process whose names and streams are ASCII: Python reads this encoding only when it starts."""
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONWARNINGS": "ignore"}
     module = str(Path(__file__).parent)
     return run_python(
@@ -285,7 +285,7 @@ def of_another_century(folder, name):
 
 @pytest.mark.full
 def test_system_whose_encoding_is_not_utf_8(folder):
-    """As on Windows, or in a locale of another century."""
+    """The encoding is not UTF-8, as on Windows, or in an old locale."""
     mine = OWN.replace("lögs", "logs")
     written("ü.yaml", mine + "  callbacks: [RichProgressBar]\n")
     done = of_another_century(folder, "ü.yaml")

@@ -1,4 +1,4 @@
-"""A mistake in the settings or in a class of the user's own ends in one line, which holds the true reason."""
+"""A mistake in the settings or in a user's own class ends in one line with the true reason."""
 
 import re
 import shlex
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch  # noqa: F401  # else a test's stderr, closed after it, would be the one that it logs to
+import lightning.pytorch  # noqa: F401  # otherwise it would log to the stderr of a test, which is closed later
 import pytest
 import yaml
 
@@ -109,7 +109,7 @@ MODULES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The user's own modules, with the mistakes that users make."""
+    """Modules of a user, with the mistakes that users make."""
     folder = tmp_path_factory.mktemp("modules")
     for name, text in MODULES.items():
         lines = text.strip("\n").splitlines()
@@ -128,7 +128,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def line_of(text: str, module: str = "faulty") -> int:
-    """Number of the line of a module that holds a text."""
+    """Return the number of the line of a module that holds a text."""
     (number,) = [i for i, line in enumerate(MODULES[module].strip("\n").splitlines(), 1) if text in line]
     return number
 
@@ -152,7 +152,7 @@ def changed(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], content: dict[str, Any], *args: str) -> tuple[str, str]:
-    """The sentence, and all that stood before it."""
+    """Return the sentence, and all output before it."""
     Path("mistaken.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return ended(capsys, "fit", "--config", "mistaken.yaml", *args)
 
@@ -162,7 +162,7 @@ def ended(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[str, str]:
         main(list(args))
     code = exit_info.value.code
     out, err = capsys.readouterr()
-    if isinstance(code, str):  # which Python prints, and ends with 1
+    if isinstance(code, str):  # Python prints it, and exits with 1
         err += f"{code}\n"
     else:
         assert code == 2
@@ -174,7 +174,7 @@ def ended(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[str, str]:
     return said.removeprefix("error: "), "\n".join(before)
 
 
-# What the file says, and the sentence; `@` stands for the file.
+# The content of the file, and the sentence; `@` stands for the file.
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     # Modules that cannot be imported.
     "syntax error": (
@@ -219,7 +219,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         own("model/class_path", "lightning_znorm.taks.ClassificationTask"),
         "model @ cannot be made: module 'lightning_znorm' has no attribute 'taks': did you mean tasks?",
     ),
-    # Names of which there is nothing.
+    # Names that do not exist.
     "class that does not exist": (
         own("model/class_path", "faulty.Nett"),
         "model @ cannot be made: module 'faulty' has no attribute 'Nett': did you mean Net?",
@@ -284,7 +284,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         "trainer.plugins @ cannot be made: there is no class xyzzy here, and others are named with their module, as in "
         "torch.optim.Adam.",
     ),
-    # Names of something else.
+    # Names of a wrong kind of object.
     "class of no base": (
         own("model/class_path", "faulty.Plain"),
         "model @ is faulty.Plain, a class that is no LightningModule.",
@@ -407,7 +407,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         digits("trainer/max_epoch", 3),
         "there is no setting trainer.max_epoch @: did you mean max_epochs?",
     ),
-    # Another form.
+    # Values of another form.
     "class that is a number": (own("model/class_path", 3), f"model.class_path @ is 3, and {FORM}"),
     "class that is nothing": (own("model/class_path", None), f"model.class_path @ is None, and {FORM}"),
     "class that is a list": (
@@ -471,7 +471,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def test_network_as_an_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
-    """Objects of its class can be called, which the oldest jsonargparse takes for a way to make an optimizer."""
+    """A network can be called, so the oldest jsonargparse takes it for a function that makes an optimizer."""
     said, _ = refused(capsys, digits(OPTIMIZER, {"class_path": "torch.nn.Linear"}))
     assert said in (
         "model.optimizer (mistaken.yaml) is torch.nn.Linear, a class that is no Optimizer.",
@@ -492,7 +492,7 @@ def test_settings(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert "null is expected" not in said
 
 
-# What is typed behind a file, and the sentence.
+# The flags after a file, and the sentence.
 FLAGS = {
     "--model.init_args.in_chan 3": "there is no setting model.in_chan, of lightning_znorm.tasks.ClassificationTa",
     "--model.optimizer.lrr 3": "there is no setting model.optimizer.lrr, of torch.optim.Adam: did you mean lr?",
@@ -528,7 +528,7 @@ FLAGS = {
 
 @pytest.mark.parametrize("flags", FLAGS)
 def test_flags(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """They are no setting of a file's, whatever the file says of the same."""
+    """The sentence does not name a file, even if the file has the same setting."""
     said, _ = ended(capsys, "fit", "--config", str(DIGITS), *shlex.split(flags))
     assert said.startswith(FLAGS[flags])
     assert ".yaml" not in said.removeprefix(FLAGS[flags])
@@ -591,7 +591,7 @@ CONSTRUCTORS = {
 
 @pytest.mark.parametrize("fault", CONSTRUCTORS)
 def test_constructor_that_raises(fault: str, modules: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its error, and where in the user's own code; not what jsonargparse did on the way."""
+    """The sentence has the error, and its line in the user's own code, and no frames of jsonargparse."""
     error, lines = CONSTRUCTORS[fault]
     said, before = refused(capsys, own("model/init_args", {"fault": fault}))
     assert said.startswith(f"model (mistaken.yaml) cannot be made: faulty.Net raises {error}")
@@ -620,7 +620,7 @@ def test_constructor_that_raises(fault: str, modules: Path, capsys: pytest.Captu
                    "out_channels": 4, "kernel_size": 1, "groups": 2}}),
             "model.model (mistaken.yaml) cannot be made: torch.nn.Conv2d raises ValueError: in_channels must be",
         ),
-        # Of these, Lightning's own sentences.
+        # For these, Lightning's own sentences.
         (digits(CALLBACKS, [{"class_path": "ModelCheckpoint", "init_args": {"save_top_k": -3}}]), "Invalid value"),
         (digits("trainer/accelerator", "abacus"), "You selected an invalid accelerator name"),
         (digits("model/init_args/num_classes", 0), "num_classes must be at least 1, got 0."),
@@ -634,7 +634,7 @@ def test_other_constructors(content: dict[str, Any], expected: str, capsys: pyte
 
 
 def test_optimizer_that_raises_once_it_is_made(capsys: pytest.CaptureFixture[str]) -> None:
-    """It needs the parameters, and so is made when training begins."""
+    """An optimizer needs the parameters, so it is made when training begins."""
     flags = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_model_summary=false"]
     said, before = refused(
         capsys, digits(OPTIMIZER, {"class_path": "torch.optim.Adam", "init_args": {"lr": -1}}), *flags
@@ -653,7 +653,7 @@ def test_bug_of_this_package_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
 
 
 def test_message_of_another_kind() -> None:
-    """Whatever jsonargparse says, it is all there."""
+    """The whole message of jsonargparse is printed."""
     Path("mine.yaml").write_text("trainer: {max_epochs: 3}")
     files = [read_config("mine.yaml")]
     assert explained("Something\n  quite else", files) == "Something quite else"
@@ -662,7 +662,7 @@ def test_message_of_another_kind() -> None:
 
 
 def test_text_of_several_lines_in_a_message() -> None:
-    """A value is printed as it is, whatever it looks like."""
+    """A value is printed as it is, whatever it contains."""
     value = "a\nErrors:\n  - b\nGiven value type: c\nGiven value: d"
     union = (
         "Subtypes: [int, None]\nErrors:\n  - Expected a <class 'int'>\n  - Expected a <class 'NoneType'>\n"

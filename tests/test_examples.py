@@ -28,7 +28,7 @@ def output_of(name: str, folder: Path, *python: str) -> str:
 
 
 def numbers(pattern: str, output: str) -> list[float]:
-    """What the groups of the pattern capture."""
+    """Return the numbers that the groups of the pattern capture."""
     match = re.search(pattern, output)
     assert match, output
     return [float(group) for group in match.groups()]
@@ -43,9 +43,9 @@ def test_every_example_is_run_here() -> None:
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_every_example_finds_what_it_imports(name: str) -> None:
-    """Without training: those of the full tier do."""
+    """Import each example without training; tests of the full tier train."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # others', of each other
+        warnings.simplefilter("ignore")  # warnings of other packages about each other
         if name == "huggingface.py":
             pytest.importorskip("transformers", reason="needs transformers: pip install '.[test]'")
         assert "main" in runpy.run_path(str(EXAMPLES / name))
@@ -57,7 +57,7 @@ def test_own_lightning_module(tmp_path: Path) -> None:
     assert numbers(r"test accuracy\W+([\d.]+)", output)[0] > 0.93
 
 
-# Lightning is not to be had, and not needed.
+# Lightning cannot be imported there, and is not needed.
 WITHOUT_LIGHTNING = """
 import runpy, sys
 sys.modules.update(dict.fromkeys(["lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"]))
@@ -95,7 +95,7 @@ def test_plain_pytorch_ways_are_the_same_method() -> None:
         for name in ("call_before_each_step", "attach_to_the_optimizer", "attach_under_mixed_precision")
     )
     assert torch.equal(called, attached)
-    # Half precision costs three digits, and the mean distance without the method is far above that.
+    # Half precision costs three digits; without the method, the mean distance is far larger.
     assert (mixed - called).abs().mean() < 0.1 * (trained(plain) - called).abs().mean()
 
 
@@ -174,7 +174,7 @@ def test_fabric(tmp_path: Path) -> None:
     output = output_of("fabric.py", tmp_path)
     accuracies = dict(re.findall(r"(DDP|FSDP2), process 0 of 2: test accuracy ([\d.]+)", output))
     assert dict(re.findall(r"(DDP|FSDP2), process 1 of 2: test accuracy ([\d.]+)", output)) == accuracies
-    # The same steps, but for rounding.
+    # The steps are the same, except for rounding.
     assert float(accuracies["DDP"]) == pytest.approx(float(accuracies["FSDP2"]), abs=0.01)
     assert float(accuracies["DDP"]) > 0.93
 

@@ -19,11 +19,11 @@ from lightning_znorm.gradients import Centralization, UnsupportedGradientError, 
 from tests.gradients.reference import centralized, zscore
 
 LR = 0.1
-EPS = 0.3  # as large as the deviations, so that a wrong scale shows
+EPS = 0.3  # as large as the deviations, so that a wrong scale is seen
 
 
 class ScalerAware(torch.optim.SGD):
-    """Takes the scaler in its step and always divides by the loss scale, as Transformer Engine's FusedAdam does."""
+    """Takes the scaler in its step and always divides by the loss scale, like Transformer Engine's FusedAdam."""
 
     _step_supports_amp_scaling = True
 
@@ -60,14 +60,14 @@ def test_steps_by_the_z_score_until_removed() -> None:
     torch.testing.assert_close(weight.data.double(), expected, rtol=0, atol=1e-6)
 
     handle.remove()
-    weight.grad = torch.ones_like(weight)  # whose z-score is zero
+    weight.grad = torch.ones_like(weight)  # its z-score is zero
     before = weight.detach().clone()
     optimizer.step()
     torch.testing.assert_close(weight.data, before - LR)
 
 
 def test_fabric() -> None:
-    """Attached before the optimizer is handed over."""
+    """The method is attached before Fabric gets the optimizer."""
     weight, expected = weight_and_reference()
     module = nn.Module()
     module.weight = weight
@@ -100,7 +100,7 @@ def test_default_is_znorm() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "unscale_first"),
-    # One that takes the scaler divides a second time after unscale_, with or without us.
+    # An optimizer that takes the scaler divides a second time after unscale_, with or without this package.
     [("plain", False), ("plain", True), ("fused", False), ("fused", True), ("scaler-aware", False)],
 )
 def test_grad_scaler(kind: str, unscale_first: bool) -> None:
@@ -164,7 +164,7 @@ def test_lbfgs_is_refused() -> None:
 
 
 class FirstAndSecondStep(torch.optim.Optimizer):
-    """SAM as its users write it: steps of its own, and a base optimizer that descends (github.com/davda54/sam)."""
+    """SAM in its usual form: two steps of its own, and a base optimizer that descends (github.com/davda54/sam)."""
 
     def __init__(self, params: Any, rho: float = 0.05, **kwargs: Any) -> None:
         super().__init__(params, {"rho": rho, **kwargs})
@@ -475,7 +475,7 @@ class Failing(torch.optim.SGD):
 
 @pytest.mark.parametrize("cls", [Once, Twice])
 def test_method_runs_once_where_a_step_calls_that_of_its_base(cls: Any) -> None:
-    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # which has torch put its hooks around the base's step
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # makes torch put its hooks around the base's step
     weight = nn.Parameter(torch.zeros(2))
     optimizer = cls([weight], lr=1.0)
     attach(optimizer, torch.square)
@@ -500,7 +500,7 @@ def test_schedulers_follow_a_checked_step() -> None:
 
 
 def test_method_runs_once_where_a_step_calls_the_one_it_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # which has torch put its hooks around the step
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # makes torch put its hooks around the step
     step = torch.optim.SGD.step
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self, closure=None: step(self, closure))
     weight = nn.Parameter(torch.zeros(2))
@@ -512,7 +512,7 @@ def test_method_runs_once_where_a_step_calls_the_one_it_replaces(monkeypatch: py
 
 
 class SharesHooks(torch.optim.Optimizer):
-    """Wraps an optimizer and has torch run its hooks in both steps."""
+    """Wraps an optimizer, and torch runs its hooks in both steps."""
 
     def __init__(self, wrapped: torch.optim.Optimizer) -> None:
         super().__init__(wrapped.param_groups, {})
@@ -575,7 +575,7 @@ def test_step_without_any_gradient_warns_once() -> None:
 
 @pytest.mark.parametrize("flat", [torch.zeros(6), torch.zeros(8), torch.zeros(3)])
 def test_parameters_that_were_replaced_by_flat_ones_are_refused(flat: Tensor) -> None:
-    """DeepSpeed gives the optimizer a part of the flattened weights, padded or not."""
+    """DeepSpeed gives the optimizer a part of the flattened weights, with or without padding."""
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0)
     attach(optimizer)
     flat = flat.clone()
@@ -587,7 +587,7 @@ def test_parameters_that_were_replaced_by_flat_ones_are_refused(flat: Tensor) ->
 
 
 def test_tensors_that_take_the_place_of_others_of_their_shape_take_part() -> None:
-    """So do copies in higher precision, and what a program optimizes beside its parameters."""
+    """Copies in higher precision take part, too, and other tensors that a program optimizes."""
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     attach(optimizer)

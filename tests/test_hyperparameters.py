@@ -1,4 +1,4 @@
-"""Hyperparameters in NumPy's clothes: checkpoints hold plain values, and can be loaded again."""
+"""Hyperparameters that are NumPy values: checkpoints hold plain values, and can be loaded again."""
 
 import enum
 import inspect
@@ -26,7 +26,7 @@ from lightning_znorm.tasks import ClassificationTask, SegmentationTask
 from tests.data.jpegs import write_image_folder
 from tests.trainers import trainer
 
-# Arguments that may be objects, which are no hyperparameters.
+# Arguments that may be objects are no hyperparameters.
 OBJECTS = {"model", "loss", "optimizer", "lr_scheduler"}
 TASKS: dict[str, dict[str, Any]] = {
     "ClassificationTask": {
@@ -85,7 +85,7 @@ DATA: dict[str, dict[str, Any]] = {
 
 
 def test_what_holds_no_number_of_numpy_is_the_same_object() -> None:
-    """As what refers to it elsewhere in the checkpoint expects."""
+    """Other parts of the checkpoint may refer to the same object."""
     shared = [1, {"a": (2.0, "b")}]
     content = {"x": shared, "y": shared}
     assert python_scalars(content) is content
@@ -99,7 +99,7 @@ class Activation(str, enum.Enum):
 
 
 def numpy_scalars(value: Any) -> Any:
-    """A value as NumPy hands it out; text of an enum, or as a path."""
+    """Return a value as a NumPy scalar; a text as an enum member, or as a path."""
     if isinstance(value, dict):
         return {np.str_(key): numpy_scalars(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -109,14 +109,14 @@ def numpy_scalars(value: Any) -> Any:
 
 
 def arrays(value: Any) -> Any:
-    """Arrays, of no dimension too; numbers exact in half precision."""
+    """Return values as arrays, also without dimensions; the numbers are exact in half precision."""
     if isinstance(value, dict):
         return {key: arrays(each) for key, each in value.items()}
     return None if value is None else np.array(value, dtype=np.float16 if isinstance(value, float) else None)
 
 
 def tensors_and_other_clothes(value: Any) -> Any:
-    """Scalars of torch, members of an enum, and paths."""
+    """Return values as torch scalars, enum members and paths."""
     if isinstance(value, dict):
         return {key: tensors_and_other_clothes(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -135,7 +135,7 @@ def clothed(arguments: dict[str, Any], clothe: Callable[[Any], Any]) -> dict[str
 
 
 def same(found: Any, expected: Any) -> bool:
-    """Whether values and their types are the same."""
+    """Return whether values and their types are the same."""
     if type(found) is not type(expected):
         return False
     if isinstance(found, dict):
@@ -154,7 +154,7 @@ def masks() -> DataLoader:
 
 
 def saved(run: Trainer, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """What a checkpoint holds, read as Lightning and this package read it by default."""
+    """Return the path and content of a checkpoint, read as Lightning and this package read it by default."""
     path = folder / "last.ckpt"
     run.save_checkpoint(path, weights_only=False)
     return path, torch.load(path, weights_only=True)
@@ -326,7 +326,7 @@ class TestPlainValues:
             (frozenset({1}), {1}),
             (enum.IntEnum("Size", {"small": 3}).small, 3),
             ({np.int64(1): (np.float64(2.0),)}, {1: (2.0,)}),
-            (torch.float16, torch.float16),  # which torch.load takes
+            (torch.float16, torch.float16),  # torch.load accepts it
         ],
         ids=repr,
     )
@@ -343,7 +343,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 class TestWhatElseIsInCheckpoints:
-    """Optimizers, schedulers and callbacks keep the numbers that they were given."""
+    """Optimizers, schedulers and callbacks keep the numbers that they got."""
 
     def checkpoint(self, folder: Path, callbacks: Sequence[Any] = (), **arguments: Any) -> dict[str, Any]:
         def task() -> ClassificationTask:
@@ -373,9 +373,9 @@ class TestWhatElseIsInCheckpoints:
         (state,) = self.checkpoint(tmp_path, optimizer=optimizer)["optimizer_states"]
         assert isinstance(state["param_groups"][0]["lr"], torch.Tensor)
 
-    # Lightning's, of a schedule that this test steps by epochs.
+    # Lightning warns about a schedule that this test steps by epochs.
     @pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using 'interval'")
-    # SequentialLR of torch 2.6, to itself.
+    # SequentialLR of torch 2.6 warns about its own call.
     @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
     @pytest.mark.parametrize(
         "make",

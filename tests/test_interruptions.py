@@ -1,4 +1,4 @@
-"""Trainings that are killed go on exactly: a few of the kills of `benchmarks.interruptions`."""
+"""Killed trainings resume exactly: a few of the kills of `benchmarks.interruptions`."""
 
 import sys
 from pathlib import Path

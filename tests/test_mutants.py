@@ -1,4 +1,4 @@
-"""The script that changes lines of the package: what it changes, and which tests it runs for it."""
+"""The script that changes lines of the package: what it changes, and which tests it runs for each change."""
 
 import random
 from pathlib import Path

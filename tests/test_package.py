@@ -1,4 +1,4 @@
-"""The package as others see it: what importing it costs, what it promises, and which room may know of which."""
+"""The package from outside: the cost of its imports, its metadata, and which room may import which."""
 
 import ast
 import doctest
@@ -56,7 +56,7 @@ def python(program: str) -> str:
 @pytest.mark.full  # measures time
 def test_price_of_the_import() -> None:
     runs = [json.loads(python(IMPORT)) for _ in range(3)]
-    # CPU time, and the least of it: other programs of a busy machine are no part of the price.
+    # The least CPU time, because other programs on a busy machine must not count.
     assert min(seconds for seconds, _ in runs) < 0.15
 
 
@@ -157,7 +157,7 @@ def test_doctests(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert list(tmp_path.iterdir()) == []
 
 
-# From top to bottom; a room may know of those below it.
+# From top to bottom; a room may import the rooms below it.
 ROOMS = [
     "__main__",
     "cli",
@@ -173,7 +173,7 @@ ROOMS = [
     "arguments",
     "__init__",
 ]
-# What may be loaded together with a room, besides torch, what torch depends on and the standard library.
+# Packages that a room may load, besides the standard library, torch and torch's dependencies.
 LIBRARIES = {
     "cli": {"jsonargparse", "lightning", "yaml"},
     "compare": {"jinja2", "lightning", "markupsafe", "numpy", "psutil", "rich", "yaml"},
@@ -191,7 +191,7 @@ def room(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The full names that a file imports when it is imported itself; not those inside functions."""
+    """Yield the full names that a file imports when it is imported itself, without imports inside functions."""
     todo: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while todo:
         node = todo.pop()

@@ -1,6 +1,6 @@
-"""Users' code and YAML hold these names and parameters: one that disappears, or changes its place or default, fails.
+"""Users' code and YAML hold these names and parameters: if one goes, or changes position or default, a test fails.
 
-`python -m tests.test_public_api` adds what is new to tests/public_api.txt, for a release to keep.
+`python -m tests.test_public_api` adds new names to tests/public_api.txt, so that later releases keep them.
 """
 
 import importlib
@@ -26,7 +26,7 @@ MODULES = [
 
 
 def public(module: str) -> Iterator[str]:
-    """A line for each name, and one for each parameter: by its place, unless it is given by keyword alone."""
+    """Return a line for each name, and one for each parameter: with its position, unless it is keyword-only."""
     imported = importlib.import_module(module)
     for name in sorted(imported.__all__):
         value = getattr(imported, name)

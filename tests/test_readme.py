@@ -1,4 +1,4 @@
-"""Every code block of the README runs, and its table of options is so."""
+"""Every code block of the README runs, and its table of options is correct."""
 
 import ast
 import inspect
@@ -36,7 +36,7 @@ def test_every_language_is_run_here() -> None:
 
 def run(code: str) -> dict[str, Any]:
     names: dict[str, Any] = {}
-    torch.manual_seed(0)  # two elements that are nearly equal have a mean as large as their deviation's rounding
+    torch.manual_seed(0)  # if two elements were nearly equal, the mean would be as large as the rounding
     exec(compile(code, str(README), "exec"), names)
     return names
 
@@ -58,7 +58,7 @@ COMMANDS = [command.strip() for code in blocks("bash") for command in code.repla
 
 @pytest.fixture
 def marking(fake_lgg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
-    """Makes a folder of images, and a checkpoint of a network that marks them, for a command that predicts."""
+    """Return a function that makes a folder of images, and a checkpoint for a command that predicts their masks."""
 
     def make(args: list[str]) -> None:
         shutil.copytree(
@@ -77,7 +77,7 @@ def marking(fake_lgg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return make
 
 
-# Lightning's, of a checkpoint that is used in another run than the one that wrote it.
+# Lightning warns about a checkpoint that another run has written.
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "lightning_znorm" in command])
@@ -91,7 +91,7 @@ def test_command(
     python, flag, package, *args = shlex.split(command)
     assert (python, flag, package) == ("python", "-m", "lightning_znorm")
     monkeypatch.chdir(tmp_path)
-    if "cifar10" in command:  # where the download would put it
+    if "cifar10" in command:  # where the download would put the data
         fake_cifar10.rename(tmp_path / "data")
     if "predict" in args:
         marking(args)
@@ -104,7 +104,7 @@ def test_command(
     main([*args, "--trainer.accelerator", "cpu"])
 
 
-@pytest.mark.full  # the same as above, but that the study tries out its methods in processes of their own
+@pytest.mark.full  # the same as above, but the study tries its methods in processes of their own
 def test_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (command,) = (command for command in COMMANDS if " compare " in command)
     monkeypatch.chdir(tmp_path)
@@ -128,7 +128,7 @@ def test_benchmarks_are_there(module: str) -> None:
 
 @pytest.mark.parametrize("text", blocks("yaml"))
 def test_yaml(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The reader's classes, stood in for by the package's.
+    # Classes of the package stand for the reader's classes.
     settings = yaml.safe_load(text)
     assert settings["model"]["class_path"] == "my_package.MyModule"
     settings["model"] = {

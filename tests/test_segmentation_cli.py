@@ -1,4 +1,4 @@
-"""Segmentation from the command line: fit, test, and masks of a folder of images that nobody has marked."""
+"""Segmentation from the command line: fit, test, and masks for a folder of images without masks."""
 
 import csv
 import shutil
@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 @pytest.fixture
 def flags(fake_lgg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Those that make a small run of the Attention U-Net's experiment."""
+    """Return flags that make a small run of the Attention U-Net's experiment."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.yaml").write_text(
         yaml.safe_dump(
@@ -33,7 +33,7 @@ def flags(fake_lgg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> li
     return [flag for file in files for flag in ("--config", file)]
 
 
-# Lightning's, of a checkpoint that is used in another run than the one that wrote it.
+# Lightning warns about a checkpoint that another run has written.
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_fit_test_and_predict(flags: list[str], fake_lgg: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     main(["fit", *flags, "--trainer.max_epochs", "10"])

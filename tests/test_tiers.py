@@ -1,4 +1,4 @@
-"""The default tier and the full one: which tests they hold, in how many processes they run, and who runs them all."""
+"""The default tier and the full tier: their tests, the number of processes, and the scripts that run both tiers."""
 
 import os
 import re
@@ -15,7 +15,7 @@ pytest_plugins = ["pytester"]
 
 ROOT = Path(__file__).parents[1]
 
-# What stands here for the tests of this package.
+# A test file that stands for the tests of this package.
 SAMPLE = """
 import logging
 import os
@@ -71,7 +71,7 @@ BOTH = sorted(SHORT + LONG)
 
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    """A folder with two files of tests, and this package's conftest.py."""
+    """A folder with two test files, and this package's conftest.py."""
     (pytester.path / "checks/inner").mkdir(parents=True)
     for name in ("checks/test_outer.py", "checks/inner/test_inner.py"):
         (pytester.path / name).write_text(SAMPLE)
@@ -171,7 +171,7 @@ def test_workers(project: pytest.Pytester) -> None:
     workers = {nodeid: worker for nodeid, worker, _ in lines}
     assert set(workers.values()) == {"gw0", "gw1"}
     groups = {item.nodeid: conftest.group_of(item) for item in collected(project, "-m", "full or not full")}
-    assert groups.keys() == workers.keys()  # the ids are those of tests, to be run again
+    assert groups.keys() == workers.keys()  # the ids are those of tests, so that they can be run again
     pairs = {(groups[nodeid], worker) for nodeid, worker in workers.items()}
     assert len(pairs) == len(set(groups.values()))
 
@@ -179,7 +179,7 @@ def test_workers(project: pytest.Pytester) -> None:
 @pytest.mark.full  # all tests are collected twice
 def test_every_test_is_in_one_tier() -> None:
     def listed(*arguments: str) -> tuple[list[str], int]:
-        """The tests of a tier, and the number of those that it chooses from."""
+        """Return the tests of a tier, and the number of tests from which it chooses."""
         command = ("-m", "pytest", "--collect-only", "-q", "-n", "0", *arguments)
         run = run_python(*command, timeout=140, cwd=ROOT)
         assert run.returncode == 0, run.stdout
@@ -195,7 +195,7 @@ def test_every_test_is_in_one_tier() -> None:
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
     collected = {nodeid.split("::")[0] for nodeid in (*default, *full)}
     assert collected <= files
-    for file in files - collected:  # what it needs is not here
+    for file in files - collected:  # this machine lacks what the file needs
         assert re.search(r"^(\w+ = )?pytest\.importorskip\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
 
 
@@ -222,7 +222,7 @@ def test_all_checks_run_both_tiers() -> None:
 
 
 def test_slowest_tests_are_told() -> None:
-    """As they were measured; that they are still the slowest is not asked of a test."""
+    """The named tests exist. Whether they are still the slowest is not tested."""
     section = (
         (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The ten slowest tests of each tier")[2]
     )

@@ -1,4 +1,4 @@
-"""The built wheel, installed without the repository, answers to the README's commands."""
+"""The built wheel, installed without the repository, runs the README's commands."""
 
 import os
 import re
@@ -29,7 +29,7 @@ def run(*command: str | Path, cwd: Path, **env: str) -> str:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """Folder in which the wheel, and nothing else, is installed."""
+    """Folder in which only the wheel is installed."""
     wheels, site = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("site")
     pip = ["-m", "pip", "--disable-pip-version-check"]
     run(*pip, "wheel", "--no-deps", "--wheel-dir", wheels, ".", cwd=REPOSITORY)

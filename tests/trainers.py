@@ -1,4 +1,4 @@
-"""Trainers that write nothing and say nothing."""
+"""Trainers that write and print nothing."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 
 
 def trainer(**kwargs: Any) -> Trainer:
-    """One epoch on the CPU; the arguments win."""
+    """Return a Trainer for one epoch on the CPU; the arguments override that."""
     quiet = {
         "logger": False,
         "enable_checkpointing": False,

@@ -1,5 +1,5 @@
 #!/bin/sh
-# What a CPU can do of Table 1: examples/paper/cifar10-10k.yaml says what is reduced. The images are expected in ./data.
+# A reduced Table 1 for a CPU: examples/paper/cifar10-10k.yaml says what is reduced. The images are expected in ./data.
 set -eu
 methods=configs/methods
 python -m lightning_znorm compare --config examples/paper/cifar10-10k.yaml \

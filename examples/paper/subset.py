@@ -9,8 +9,8 @@ from lightning_znorm.data.splits import stratified_split
 class CIFAR10Subset(CIFAR10DataModule):
     """10,000 of CIFAR-10's 50,000 training images, 1,000 of each class; the test images are all 10,000.
 
-    The same images for every seed and method, whatever the batches: a limit on the number of batches would draw other
-    images in every epoch, and so train on all 50,000. ``val_fraction`` of them become validation images.
+    The images are the same for every seed and method, whatever the batches are. (A limit on the number of batches would
+    draw other images in every epoch, and so train on all 50,000.) ``val_fraction`` of them become validation images.
     """
 
     def load(self, train: bool) -> tuple[np.ndarray, np.ndarray]:

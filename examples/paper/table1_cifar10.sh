@@ -2,7 +2,7 @@
 # Table 1: CIFAR-10, six methods, three seeds, 100 epochs; MODELS are the files of configs/cifar10, one study each.
 #   sh examples/paper/table1_cifar10.sh --jobs 6                             on a GPU that holds six runs
 #   MODELS="resnet56 vgg16" sh examples/paper/table1_cifar10.sh --dry-run    prints commands, such as for a SLURM array
-# The images are expected in ./data; further options are handed on.
+# The images are expected in ./data; further options are passed on to compare.
 set -u
 failed=0
 methods=configs/methods

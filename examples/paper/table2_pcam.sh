@@ -2,7 +2,7 @@
 # Table 2: PatchCamelyon, six methods, three seeds, 50 epochs; MODELS are the files of configs/pcam, one study each.
 #   sh examples/paper/table2_pcam.sh --jobs 6                             on a GPU that holds six runs
 #   MODELS="resnet56 resnet101" sh examples/paper/table2_pcam.sh --dry-run    prints commands, such as for a SLURM array
-# The images are expected in ./data; further options are handed on.
+# The images are expected in ./data; further options are passed on to compare.
 set -u
 failed=0
 methods=configs/methods

@@ -2,7 +2,7 @@
 # Table 3: LGG MRI segmentation, six methods, three seeds, 50 epochs; MODELS are the files of configs/lgg, one study each.
 #   sh examples/paper/table3_lgg.sh --jobs 6                             on a GPU that holds six runs
 #   MODELS="resnet50-unet unetpp" sh examples/paper/table3_lgg.sh --dry-run    prints commands, such as for a SLURM array
-# The images are expected in ./data; further options are handed on.
+# The images are expected in ./data; further options are passed on to compare.
 set -u
 failed=0
 methods=configs/methods

@@ -1,7 +1,7 @@
-"""Print what studies found beside what the paper reports.
+"""Print the results of studies beside the figures that the paper reports.
 
     python examples/paper/tables.py              the results that come with this repository
-    python examples/paper/tables.py studies      one's own: studies/table1_cifar10/resnet56/results.csv and so on
+    python examples/paper/tables.py studies      your own: studies/table1_cifar10/resnet56/results.csv and so on
 
 The paper has one run for each figure, so its differences have no interval. Ours are paired by seed.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from lightning_znorm.compare.statistics import Row, compare_methods
 
 HERE = Path(__file__).parent
-# Columns of the paper's tables, by what we log; and whether more or less of it is better.
+# Our metrics, with the column of the paper's tables, and whether more or less is better.
 METRICS = {
     "test/accuracy": ("test_accuracy", "max"),
     "test/dice": ("test_f1", "max"),
@@ -21,7 +21,7 @@ METRICS = {
     "test/hausdorff": ("test_hausdorff", "min"),
     "train/loss": ("train_loss", "min"),
 }
-# Rows of the paper's tables, by the names of our files.
+# The names of our config files, with the rows of the paper's tables.
 MODELS = {
     "resnet56": "ResNet-56",
     "resnet101": "ResNet-101",
@@ -35,7 +35,7 @@ MODELS = {
     "unetpp": "U-net++",
     "attention-unet": "Attention U-Net",
 }
-# Studies that are reduced versions of a row of the paper: how each is reduced.
+# Studies that are reduced versions of a row of the paper: table, row, and how the study is reduced.
 REDUCED = {
     "cifar10-10k": (
         "table1_cifar10",
@@ -57,7 +57,7 @@ def read_reported(table: str) -> Reported:
 
 
 def read_measured(path: Path, metric: str) -> dict[str, dict[int, float]]:
-    """Read a metric of a study's results.csv by method and seed: of the last epoch."""
+    """Read the values of a metric in the last epoch from a study's results.csv, by method and seed."""
     last: dict[str, dict[int, tuple[int, float]]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):

@@ -1,7 +1,7 @@
-r"""Ways to keep ZNorm from amplifying a gradient that has become small, each one line of mathematics.
+r"""Ways to keep ZNorm from amplifying small gradients near convergence, each one line of mathematics.
 
-In the formulas, :math:`\sigma_t` is the deviation of a tensor's gradient at step t, :math:`\bar\sigma_t` the mean of
-:math:`\sigma_1 \dots \sigma_t`, and :math:`z = (g - \mu) / \sigma_t` plain ZNorm. For study, on a single device.
+Here :math:`\sigma_t` is the deviation of a tensor's gradient at step t, :math:`\bar\sigma_t` the mean of
+:math:`\sigma_1 \dots \sigma_t`, and :math:`z = (g - \mu) / \sigma_t` plain ZNorm. For a study on a single device.
 """
 
 from abc import abstractmethod
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 
 class Candidate(Callback):
-    """Replaces the gradient of every tensor of several elements, with the help of its history."""
+    """Base class: replaces the gradient of every tensor with more than one element, using the gradient's history."""
 
     def __init__(self) -> None:
         self._history: dict[Tensor, tuple[int, Tensor]] = {}
@@ -24,11 +24,11 @@ class Candidate(Callback):
         """Return what the optimizer gets in place of a gradient.
 
         Args:
-            grad: The gradient, of mean ``grad.mean()`` and deviation ``sigma``.
-            sigma: Its deviation.
-            running: Mean of the deviations up to now, this one among them.
-            parameter: The parameter.
-            progress: The learning rate, relative to the first one.
+            grad: The gradient.
+            sigma: Its standard deviation.
+            running: Mean of the deviations up to now, including this one.
+            parameter: The parameter to which the gradient belongs.
+            progress: The learning rate as a share of the first one.
         """
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ class RelativeEps(Candidate):
     r"""An eps that follows the gradient's history: :math:`(g - \mu) / (\sigma_t + \epsilon \bar\sigma_t)`.
 
     Args:
-        eps: Its share of the running deviation: gradients are amplified no more than ``1 / eps`` times.
+        eps: A share of the running deviation: gradients are amplified at most ``1 / eps`` times.
     """
 
     def __init__(self, eps: float = 0.1) -> None:
@@ -79,10 +79,10 @@ class RelativeEps(Candidate):
 
 
 class Blend(Candidate):
-    r"""As noise takes over, from z to the gradient: :math:`\lambda z + (1 - \lambda) g / \bar\sigma_t`.
+    r"""From z to the gradient, as noise grows: :math:`\lambda z + (1 - \lambda) g / \bar\sigma_t`.
 
-    With :math:`\lambda = |m|^2 / d` from the moving average m of the z-scores, whose squared norm is d. It is 1 without
-    noise, and :math:`(1 - \beta) / (1 + \beta)` for noise alone.
+    :math:`\lambda = |m|^2 / d`, where m is the moving average of the z-scores, and d their squared norm. Without noise,
+    this is one; with nothing but noise, it is :math:`(1 - \beta) / (1 + \beta)`.
 
     Args:
         beta: Decay of the moving average.
@@ -104,9 +104,9 @@ class Blend(Candidate):
 
 
 class Handover(Candidate):
-    r"""With the learning rate, from z to the gradient: :math:`p z + (1 - p) g / \bar\sigma_t`.
+    r"""From z to the gradient, as the learning rate falls: :math:`p z + (1 - p) g / \bar\sigma_t`.
 
-    With p the learning rate, relative to the first one. Without a schedule this is plain ZNorm.
+    p is the learning rate as a share of the first one. Without a schedule this is plain ZNorm.
     """
 
     def replacement(self, grad: Tensor, sigma: Tensor, running: Tensor, parameter: Tensor, progress: float) -> Tensor:

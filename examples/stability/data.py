@@ -7,10 +7,10 @@ from lightning_znorm.data.splits import stratified_split
 
 
 class SmallCIFAR10(CIFAR10DataModule):
-    """3,000 of CIFAR-10's training images and 2,000 of its test images at 8x8 pixels, as many of each class.
+    """3,000 of CIFAR-10's training images and 2,000 of its test images at 8x8 pixels, equally many of each class.
 
-    The same images for every seed and method. ``val_fraction`` of the former become validation images. A pixel is the
-    mean of sixteen.
+    The images are the same for every seed and method. ``val_fraction`` of the training images become validation images.
+    Each pixel is the mean of sixteen pixels.
     """
 
     def load(self, train: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What a run near convergence looks like from inside: deviations, and how far batches agree."""
+"""Measurements of a run near convergence: deviations of gradients, and how far those of different batches agree."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ from torch.optim import Optimizer
 
 
 class Measure(Callback):
-    """Logs, at the end of some epochs, what no metric shows.
+    """Logs measurements of gradients at the end of some epochs.
 
-    - ``sigma/NAME``: standard deviation of a weight's gradient, before any method, the mean over the epoch's steps.
-    - ``cosine/NAME``: between its gradient of a batch and that of all training images, the mean over batches; at the
-      weights that the epoch ends with, and with the statistics of each batch in batch normalization.
-    - ``full/loss``: the loss over all training images in the same setting.
+    - ``sigma/NAME``: standard deviation of a weight's gradient before any method, mean over the epoch's steps.
+    - ``cosine/NAME``: cosine between a weight's gradient on a batch and its gradient on all training images, mean over
+      batches. The weights are those at the end of the epoch; batch normalization uses the statistics of each batch.
+    - ``full/loss``: the loss over all training images, with the same weights and statistics.
 
-    Biases and normalization scales are left out. For a single device.
+    Biases and normalization scales are left out. It works on a single device.
 
     Args:
-        epochs: At the end of which epochs, from 0.
+        epochs: The epochs, from 0, at whose end it logs.
     """
 
     def __init__(self, epochs: Sequence[int]) -> None:
@@ -30,19 +30,19 @@ class Measure(Callback):
         self._sigmas: dict[str, list[Tensor]] = defaultdict(list)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin anew."""
+        """Clear the deviations of the last epoch."""
         self._sigmas.clear()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Take the deviations; the method's callback comes after this one."""
+        """Add the deviations of this step; the method's callback runs after this one."""
         if trainer.current_epoch in self.epochs:
             for name, weight in _weights(pl_module):
                 self._sigmas[name].append(weight.grad.std(correction=0))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log."""
+        """Log the measurements, if the epoch is one of ``epochs``."""
         if trainer.current_epoch not in self.epochs:
             return
         values: dict[str, Any] = {f"sigma/{name}": torch.stack(own).mean() for name, own in self._sigmas.items()}
@@ -54,12 +54,12 @@ class Measure(Callback):
 
 
 def _per_batch(trainer: pl.Trainer, module: pl.LightningModule) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-    """Losses of all training batches, and gradients of the weights, flat, at the same weights."""
+    """Return the losses of all training batches, and the flattened gradients of the weights, at the same weights."""
     data = trainer.datamodule
     norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.momentum = 0.0  # the running statistics stay
+        norm.momentum = 0.0  # the running statistics do not change
     losses: list[Tensor] = []
     gradients: dict[str, list[Tensor]] = defaultdict(list)
     names, weights = zip(*_weights(module), strict=True)

@@ -3,7 +3,7 @@
 # CIFAR-10, 100 epochs, with the paper's constant learning rate and with one that goes down to zero. For a GPU.
 #   sh examples/stability/paper_networks.sh --jobs 6                    on a GPU that holds six runs
 #   MODELS=vgg16 sh examples/stability/paper_networks.sh --dry-run      prints commands, such as for a SLURM array
-# The images are expected in ./data; further options are handed on.
+# The images are expected in ./data; further options are passed on to compare.
 set -u
 failed=0
 here=examples/stability

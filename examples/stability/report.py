@@ -1,7 +1,7 @@
 """Tables and figures of the study of stability near convergence.
 
     python examples/stability/report.py                          tables of the results that come with this repository
-    python examples/stability/report.py studies/stability DIR    of one's own, with figures and numbers, written to DIR
+    python examples/stability/report.py studies/stability DIR    your own, with figures and numbers, written to DIR
 
 A study is a folder with ``results.csv``, as ``compare`` writes it. Differences are paired by seed, with 95 % intervals.
 """
@@ -21,7 +21,7 @@ from lightning_znorm.compare.statistics import paired_interval
 RESULTS = Path(__file__).parent / "results"
 LAST_EPOCHS = 5
 KEPT = ("test/accuracy", "val/accuracy", "train/loss", "full/loss", "sigma/", "cosine/")
-# As in the reports of `compare`: Okabe and Ito's colours, and dashes and markers that say the same in grey.
+# As in the reports of `compare`: Okabe and Ito's colours, with dashes and markers that tell methods apart in grey.
 STYLES = {
     "baseline": ("#000000", "-", "o"),
     "znorm": ("#D55E00", (0, (5, 1.5)), "s"),
@@ -33,7 +33,7 @@ STYLES = {
 }
 
 Values = dict[str, dict[int, dict[int, float]]]
-"""By method, seed and epoch."""
+"""Values by method, seed and epoch."""
 
 
 def main(source: Path | None = None, target: Path = RESULTS) -> None:
@@ -47,7 +47,7 @@ def main(source: Path | None = None, target: Path = RESULTS) -> None:
 
 
 def _keep(source: Path, target: Path) -> None:
-    """Copy what is reported on, in four digits: a row for each epoch of a run."""
+    """Copy the metrics of the report in four digits: a row for each epoch of a run."""
     rows: dict[tuple[str, str, int], dict[str, str]] = defaultdict(dict)
     with source.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -63,13 +63,13 @@ def _keep(source: Path, target: Path) -> None:
 
 
 def _by_depth(metric: str) -> tuple[Any, ...]:
-    """Orders layers as they follow one another: by number, and the last one last."""
+    """Return a sort key that puts layers in their order in the network: by number, and the last one last."""
     kind, _, name = metric.partition("/")
     return kind, name.startswith("fc"), [int(number) for number in re.findall(r"\d+", name)], name
 
 
 def read(path: Path) -> dict[str, Values]:
-    """Read a study: by metric, method, seed and epoch."""
+    """Read the values of a study, by metric, method, seed and epoch."""
     metrics: dict[str, Values] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -82,7 +82,7 @@ def read(path: Path) -> dict[str, Values]:
 
 
 def table(metrics: Mapping[str, Values]) -> str:
-    """The end of training, each method beside the baseline and beside plain ZNorm.
+    """Return a table of the end of training, with each method compared to the baseline and to plain ZNorm.
 
     The training loss is the geometric mean over the last epochs and the seeds, and is compared as a ratio.
     """
@@ -137,7 +137,7 @@ def _difference(values: Mapping[str, Mapping[int, float]], method: str, other: s
 
 
 def draw(studies: Mapping[str, Mapping[str, Values]], folder: Path) -> None:
-    """Draw the figures, those of what a study measured beside its losses only where it did."""
+    """Draw the figures: losses of all studies, and gradients of the studies that measured them."""
     losses = {name: metrics["train/loss"] for name, metrics in studies.items()}
     _draw_curves("training loss", losses, log=True).savefig(folder / "loss.png", dpi=110)
     measured = {name: metrics for name, metrics in studies.items() if any("sigma/" in metric for metric in metrics)}
@@ -149,7 +149,7 @@ def draw(studies: Mapping[str, Mapping[str, Values]], folder: Path) -> None:
 
 
 def _mean_cosine(metrics: Mapping[str, Values]) -> Values:
-    """Over the layers."""
+    """Return the mean cosine over the layers."""
     layers = [values for name, values in metrics.items() if name.startswith("cosine/")]
     return {
         method: {
@@ -180,7 +180,7 @@ def _panels(count: int, columns: int = 3, **options: Any) -> tuple[Any, list[Any
 
 
 def _draw_curves(label: str, studies: Mapping[str, Values], log: bool = False) -> Any:
-    """A panel for each study, a line for each method."""
+    """Draw a panel for each study, with a line for each method."""
     figure, panels = _panels(len(studies), sharey=True)
     handles = {}
     for panel, (name, values) in zip(panels, studies.items(), strict=False):
@@ -201,7 +201,7 @@ def _draw_curves(label: str, studies: Mapping[str, Values], log: bool = False) -
 
 
 def _mean_curve(curves: Iterable[Mapping[int, float]], log: bool) -> tuple[list[int], list[float]]:
-    """Mean over the seeds, geometric on a logarithmic axis."""
+    """Return epochs and the mean over the seeds, which is geometric on a logarithmic axis."""
     curves = list(curves)
     epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
     columns = [[curve[epoch] for curve in curves] for epoch in epochs]
@@ -210,7 +210,7 @@ def _mean_curve(curves: Iterable[Mapping[int, float]], log: bool) -> tuple[list[
 
 
 def _draw_sigmas(shown: Mapping[str, Mapping[str, Values]]) -> Any:
-    """Deviation of each layer's gradient, under the baseline above and under ZNorm below; deep layers are dark."""
+    """Draw the deviation of each layer's gradient: baseline above, ZNorm below; deep layers are dark."""
     figure, panels = _panels(2 * len(shown), columns=len(shown), sharey=True)
     handles = {}
     for number, panel in enumerate(panels):

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Small networks on a few images until these are learnt by heart: what a CPU can do, at 20 seconds of a core a run.
-# The images are expected in ./data; further options are handed on.
+# Small networks learn a few images by heart. For a CPU: a run takes 20 seconds of one core.
+# The images are expected in ./data; further options are passed on to compare.
 set -u
 failed=0
 here=examples/stability

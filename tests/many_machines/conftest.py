@@ -9,7 +9,7 @@ from tests.many_machines.records import WITNESS, check_same_weights, facts
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of what two processes on one machine give."""
+    """Folder with the results of two processes on one machine."""
     folder = tmp_path_factory.mktemp("one machine")
     with Programs([one_machine(witnessed(folder))], [WITNESS], cwd=folder) as programs:
         output = programs.end(timeout=120)

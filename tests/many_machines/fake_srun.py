@@ -1,4 +1,4 @@
-"""What srun does, as far as Lightning can tell: starts each task with SLURM's variables; run by ``srun`` in a test."""
+"""Start each task with SLURM's variables, as srun does. A test runs this as ``srun``."""
 
 import json
 import os

@@ -17,7 +17,7 @@ def _ip(*arguments: str) -> None:
 
 @contextmanager
 def two_hosts() -> Iterator[list[str]]:
-    """Names of two network namespaces, which cannot reach each other but by `INTERFACE`; skips where there are none."""
+    """Yield the names of two network namespaces, joined only by `INTERFACE`; skip if the machine has no namespaces."""
     names = [f"znorm-{os.getpid()}-{i}" for i in range(2)]
     with ExitStack() as stack:
         try:

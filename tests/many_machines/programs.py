@@ -1,4 +1,4 @@
-"""Programs that run side by side, of which nothing is left behind."""
+"""Programs that run side by side and leave no process behind."""
 
 import os
 import signal
@@ -15,14 +15,14 @@ MARK = "ZNORM_TEST_PROGRAMS"
 
 
 class Programs:
-    """Programs that are started together; all that they have started is killed when the ``with`` block ends.
+    """Programs that start together; when the ``with`` block ends, they and all their processes are killed.
 
-    They write into one pipe, and so does what they start: the output ends when the last of these processes does.
+    All of these processes write into one pipe: the output ends when the last of them ends.
 
     Args:
         commands: Each program and its arguments.
-        environments: What to lay over the environment of each.
-        cwd: Folder that all of them run in.
+        environments: Variables to add to the environment of each program.
+        cwd: Working directory of all programs.
     """
 
     def __init__(self, commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]], cwd: Path) -> None:
@@ -60,7 +60,7 @@ class Programs:
         self.kill()
 
     def end(self, timeout: float) -> str:
-        """Wait until all processes are gone and return what they wrote; after ``timeout`` seconds the test fails."""
+        """Wait until all processes are gone, and return their output; after ``timeout`` seconds the test fails."""
         self._reader.join(timeout)
         if self._reader.is_alive():
             self.kill()
@@ -72,16 +72,16 @@ class Programs:
 
     @property
     def running(self) -> bool:
-        """Whether any of the processes is left."""
+        """Whether any of the processes still runs."""
         return self._reader.is_alive()
 
     @property
     def returncodes(self) -> list[int | None]:
-        """The programs' exit statuses, None for those that run."""
+        """The programs' exit statuses; None for a program that still runs."""
         return [process.poll() for process in self.processes]
 
     def kill(self) -> None:
-        """Kill all of them, also those in sessions of their own, as torchrun's are: by a mark in their environment."""
+        """Kill all processes by a mark in their environment, also those in other sessions, such as torchrun's."""
         for process in self.processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -91,7 +91,7 @@ class Programs:
             try:
                 if mark in (entry / "environ").read_bytes().split(b"\0"):
                     os.kill(int(entry.name), signal.SIGKILL)
-            except OSError:  # gone, or somebody else's
+            except OSError:  # the process is gone, or another user's
                 continue
 
     def _read(self, pipe: int) -> None:

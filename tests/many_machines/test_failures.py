@@ -1,4 +1,4 @@
-"""What happens when a process dies or hangs in the midst of an epoch, and how training goes on."""
+"""A process dies or hangs in the middle of an epoch, and training is resumed."""
 
 import csv
 import os
@@ -20,7 +20,7 @@ LOST = re.compile(r"RuntimeError: .*Connection (reset|closed) by peer")
 
 
 def in_second_epoch(programs: Programs, folder: Path, rank: int) -> int:
-    """Wait until a process is in the midst of the second epoch; return its id."""
+    """Wait until a process is in the middle of the second epoch, and return its id."""
     deadline = time.monotonic() + 120
     while not (folder / f"{rank}-in-epoch-1").exists():
         if not programs.running or time.monotonic() > deadline:
@@ -34,7 +34,7 @@ def test_killed_and_resumed(tmp_path: Path, reference: Path) -> None:
     commands = [torchrun(node, "127.0.0.1", port, witnessed(tmp_path)) for node in range(2)]
     with Programs(commands, [WITNESS] * 2, tmp_path) as programs:
         os.kill(in_second_epoch(programs, tmp_path, rank=1), signal.SIGKILL)
-        output = programs.end(timeout=60)  # all of them
+        output = programs.end(timeout=60)  # both machines
     assert all(code not in (0, None) for code in programs.returncodes)
     assert LOST.search(output), output
     run = tmp_path / "logs/digits-resnet20/first"
@@ -52,14 +52,14 @@ def test_killed_and_resumed(tmp_path: Path, reference: Path) -> None:
     check_same_weights(tmp_path, reference)
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2 * saved["global_step"]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
-    # What the document warns of.
+    # The document warns about this.
     with (run / "metrics.csv").open() as file:
         assert {row["epoch"] for row in csv.DictReader(file)} == {"1"}
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killed_on_one_machine(tmp_path: Path, victim: int) -> None:
-    """Lightning's own launcher, which runs in process 0."""
+    """Lightning's own launcher runs in process 0."""
     with Programs([one_machine(witnessed(tmp_path))], [WITNESS], tmp_path) as programs:
         os.kill(in_second_epoch(programs, tmp_path, victim), signal.SIGKILL)
         output = programs.end(timeout=60)
@@ -77,7 +77,7 @@ def test_hung(tmp_path: Path) -> None:
         stopped = time.monotonic()
         assert programs.processes[0].wait(timeout=66) == 1
         assert time.monotonic() - stopped > 5
-        assert programs.returncodes[1] is None  # its torchrun cannot tell
+        assert programs.returncodes[1] is None  # its torchrun does not notice
         os.kill(hung, signal.SIGKILL)
         output = programs.end(timeout=60)
     assert re.search(r"RuntimeError: .*time(d ?)?out", output, flags=re.IGNORECASE), output

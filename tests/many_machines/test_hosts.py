@@ -1,4 +1,4 @@
-"""The documented commands train on two hosts: the same weights on both, and those of one machine."""
+"""The documented commands train on two hosts, with the same weights on both, which equal those of one machine."""
 
 import json
 import os
@@ -30,7 +30,7 @@ from tests.many_machines.records import WITNESS, check_hosts, check_same_weights
 
 
 def run(commands: Sequence[Sequence[str]], environment: Mapping[str, str], cwd: Path) -> str:
-    """Run one program on each host, to the end."""
+    """Run one program on each host to its end."""
     with Programs(commands, [environment] * len(commands), cwd) as programs:
         output = programs.end(timeout=150)
     assert programs.returncodes == [0] * len(commands), output
@@ -40,7 +40,7 @@ def run(commands: Sequence[Sequence[str]], environment: Mapping[str, str], cwd: 
 
 @pytest.mark.parametrize("block", [TORCHRUN, SBATCH, LAUNCHER], ids=["torchrun", "sbatch", "Lightning's launcher"])
 def test_commands_name_settings_that_there_are(block: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without starting anything."""
+    """The settings are read, and nothing is started."""
     nodes = 1 if block == LAUNCHER else 2
     given = block.replace("$SLURM_NNODES", "2").replace("$SLURM_NTASKS_PER_NODE", "8").replace("\\\n", "")
     command = shlex.split(given, comments=True)
@@ -68,7 +68,7 @@ def test_two_network_namespaces(tmp_path: Path, reference: Path) -> None:
 
 @pytest.mark.full
 def test_number_of_machines_forgotten(tmp_path: Path) -> None:
-    """Lightning would let each of two processes train by itself: here on one machine, where they start sooner."""
+    """Lightning would let each of two processes train by itself. Both are on one machine, where they start sooner."""
     command = torchrun(0, "127.0.0.1", free_port(), [])
     command = with_values(command, {"--nnodes": 1, "--nproc_per_node": 2})
     at = command.index("--trainer.num_nodes")
@@ -82,7 +82,7 @@ def test_number_of_machines_forgotten(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_slurm(tmp_path: Path) -> None:
-    """The file for sbatch, whose srun is a stand-in: two nodes with one task each."""
+    """The file for sbatch, with a fake srun: two nodes with one task each."""
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", SBATCH, flags=re.MULTILINE))
     nodes = int(options["nodes"])
     assert nodes == 2
@@ -106,7 +106,7 @@ def test_slurm(tmp_path: Path) -> None:
         **WITNESS,
         "PATH": f"{srun.parent}:{os.environ['PATH']}",
         "FLAGS_OF_THE_TEST": json.dumps(flags),
-        "SLURM_JOB_ID": str(free_port(15000, 25000) - 15000),  # of which Lightning makes the port
+        "SLURM_JOB_ID": str(free_port(15000, 25000) - 15000),  # from which Lightning computes the port
         "SLURM_JOB_NAME": options["job-name"],
         "SLURM_JOB_NODELIST": "localhost",
         "SLURM_NODELIST": "localhost",

@@ -1,4 +1,4 @@
-"""A callback that writes down, for each process, what a test needs to know of it."""
+"""A callback that writes, for each process, the facts that a test needs."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class Witness(Callback):
     """Writes ``<rank>.json`` when training starts and ``<rank>.pt``, the weights, when it ends.
 
-    In between, in the midst of every epoch, ``<rank>-in-epoch-<epoch>``, an empty file.
+    In the middle of every epoch, it writes an empty file ``<rank>-in-epoch-<epoch>``.
 
     Args:
-        folder: Where to.
+        folder: Folder to write to.
     """
 
     def __init__(self, folder: str) -> None:
@@ -32,7 +32,7 @@ class Witness(Callback):
         }
         file = self.folder / f"{trainer.global_rank}.json"
         file.with_suffix(".new").write_text(json.dumps(facts))
-        file.with_suffix(".new").rename(file)  # at once: a test may be waiting for it
+        file.with_suffix(".new").rename(file)  # in one step, because a test may wait for the file
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 5:
