@@ -30,7 +30,7 @@ def test_table_is_complete() -> None:
     assert SUPPORT.keys() == NAMES.keys()
     assert all(tuple(row) == PRECISIONS for row in SUPPORT.values())
     # FSDP2 and tensor parallelism are of one strategy, single devices of one.
-    assert len(SUPPORT) == len(strategies._WHOLE | strategies._SHARDED)
+    assert len(SUPPORT) == len(strategies.SUPPORTED)
 
 
 def test_every_yes_is_trained_and_nothing_else() -> None:
