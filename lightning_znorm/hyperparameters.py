@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch.core.mixins import HyperparametersMixin
 from typing_extensions import override
 
+from lightning_znorm.errors import ZNormValueError
+
 _REMEDY = "pass a number, a text, or a list or dict of such"
 # Python's type for each kind of NumPy scalar; dates, durations and records have none.
 _KINDS: dict[str, type] = {"b": bool, "i": int, "u": int, "f": float, "c": complex, "S": bytes, "U": str}
@@ -84,7 +86,7 @@ def plain_value(name: str, value: Any, remedy: str = _REMEDY) -> Any:
         return tuple(kept) if isinstance(value, tuple) else set(kept) if isinstance(value, Set) else kept
     if not _can_be_loaded(value):
         found = f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
-        raise ValueError(
+        raise ZNormValueError(
             f"{name} is {found}, and hyperparameters are plain values, or no checkpoint could be loaded: {remedy}."
         )
     return value

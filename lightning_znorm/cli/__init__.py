@@ -20,6 +20,7 @@ from lightning_znorm.cli.config_files import is_stream, read_config, shipped_con
 from lightning_znorm.cli.config_order import check_order
 from lightning_znorm.cli.errors import sentence
 from lightning_znorm.cli.processes import check_streams, refuse_streams, started_processes
+from lightning_znorm.errors import ZNormValueError
 
 __all__ = ["main"]
 
@@ -92,7 +93,7 @@ def _run(args: list[str]) -> None:
         return
     streams = [name for name in named.config if is_stream(name)]
     if twice := next((name for name in streams if streams.count(name) > 1), None):
-        raise ValueError(f"{twice} is named twice: name it once.")
+        raise ZNormValueError(f"{twice} is named twice: name it once.")
     check_streams(streams, started_processes(os.environ))
     files = [read_config(name) for name in named.config]
     check_order(files)

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from lightning_znorm.cli.pickles import check_folder, load_plain
+from lightning_znorm.errors import ZNormValueError
 
 # What Lightning looks for without asking whether it is there.
 _NEEDED: dict[str, type] = {"state_dict": Mapping, "pytorch-lightning_version": str}
@@ -41,22 +42,24 @@ def check_checkpoint(path: str) -> None:
     """
     if Path(path).is_dir():
         if not any(Path(path, name).exists() for name in _PARTS):
-            raise ValueError(f"{path} is a folder without a checkpoint in parts: name a file in it.")
+            raise ZNormValueError(f"{path} is a folder without a checkpoint in parts: name a file in it.")
         check_folder(Path(path))
     elif Path(path).exists() and not Path(path).is_file():
-        raise ValueError(f"{path} is a pipe or a device, and a checkpoint is read several times: save it in a file.")
+        raise ZNormValueError(
+            f"{path} is a pipe or a device, and a checkpoint is read several times: save it in a file."
+        )
     if not Path(path).is_file():
         return
     content = load_plain(path, path)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}.")
+        raise ZNormValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}.")
     for key, kind in _NEEDED.items():
         if not isinstance(content.get(key), kind):
-            raise ValueError(f"{path} is no checkpoint of Lightning's: it holds no {key}, as Trainer saves it.")
+            raise ZNormValueError(f"{path} is no checkpoint of Lightning's: it holds no {key}, as Trainer saves it.")
     if not re.match(r"\d+\.\d+", version := content["pytorch-lightning_version"]):
-        raise ValueError(f"{path} is no checkpoint of Lightning's: its version is {version!r}.")
+        raise ZNormValueError(f"{path} is no checkpoint of Lightning's: its version is {version!r}.")
     if not isinstance(content.get("hyper_parameters", {}), Mapping):
-        raise ValueError(f"{path} is no checkpoint of Lightning's: its hyper_parameters are no names and values.")
+        raise ZNormValueError(f"{path} is no checkpoint of Lightning's: its hyper_parameters are no names and values.")
 
 
 def check_names(path: str, given: Mapping[str, Any]) -> None:
@@ -79,7 +82,7 @@ def check_names(path: str, given: Mapping[str, Any]) -> None:
     for key, text in _texts({key: value for key, value in settings.items() if key != "_instantiator"}):
         if text not in named and (os.path.isfile(text) or _may_be_code(text)):
             setting = "class_path" if key == "_class_path" else f"init_args.{key}"
-            raise ValueError(
+            raise ZNormValueError(
                 f"{path} names {text} for model.{setting}, which the config files and flags do not name, and which may "
                 "run any code: name it there if you trust whoever made the checkpoint."
             )

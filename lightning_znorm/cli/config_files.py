@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from lightning_znorm.errors import ZNormFileNotFoundError, ZNormValueError
+
 _PACKAGE = Path(__file__).parents[1]
 _STDIN = "-"
 
@@ -74,24 +76,24 @@ def read_config(name: str) -> ConfigFile:
         content = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{name} is not valid YAML{line}: {error.problem}") from error
+        raise ZNormValueError(f"{name} is not valid YAML{line}: {error.problem}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ZNormValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
     except UnicodeDecodeError as error:
         place = f"line {raw.count(10, 0, error.start) + 1}, byte 0x{raw[error.start]:02x}"
-        raise ValueError(f"{name} is not text in UTF-8 ({place}): save it in UTF-8.") from error
+        raise ZNormValueError(f"{name} is not text in UTF-8 ({place}): save it in UTF-8.") from error
     except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+        raise ZNormValueError(f"{name} cannot be read: {error.strerror}") from error
     except (RecursionError, ValueError, TypeError) as error:  # PyYAML's, of a date that is none, say
-        raise ValueError(f"{name} is not valid YAML: {error}") from error
+        raise ZNormValueError(f"{name} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{name} holds no settings: write `key: value` lines into it (`trainer: {{}}` for none).")
+        raise ZNormValueError(f"{name} holds no settings: write `key: value` lines into it (`trainer: {{}}` for none).")
     try:
         _check_keys(name, content)
     except RecursionError:
-        raise ValueError(f"{name} holds settings within themselves, or nested too deeply.") from None
+        raise ZNormValueError(f"{name} holds settings within themselves, or nested too deeply.") from None
     if not isinstance(content.get("trainer", {}), dict):
-        raise ValueError(f"{name} has trainer: {content['trainer']!r}, and `key: value` lines are expected there.")
+        raise ZNormValueError(f"{name} has trainer: {content['trainer']!r}, and `key: value` lines are expected there.")
     return ConfigFile(name, path, flatten(content), content, text, is_stream(name))
 
 
@@ -137,7 +139,9 @@ def _check_keys(name: str, value: Any) -> None:
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
-                raise ValueError(f"{name} has the key {key!r}, and settings have names: see that it is spelt right.")
+                raise ZNormValueError(
+                    f"{name} has the key {key!r}, and settings have names: see that it is spelt right."
+                )
     if isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             _check_keys(name, inner)
@@ -146,11 +150,11 @@ def _check_keys(name: str, value: Any) -> None:
 def _find(name: str) -> Path:
     if name == _STDIN:
         if sys.stdin is None:
-            raise FileNotFoundError(f"No config file {name}: standard input is closed.")
+            raise ZNormFileNotFoundError(f"No config file {name}: standard input is closed.")
         return Path("/dev/stdin")
     path = Path(name)
     if path.is_dir():
-        raise ValueError(f"{name} is a folder: name a config file in it.")
+        raise ZNormValueError(f"{name} is a folder: name a config file in it.")
     if path.exists():
         return path.absolute()
     names = shipped_configs()
@@ -160,7 +164,7 @@ def _find(name: str) -> Path:
     advice = (
         f"did you mean {' or '.join(nearest)}?" if nearest else "python -m lightning_znorm --help lists the latter."
     )
-    raise FileNotFoundError(f"No config file {name}, on disk or among those that come with the package: {advice}")
+    raise ZNormFileNotFoundError(f"No config file {name}, on disk or among those that come with the package: {advice}")
 
 
 def _shipped_root() -> Path:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lightning_znorm.cli.config_files import ConfigFile
+from lightning_znorm.errors import ZNormValueError
 
 
 def check_order(files: Sequence[ConfigFile]) -> None:
@@ -24,10 +25,10 @@ def check_order(files: Sequence[ConfigFile]) -> None:
     for i, later in enumerate(files):
         for earlier in files[:i]:
             if later.path == earlier.path:
-                raise ValueError(f"{later.name} is named twice: name it once.")
+                raise ZNormValueError(f"{later.name} is named twice: name it once.")
             if later.is_experiment and not earlier.is_experiment:
                 right = sorted(files, key=lambda file: not file.is_experiment)
-                raise ValueError(
+                raise ZNormValueError(
                     f"{later.name} is an experiment and overrides what is named before it, {earlier.name}: name "
                     f"experiments first, as in {' '.join(f'--config {shlex.quote(file.name)}' for file in right)}"
                 )
@@ -50,13 +51,13 @@ def check_callbacks(files: Iterable[ConfigFile], callbacks: Sequence[dict[str, A
     for file in files:
         for name in map(_class_name, file.callbacks):
             if name in methods and name not in kept:
-                raise ValueError(
+                raise ZNormValueError(
                     f"{name} of {file.name} is lost, for --trainer.callbacks replaces all callbacks: append with "
                     "--trainer.callbacks+= (in a file, `callbacks+:`)."
                 )
     for i, name in enumerate(kept):
         if name in methods and callbacks[i] in callbacks[:i]:
-            raise ValueError(f"{name} is twice among the callbacks: name it once.")
+            raise ZNormValueError(f"{name} is twice among the callbacks: name it once.")
 
 
 def _check_laid_over(method: ConfigFile, later: ConfigFile) -> None:
@@ -70,7 +71,7 @@ def _check_laid_over(method: ConfigFile, later: ConfigFile) -> None:
             way_out = "name one of the two"
         else:
             way_out = f"leave it out there, and override it by --{key} if that is meant"
-        raise ValueError(f"{later.name} sets {key} and so undoes {method.name}, named before it: {way_out}.")
+        raise ZNormValueError(f"{later.name} sets {key} and so undoes {method.name}, named before it: {way_out}.")
 
 
 def _overrides(key: str, earlier: str) -> bool:

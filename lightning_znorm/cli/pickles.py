@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from lightning_znorm.errors import ZNormValueError
+
 # What DeepSpeed's files name, beside what `torch.load` takes.
 _DEEPSPEED = (
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -57,8 +59,8 @@ def load_plain(source: str | Path | io.BytesIO, name: str) -> Any:
             return torch.load(source, weights_only=True, map_location="cpu", mmap=is_archive)
     except Exception as error:  # zip's, pickle's and torch's have no common base
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(_code(name, found[1])) from error
-        raise ValueError(_damaged(name, error)) from error
+            raise ZNormValueError(_code(name, found[1])) from error
+        raise ZNormValueError(_damaged(name, error)) from error
 
 
 def check_folder(folder: Path) -> None:
@@ -96,7 +98,7 @@ def _pickled_files(folder: Path) -> Iterator[Path]:
         if (latest := folder / name).is_file():
             tag = Path(latest.read_text(errors="replace").strip())
             if tag.is_absolute() or ".." in tag.parts:
-                raise ValueError(f"{latest} names {tag}, which is not in this folder: it is no checkpoint's.")
+                raise ZNormValueError(f"{latest} names {tag}, which is not in this folder: it is no checkpoint's.")
     seen = set()
     for where, below, names in os.walk(folder, onerror=_raise, followlinks=True):
         if (real := os.path.realpath(where)) in seen:
@@ -122,9 +124,9 @@ def _check_index(path: Path) -> None:
             if kinds.get(entry.fqn) != "TensorStorageMetadata"
         ]
     except _UnknownNameError as error:
-        raise ValueError(_code(str(path), str(error))) from error
+        raise ZNormValueError(_code(str(path), str(error))) from error
     except Exception as error:  # a damaged pickle may raise any
-        raise ValueError(_damaged(str(path), error)) from error
+        raise ZNormValueError(_damaged(str(path), error)) from error
     for name, place in values:
         _check_value(path.parent, name, place)
 
@@ -132,13 +134,13 @@ def _check_index(path: Path) -> None:
 def _check_value(folder: Path, name: str, place: Any) -> None:
     try:
         if getattr(place, "transform_descriptors", None):
-            raise ValueError(f"{name} is packed, as Lightning packs nothing")
+            raise ZNormValueError(f"{name} is packed, as Lightning packs nothing")
         path = folder / place.relative_path
         with path.open("rb") as file:
             file.seek(place.offset)
             value = io.BytesIO(file.read(place.length))
     except Exception as error:  # the index may say anything
-        raise ValueError(_damaged(str(folder / ".metadata"), error)) from error
+        raise ZNormValueError(_damaged(str(folder / ".metadata"), error)) from error
     load_plain(value, f"{path} ({name})")
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from lightning_znorm.errors import ZNormValueError
+
 # Who starts processes, and in which variables it says how many: in all, and on each machine.
 # With SLURM those of the step, because a batch script that runs without srun sees those of the whole job.
 _LAUNCHERS = {
@@ -30,7 +32,7 @@ def check_processes(environment: Mapping[str, str], world_size: int) -> None:
         started = int(environment.get(total, 1))
         if started > world_size:
             devices = int(environment.get(on_each_machine, 1))
-            raise ValueError(
+            raise ZNormValueError(
                 f"{launcher} has started {started} processes ({total}), but the Trainer works with {world_size}, so "
                 "that each would train by itself and write to the same folder: name them all with "
                 f"--trainer.num_nodes {-(-started // devices)} --trainer.devices {devices}, or start fewer."
@@ -80,4 +82,4 @@ def refuse_streams(streams: Sequence[str], readers: str) -> None:
     """
     if streams:
         names = " and ".join(streams)
-        raise ValueError(f"{names} can be read only once, and {readers}: write a file, and name that.")
+        raise ZNormValueError(f"{names} can be read only once, and {readers}: write a file, and name that.")

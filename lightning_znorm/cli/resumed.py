@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_znorm.cli.config_files import flatten
+from lightning_znorm.errors import ZNormValueError
 
 # Of a model that is evaluated, these do nothing.
 _TRAINING = ("init_args.optimizer", "init_args.lr_scheduler")
@@ -26,7 +27,7 @@ def check_resumed(checkpoint: str, own: dict[str, Any], given: dict[str, Any]) -
     settings, asked = flatten(own), flatten(given)
     for key in sorted(settings | asked):
         if settings.get(key) != asked.get(key):
-            raise ValueError(
+            raise ZNormValueError(
                 f"{checkpoint} was trained with model.{key} {settings.get(key)}, and a training that is resumed keeps "
                 f"its model and optimizer, so {asked.get(key)} would be lost: name the files and flags of that run."
             )

@@ -38,6 +38,7 @@ from lightning_znorm.cli.parse_errors import class_settings, explained, where
 from lightning_znorm.cli.processes import check_processes, check_streams
 from lightning_znorm.cli.resumed import changed_data, check_resumed, overridden
 from lightning_znorm.cli.trainer import CommandTrainer
+from lightning_znorm.errors import ZNormFileExistsError, ZNormValueError
 from lightning_znorm.hyperparameters import not_loadable
 
 _PROGRAM = "python -m lightning_znorm"
@@ -142,7 +143,7 @@ class RunCLI(LightningCLI):
             failure = self._not_made(error)
             if failure is None:
                 if said := self._misfit(error):
-                    raise ValueError(said) from error
+                    raise ZNormValueError(said) from error
                 raise
         else:
             return
@@ -298,7 +299,7 @@ class RunCLI(LightningCLI):
             Exception: The failure itself, if it is a bug of this package.
         """
         if said := sentence(failure):
-            raise ValueError(said) from failure
+            raise ZNormValueError(said) from failure
         if is_bug(failure):
             raise failure
         settings = self.config[self.config.subcommand].as_dict()
@@ -306,7 +307,7 @@ class RunCLI(LightningCLI):
         which = " or ".join(f"{key}{where(key, name, self.files)}" for key, name in named) or "a setting"
         name = next((name for _, name in named), f"{class_type.__module__}.{class_type.__qualname__}")
         sys.stderr.write(own_traceback(failure))
-        raise ValueError(f"{which} cannot be made: {name} raises {raised(failure)}.") from failure
+        raise ZNormValueError(f"{which} cannot be made: {name} raises {raised(failure)}.") from failure
 
     def _misfit(self, error: Exception) -> str | None:
         """Say what of the checkpoint does not fit the model or the optimizer, if that is the error."""
@@ -347,7 +348,7 @@ class RunCLI(LightningCLI):
             kwargs["return_predictions"] = False  # they are on disk
         path = self._predictions_path()  # another run may have had it: without a logger, or named
         if kwargs.get("return_predictions") is not False and path.exists():
-            raise FileExistsError(f"{path} is there already, and predictions overwrite nothing: move it away.")
+            raise ZNormFileExistsError(f"{path} is there already, and predictions overwrite nothing: move it away.")
         predictions: Any = self.trainer.predict(**kwargs)
         if not predictions:
             return
@@ -364,7 +365,7 @@ class RunCLI(LightningCLI):
         except BaseException as error:
             path.unlink(missing_ok=True)  # or half a file would be in the way of the next predictions
             if isinstance(error, (AttributeError, TypeError, pickle.PicklingError)):  # pickle's, of what it cannot
-                raise ValueError(
+                raise ZNormValueError(
                     f"the predictions cannot be saved: {raised(error)}. Let predict_step return tensors, numbers, "
                     "texts, or lists and dicts of such."
                 ) from error
@@ -414,7 +415,7 @@ def _check_encoding(settings: Any) -> None:
         return
     for path in _named_files(settings):
         if not Path(path).read_bytes().isascii():
-            raise ValueError(
+            raise ZNormValueError(
                 f"{path}, which another config file names, is not ASCII, and is read in this system's encoding, "
                 f"{encoding}: write its content into the file that names it, or set PYTHONUTF8=1."
             )

@@ -6,6 +6,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from lightning_znorm.errors import ZNormValueError
+
 # Lightning divides by some without a look at them, and takes a negative clip for none.
 _AT_LEAST_ONE = ("accumulate_grad_batches", "check_val_every_n_epoch")
 
@@ -48,11 +50,11 @@ class CommandTrainer(Trainer):
     ) -> None:
         for name in _AT_LEAST_ONE:
             if (count := kwargs.get(name)) is not None and count < 1:
-                raise ValueError(f"trainer.{name} must be at least 1, got {count}.")
+                raise ZNormValueError(f"trainer.{name} must be at least 1, got {count}.")
         if (norm := kwargs.get("gradient_clip_val")) is not None and norm < 0:
-            raise ValueError(f"trainer.gradient_clip_val must be at least 0, got {norm}.")
+            raise ZNormValueError(f"trainer.gradient_clip_val must be at least 0, got {norm}.")
         if isinstance(interval := kwargs.get("val_check_interval"), int | float) and interval <= 0:  # else a time
-            raise ValueError(f"trainer.val_check_interval must be more than 0, got {interval}.")
+            raise ZNormValueError(f"trainer.val_check_interval must be more than 0, got {interval}.")
         super().__init__(
             limit_train_batches=_unless_all(limit_train_batches),
             limit_val_batches=_unless_all(limit_val_batches),

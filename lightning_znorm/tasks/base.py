@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 from lightning_znorm.hyperparameters import PlainHyperparameters, plain_values, python_scalars
 from lightning_znorm.metrics.dtypes import at_least_float32
 from lightning_znorm.tasks.random_state import random_state, set_random_state
@@ -79,7 +80,7 @@ class Task(PlainHyperparameters, LightningModule):
             lr_scheduler_strict=lr_scheduler_strict,
         )
         if frequency is not None and frequency < 1:
-            raise ValueError(f"lr_scheduler_frequency must be at least 1, got {frequency}.")
+            raise ZNormValueError(f"lr_scheduler_frequency must be at least 1, got {frequency}.")
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = interval
@@ -108,14 +109,16 @@ class Task(PlainHyperparameters, LightningModule):
         if isinstance(model, str):
             self._in_chans = create.keywords["in_chans"]
             if self._in_chans < 1:
-                raise ValueError(f"in_chans must be at least 1, got {self._in_chans}.")
+                raise ZNormValueError(f"in_chans must be at least 1, got {self._in_chans}.")
             if twice := [name for name in kwargs if name in create.keywords]:
-                raise ValueError(
+                raise ZNormValueError(
                     f"model_kwargs must not hold {twice[0]}: set {twice[0]} of {type(self).__name__} itself."
                 )
             model = create(model, **kwargs)
         elif kwargs:
-            raise ValueError(f"model_kwargs are for a model by name, and {type(model).__name__} is a module already.")
+            raise ZNormValueError(
+                f"model_kwargs are for a model by name, and {type(model).__name__} is a module already."
+            )
         if compile:
             model.compile()
         self.model = model
@@ -131,7 +134,7 @@ class Task(PlainHyperparameters, LightningModule):
         """
         channels = images.shape[1] if images.ndim > 1 else None
         if self._in_chans is not None and channels not in (self._in_chans, None):
-            raise ValueError(
+            raise ZNormValueError(
                 f"Images of shape {tuple(images.shape)} have {channels} channel{'s' if channels != 1 else ''}, and the "
                 f"task was given in_chans={self._in_chans}: make it {channels} (in YAML, model.init_args.in_chans)."
             )
@@ -187,9 +190,9 @@ class Task(PlainHyperparameters, LightningModule):
         """Return how many steps of the optimizer the training has, for a scheduler of this name."""
         advice = "give it total_steps (in YAML, model.init_args.lr_scheduler.init_args.total_steps)"
         if self._trainer is None:
-            raise ValueError(f"{scheduler} leaves total_steps open, and no Trainer says what they are: {advice}.")
+            raise ZNormValueError(f"{scheduler} leaves total_steps open, and no Trainer says what they are: {advice}.")
         if self.lr_scheduler_frequency not in (None, 1):
-            raise ValueError(
+            raise ZNormValueError(
                 f"{scheduler} leaves total_steps open, and with lr_scheduler_frequency={self.lr_scheduler_frequency} "
                 f"it would not step after each of them: leave that out, or {advice}."
             )
@@ -198,13 +201,13 @@ class Task(PlainHyperparameters, LightningModule):
             isinstance(callback, GradientAccumulationScheduler) and callback.going_to_accumulate_grad_batches()
             for callback in callbacks.callbacks
         ):
-            raise ValueError(
+            raise ZNormValueError(
                 f"{scheduler} leaves total_steps open, and GradientAccumulationScheduler changes how many batches make "
                 f"a step: {advice}."
             )
         steps = self.trainer.estimated_stepping_batches
         if not 0 <= steps < math.inf:  # Lightning says -1 where a loader has no length
-            raise ValueError(
+            raise ZNormValueError(
                 f"{scheduler} leaves total_steps open, and this training has no end: set max_steps of the Trainer, or "
                 f"{advice}."
             )
@@ -304,7 +307,7 @@ class Task(PlainHyperparameters, LightningModule):
         for config in self.trainer.lr_scheduler_configs:
             ends = getattr(config.scheduler, "total_steps", None)
             if ends is not None and ends < self._total_steps:
-                raise ValueError(
+                raise ZNormValueError(
                     f"The {type(config.scheduler).__name__} of the checkpoint ends after {ends} steps, and this "
                     f"training has {self._total_steps}: resume it for as long as it was begun for, or begin a new one."
                 )
@@ -413,7 +416,7 @@ def _require_maker(name: str, of: str, example: str, given: object) -> None:
     """Refuse what cannot be called, such as an optimizer that is made already."""
     if not callable(given):
         found = "None" if given is None else f"an object of {type(given).__name__}"
-        raise TypeError(f"{name} must be a function that makes one from the {of}, such as {example}, got {found}.")
+        raise ZNormTypeError(f"{name} must be a function that makes one from the {of}, such as {example}, got {found}.")
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

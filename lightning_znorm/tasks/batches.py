@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_znorm.errors import ZNormTypeError
+
 
 def images_of(batch: Any) -> Tensor:
     """Return the images that a batch is, or that it begins with.
@@ -14,7 +16,7 @@ def images_of(batch: Any) -> Tensor:
     """
     images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(images, Tensor):
-        raise TypeError(
+        raise ZNormTypeError(
             f"A batch is {described(batch)}, and images, a tensor, or a tuple or list that begins with them, are "
             "expected: let the dataset or its collate_fn return that."
         )
@@ -32,7 +34,7 @@ def images_and_targets(batch: Any, targets: str) -> tuple[Tensor, Tensor]:
         TypeError: If it does not begin with both.
     """
     if not isinstance(batch, (tuple, list)) or not all(isinstance(part, Tensor) for part in (*batch, None)[:2]):
-        raise TypeError(
+        raise ZNormTypeError(
             f"A batch is {described(batch)}, and a tuple or list that begins with images and {targets}, both tensors, "
             "is expected: let the dataset or its collate_fn return that."
         )

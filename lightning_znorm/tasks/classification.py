@@ -11,6 +11,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 from typing_extensions import override
 
+from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 from lightning_znorm.hyperparameters import plain_value, plain_values
 from lightning_znorm.metrics.dtypes import at_least_float32
 from lightning_znorm.tasks.base import BUILD_IT, Task
@@ -125,7 +126,7 @@ class ClassificationTask(Task):
         model_kwargs = plain_value("model_kwargs", model_kwargs, remedy=BUILD_IT)
         self.save_hyperparameters()
         if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}.")
+            raise ZNormValueError(f"num_classes must be at least 1, got {num_classes}.")
         self.num_classes = num_classes
         # Cross entropy kills a CUDA process over a wrong label, and binary cross entropy takes it without a word.
         self.target_check = TargetCheck(
@@ -175,7 +176,7 @@ class ClassificationTask(Task):
         data = getattr(self.trainer, "datamodule", None)
         data_classes = getattr(data, "num_classes", self.num_classes)
         if data_classes != self.num_classes and (self.num_classes, data_classes) != (1, 2):
-            raise ValueError(
+            raise ZNormValueError(
                 f"{type(data).__name__} has {data_classes} classes, and the task was given num_classes="
                 f"{self.num_classes}: make it {data_classes} (in YAML, model.init_args.num_classes)."
             )
@@ -187,12 +188,12 @@ class ClassificationTask(Task):
         logits = logits_of(self.model(images))
         expected = (len(images), self.num_classes)
         if not isinstance(logits, Tensor):
-            raise ValueError(
+            raise ZNormValueError(
                 f"{type(self.model).__name__} turned {len(images)} images into {described(logits)}, and the task takes "
                 f"logits, a tensor of shape {expected}, or an output that has them as `logits`: let it return that."
             )
         if logits.shape != expected:
-            raise ValueError(
+            raise ZNormValueError(
                 f"{type(self.model).__name__} turned {len(images)} images into an output of shape "
                 f"{tuple(logits.shape)}, and num_classes={self.num_classes} asks for {expected}: change one of the two."
             )
@@ -210,7 +211,7 @@ class ClassificationTask(Task):
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
-            raise ValueError(
+            raise ZNormValueError(
                 f"Batch {batch_idx} holds one image, and batch normalization needs two values of each channel, where "
                 f"{type(self.model).__name__} has made them 1x1: choose a batch_size that is not 1, and of which no "
                 "single image is left over at the end of an epoch."
@@ -274,7 +275,7 @@ class ClassificationTask(Task):
     def _loss_of_probabilities(self, images: Tensor, labels: Tensor, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         expected = (len(images),) if self.num_classes == 1 else (len(images), self.num_classes)
         if labels.shape != expected:
-            raise ValueError(
+            raise ZNormValueError(
                 f"Class probabilities have shape {tuple(labels.shape)}, and {len(images)} images with num_classes="
                 f"{self.num_classes} ask for {expected}."
             )
@@ -300,9 +301,9 @@ class ClassificationTask(Task):
 
     def _require_labels(self, images: Tensor, labels: Tensor) -> None:
         if labels.shape != (len(images),):
-            raise ValueError(
+            raise ZNormValueError(
                 f"Labels have shape {tuple(labels.shape)}, and {len(images)} images ask for {(len(images),)}: the "
                 "number of the class of each."
             )
         if labels.is_complex() or (labels.is_floating_point() and self.num_classes > 1):
-            raise TypeError(f"Labels are {labels.dtype}, and class numbers are integers: pass labels.long().")
+            raise ZNormTypeError(f"Labels are {labels.dtype}, and class numbers are integers: pass labels.long().")

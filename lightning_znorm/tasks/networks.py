@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_znorm import models
+from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 
 
 def create_classifier(name: str, num_classes: int, in_chans: int = 3, **kwargs: Any) -> nn.Module:
@@ -41,7 +42,7 @@ def create_classifier(name: str, num_classes: int, in_chans: int = 3, **kwargs: 
     if not timm.is_model(name):
         nearest = difflib.get_close_matches(name, [*models.__all__, *timm.list_models()])
         advice = f"did you mean {' or '.join(nearest)}?" if nearest else "timm.list_models() lists the names."
-        raise ValueError(f"No network is called {name!r}, in lightning_znorm.models or in timm: {advice}")
+        raise ZNormValueError(f"No network is called {name!r}, in lightning_znorm.models or in timm: {advice}")
     return _create(name, partial(timm.create_model, name), {"num_classes": num_classes, "in_chans": in_chans}, kwargs)
 
 
@@ -79,7 +80,7 @@ def create_segmenter(
         torch.Size([1, 1, 32, 32])
     """
     if name not in _SEGMENTERS:
-        raise ValueError(f"No segmentation network is called {name!r}: choose one of {', '.join(_SEGMENTERS)}.")
+        raise ZNormValueError(f"No segmentation network is called {name!r}: choose one of {', '.join(_SEGMENTERS)}.")
 
     from monai.networks.nets import AttentionUnet, BasicUNetPlusPlus, FlexibleUNet  # seconds
 
@@ -102,4 +103,4 @@ def _create(
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None or unknown[1] not in kwargs:
             raise
-        raise TypeError(f"The network {name} has no argument {unknown[1]!r}.") from error
+        raise ZNormTypeError(f"The network {name} has no argument {unknown[1]!r}.") from error

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 from lightning_znorm.hyperparameters import plain_value, plain_values
 from lightning_znorm.metrics import DiceScore, HausdorffDistance, TverskyIndex
 from lightning_znorm.metrics.dtypes import at_least_float32, orderable
@@ -133,12 +134,12 @@ class SegmentationTask(Task):
         model_kwargs = plain_value("model_kwargs", model_kwargs, remedy=BUILD_IT)
         self.save_hyperparameters()
         if activation not in ("sigmoid", "softmax"):
-            raise ValueError(f"activation must be 'sigmoid' or 'softmax', got {activation!r}.")
+            raise ZNormValueError(f"activation must be 'sigmoid' or 'softmax', got {activation!r}.")
         least = 1 if activation == "sigmoid" else 2
         if num_classes < least:
-            raise ValueError(f"num_classes must be at least {least} with {activation}, got {num_classes}.")
+            raise ZNormValueError(f"num_classes must be at least {least} with {activation}, got {num_classes}.")
         if not 0 < threshold < 1:
-            raise ValueError(f"threshold is a probability, in (0, 1), got {threshold}.")
+            raise ZNormValueError(f"threshold is a probability, in (0, 1), got {threshold}.")
         self._stopping_checked_finite: list[EarlyStopping] = []
         self.num_classes = num_classes
         self.activation = activation
@@ -276,7 +277,7 @@ class SegmentationTask(Task):
         for output in outputs:
             if not isinstance(output, Tensor) or output.shape != expected:
                 found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else described(output)
-                raise ValueError(
+                raise ZNormValueError(
                     f"{type(self.model).__name__} turned images of shape {tuple(images.shape)} into {found}, and "
                     f"num_classes={self.num_classes} asks for logits of shape {expected}."
                 )
@@ -303,13 +304,13 @@ class SegmentationTask(Task):
         channels = self.num_classes if self.activation == "sigmoid" else 1
         expected = (len(images), channels, *images.shape[2:])
         if masks.shape != expected:
-            raise ValueError(
+            raise ZNormValueError(
                 f"Masks have shape {tuple(masks.shape)}, and images of shape {tuple(images.shape)} with "
                 f"activation={self.activation!r} and num_classes={self.num_classes} ask for {expected}."
             )
         last = self.num_classes - 1
         if self.activation == "softmax" and masks.is_floating_point() and last > 2 / torch.finfo(masks.dtype).eps:
-            raise TypeError(
+            raise ZNormTypeError(
                 f"Masks are {masks.dtype}, which cannot tell all classes from 0 to {last} apart: pass masks.long(), "
                 "which no precision of the Trainer rounds."
             )

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_znorm.errors import ZNormValueError
 from lightning_znorm.metrics.dtypes import orderable, widest_float
 
 STAGES = ("training", "validation", "test")
@@ -47,7 +48,7 @@ class TargetCheck:
         if _has_values(targets):
             low, high, misfit = self._bounds(targets)
             if misfit:
-                raise ValueError(self._message(float(low), float(high), _place(stage, batch_idx, dataloader_idx)))
+                raise ZNormValueError(self._message(float(low), float(high), _place(stage, batch_idx, dataloader_idx)))
 
     def note(self, targets: Tensor, stage: str, batch_idx: int, dataloader_idx: int = 0) -> tuple[Tensor, Tensor]:
         """Count a batch on its device if a target is wrong; waits for nothing.
@@ -98,7 +99,7 @@ class TargetCheck:
                     place = _place(stage, int(batch_idx), int(dataloader_idx))
                     place += f" on rank {rank}" if ranks > 1 else ""
                     place += f" (one of {total} such batches)" if total > 1 else ""
-                    raise ValueError(self._message(low, high, place))
+                    raise ZNormValueError(self._message(low, high, place))
 
     def _bounds(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The least and the greatest target, NaN if one is NaN, and whether one is wrong."""
