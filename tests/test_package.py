@@ -171,6 +171,7 @@ ROOMS = [
     "functional",
     "gradients",
     "__init__",
+    "errors",
 ]
 # What may be loaded together with a room, besides torch, what torch depends on and the standard library.
 LIBRARIES = {

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_znorm.callbacks.step_watch import StepWatch
 from lightning_znorm.callbacks.strategies import check_strategy, gradient_source
+from lightning_znorm.errors import ZNormValueError
 from lightning_znorm.gradients import GradientMethod
 from lightning_znorm.gradients.amp import is_unscaled, unscales_in_step
 from lightning_znorm.gradients.arguments import checked_flag
@@ -123,7 +124,7 @@ class GradientCallback(Callback, ABC):
         if not source.unnamed or not self._filter.needs_names:
             return
         if unnamed := [place for place in places if place in source.unnamed]:
-            raise ValueError(
+            raise ZNormValueError(
                 f"{self._name}: include={self._filter.include} and exclude={self._filter.exclude} are patterns on the "
                 f"names of the LightningModule's parameters, and an optimizer steps {len(unnamed)} that it does not "
                 f"register, such as {unnamed[0].names[0]}: register them (assign each to an attribute of a module as "
@@ -285,7 +286,7 @@ class GradientCallback(Callback, ABC):
         try:
             self._filter.check(places)
         except ValueError as error:
-            raise ValueError(f"{self._name}: {error}") from None
+            raise ZNormValueError(f"{self._name}: {error}") from None
         return any(place.ndim is None for place in places)
 
     def _places(self, trainer: pl.Trainer, model: ModelState, optimizer: Optimizer) -> list[Place]:

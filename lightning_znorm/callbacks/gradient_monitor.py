@@ -19,6 +19,7 @@ from lightning_znorm.callbacks.gradient_callback import GradientCallback, ModelS
 from lightning_znorm.callbacks.pictures import log_picture
 from lightning_znorm.callbacks.sigma_history import SigmaHistory
 from lightning_znorm.callbacks.step_watch import unwrapped
+from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 from lightning_znorm.gradients import GradientMethod, ZScore
 from lightning_znorm.gradients.amp import scale_of
 from lightning_znorm.gradients.arguments import checked_flag, checked_number, shown
@@ -123,9 +124,9 @@ class GradientMonitor(GradientCallback):
     ) -> None:
         super().__init__(include, exclude, min_ndim, allow_untested_strategy)
         if not isinstance(prefix, str):
-            raise TypeError(f"prefix must be a string, got {shown(prefix)}")
+            raise ZNormTypeError(f"prefix must be a string, got {shown(prefix)}")
         if not prefix:
-            raise ValueError("prefix must not be empty, for it is what tells these metrics from others")
+            raise ZNormValueError("prefix must not be empty, for it is what tells these metrics from others")
         self.per_parameter = checked_flag("per_parameter", per_parameter)
         self.sigma_threshold = checked_number("sigma_threshold", sigma_threshold)
         self.eps = ZScore(eps).eps

@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_znorm.callbacks.drawing import Case, grid
 from lightning_znorm.callbacks.folders import run_folder
 from lightning_znorm.callbacks.pictures import log_picture
+from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 
 
 class MaskOverlay(Callback):
@@ -46,12 +47,12 @@ class MaskOverlay(Callback):
 
     def __init__(self, num_cases: int = 6, cases: Sequence[int] | None = None, every_n_epochs: int = 1) -> None:
         if num_cases < 1 or every_n_epochs < 1:
-            raise ValueError(
+            raise ZNormValueError(
                 f"num_cases and every_n_epochs must be at least 1, got {num_cases} and {every_n_epochs}: to draw "
                 "nothing, leave the callback out"
             )
         if cases is not None and (not cases or min(cases) < 0):
-            raise ValueError(f"cases must be numbers from 0 on, got {list(cases)}")
+            raise ZNormValueError(f"cases must be numbers from 0 on, got {list(cases)}")
         self.num_cases = num_cases
         self.cases = None if cases is None else set(cases)
         self.every_n_epochs = every_n_epochs
@@ -115,12 +116,12 @@ class MaskOverlay(Callback):
         if not trainer.is_global_zero:
             return
         if not isinstance(outputs, Mapping) or not {"preds", "target"} <= outputs.keys():
-            raise TypeError(
+            raise ZNormTypeError(
                 "MaskOverlay draws what validation_step and test_step return, a mapping with 'preds' and 'target' "
                 f"(masks of shape (N, K, H, W)), and was given {type(outputs).__name__}"
             )
         if not isinstance(batch, Sequence) or not batch or not isinstance(batch[0], Tensor):
-            raise TypeError(
+            raise ZNormTypeError(
                 "MaskOverlay draws the images that a batch begins with, and was given a batch that is a "
                 f"{type(batch).__name__}: let the dataset or its collate_fn return a tuple or list, images first"
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_znorm.callbacks.folders import run_folder
+from lightning_znorm.errors import ZNormValueError
 
 _NAME = (str, os.PathLike, NoneType)
 _COLUMNS = ["image", "mask", "class", "pixels", "fraction", "max_probability", "mean_probability"]
@@ -49,7 +50,7 @@ class MaskWriter(BasePredictionWriter):
     def __init__(self, dirpath: str | Path | None = None, format: Literal["png", "tif"] = "png") -> None:
         super().__init__(write_interval="batch")
         if format not in ("png", "tif"):
-            raise ValueError(f"format must be 'png' or 'tif', got {format!r}")
+            raise ZNormValueError(f"format must be 'png' or 'tif', got {format!r}")
         self.dirpath = None if dirpath is None else Path(dirpath).expanduser()
         self.format = format
         self._folder = Path()
@@ -97,13 +98,13 @@ class MaskWriter(BasePredictionWriter):
         probabilities = prediction.cpu()
         for index in probabilities.flatten(1).isnan().any(dim=1).nonzero().flatten().tolist():
             image = f"image {index} of batch {batch_idx}" if names is None else names[index]
-            raise ValueError(
+            raise ZNormValueError(
                 f"MaskWriter was given NaN for {image}, which no threshold finds: look for NaN or inf in the image and "
                 f"in the weights. The masks before it are in {self._folder}"
             )
         for index, name in enumerate([] if names is None else names):
             if name is not None and not Path(name).name:
-                raise ValueError(
+                raise ZNormValueError(
                     f"MaskWriter was given {name!r} as the name of image {index} of batch {batch_idx}, which is no "
                     "file's name: name every image, or none, and they are numbered. The masks before it are in "
                     f"{self._folder}"

@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_znorm.errors import ZNormRuntimeError
 from lightning_znorm.gradients import AffineMethod, GradientMethod
 from lightning_znorm.gradients.amp import check_grad_scaler
 from lightning_znorm.gradients.methods import describe
@@ -61,7 +62,7 @@ def gradient_source(strategy: Any, module: LightningModule, callback: str) -> Gr
         return FSDP1Source(module, strategy.model)
     if family == "DeepSpeedStrategy":
         if strategy.model is None or strategy.model is module:
-            raise RuntimeError(
+            raise ZNormRuntimeError(
                 f"{callback}.on_before_optimizer_step was called, and {type(strategy).__name__} has no engine for the "
                 "model, where its gradients would be: step optimizers between `on_fit_start` and `on_fit_end` only"
             )

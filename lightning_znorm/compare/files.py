@@ -11,12 +11,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from lightning_znorm.errors import ZNormValueError
+
 _SECONDS_TO_WRITE = 600
 """After which nobody is still writing a small file."""
 _LEFTOVER = re.compile(r"\..+\.(json|yaml|csv|md|html)\.\d+")
 
 
-class DamagedError(ValueError):
+class DamagedError(ZNormValueError):
     """A file that does not hold what was written into it; the message names it and says why.
 
     Args:

@@ -7,9 +7,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lightning_znorm.compare.files import named
+from lightning_znorm.errors import ZNormRuntimeError
 
 
-class InUseError(RuntimeError):
+class InUseError(ZNormRuntimeError):
     """Another process holds the lock."""
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from lightning_znorm.compare.files import named
 from lightning_znorm.compare.numbers import clock
+from lightning_znorm.errors import ZNormRuntimeError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,11 +28,11 @@ _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGQUIT") if
 _TAIL_BYTES = 20_000
 
 
-class Stopped(RuntimeError):
+class Stopped(ZNormRuntimeError):
     """The study was told to stop."""
 
 
-class TimedOut(RuntimeError):
+class TimedOut(ZNormRuntimeError):
     """A command took longer than it may, and was ended; the message says so, and goes on behind the command's name."""
 
 

@@ -12,9 +12,10 @@ from typing import Any
 from lightning_znorm.compare.one_run import Outcome, do_run
 from lightning_znorm.compare.process import Processes
 from lightning_znorm.compare.study import Run, StudyError
+from lightning_znorm.errors import ZNormRuntimeError
 
 
-class LostError(RuntimeError):
+class LostError(ZNormRuntimeError):
     """A run whose Ray worker does not tell what became of it; the message says why, in words."""
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePath
 
+from lightning_znorm.errors import ZNormValueError
 
-class StudyError(ValueError):
+
+class StudyError(ZNormValueError):
     """A study that cannot be run as it was asked for; the message names what is wrong and the way out."""
 
 

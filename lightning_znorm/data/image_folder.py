@@ -25,6 +25,7 @@ from lightning_znorm.data.files import (
 )
 from lightning_znorm.data.images import ImageDataModule, Labels, stratified_indices
 from lightning_znorm.data.shuffle import SeededShuffle
+from lightning_znorm.errors import ZNormFileNotFoundError, ZNormRuntimeError, ZNormValueError
 from lightning_znorm.hyperparameters import plain_values
 
 Paths: TypeAlias = NDArray[np.bytes_]
@@ -67,7 +68,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         try:
             image = read_rgb(path)
         except BadFileError as fault:
-            raise RuntimeError(f"{path} {fault}: convert, replace or remove it.") from fault
+            raise ZNormRuntimeError(f"{path} {fault}: convert, replace or remove it.") from fault
         return self.transform(image), int(self.labels[index])
 
 
@@ -155,7 +156,7 @@ class ImageFolderDataModule(ImageDataModule):
         check_number("image_size", image_size, int)
         check_number("resize_size", resize_size, int)
         if not 0 < image_size <= resize_size:
-            raise ValueError(
+            raise ZNormValueError(
                 f"image_size={image_size} must be at least 1 and at most resize_size={resize_size}, from whose centre "
                 "the images for evaluation are cut."
             )
@@ -174,7 +175,7 @@ class ImageFolderDataModule(ImageDataModule):
                 for part, names in (("train", set(train) - set(val)), ("val", set(val) - set(train)))
                 if names
             ]
-            raise ValueError(
+            raise ZNormValueError(
                 f"train and val have different classes ({', '.join(differences)}): both must hold the same folders."
             )
         return train
@@ -215,14 +216,14 @@ class ImageFolderDataModule(ImageDataModule):
     def _split(self, labels: Labels, classes: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         single = np.flatnonzero(np.bincount(labels) == 1)
         if len(single):
-            raise ValueError(
+            raise ZNormValueError(
                 f"{some(str(self.root / 'train' / classes[label]) for label in single)} holds one image alone, which "
                 "cannot be both for training and for validation: add another."
             )
         try:
             return stratified_indices(labels, self.val_fraction, self.seed)
         except ValueError as error:
-            raise ValueError(
+            raise ZNormValueError(
                 f"val_fraction={self.val_fraction} of the {len(labels)} images in {self.root / 'train'} leaves less "
                 f"than one image for each of the {len(classes)} classes, in training or validation: change it."
             ) from error
@@ -231,13 +232,13 @@ class ImageFolderDataModule(ImageDataModule):
 def _class_folders(folder: Path) -> tuple[list[str], list[str]]:
     """Return the names of the class folders, and what is wrong."""
     if not folder.is_dir():
-        raise FileNotFoundError(
+        raise ZNormFileNotFoundError(
             f"No folder {folder}: let root name the folder that holds train and val, with one folder of images per "
             "class in each."
         )
     names, listing = list_subfolders(folder, ())
     if not names and not listing.faults:
-        raise FileNotFoundError(
+        raise ZNormFileNotFoundError(
             f"No class folders in {folder}: sort its images into one folder per class (ImageNet's validation images "
             "are published without)."
         )
@@ -273,7 +274,7 @@ def _find_images(root: Path, classes: list[str]) -> dict[str, tuple[Paths, Label
     found.skip(AGAIN, [found.paths[index] for index in again])
     warn_of_skipped(root, found)
     if empty:
-        raise FileNotFoundError(
+        raise ZNormFileNotFoundError(
             f"No images in {some(empty)}: every class folder must hold files that end in {', '.join(IMG_EXTENSIONS)}."
         )
     parts = {}

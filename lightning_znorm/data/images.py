@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_znorm.data.arguments import check_number
 from lightning_znorm.data.loader import ResumableLoader
 from lightning_znorm.data.shuffle import EpochShuffle
+from lightning_znorm.errors import ZNormValueError
 from lightning_znorm.hyperparameters import PlainHyperparameters, plain_values
 
 Labels: TypeAlias = NDArray[np.int64]
@@ -65,7 +66,9 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
         check_number("seed", seed, int, least=0, bits=32)
         check_number("val_fraction", val_fraction, float)
         if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction is the share of training images to validate on, in (0, 1): {val_fraction}.")
+            raise ZNormValueError(
+                f"val_fraction is the share of training images to validate on, in (0, 1): {val_fraction}."
+            )
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.seed = seed
@@ -197,7 +200,7 @@ def stratified_indices(labels: Labels, fraction: float, seed: int) -> tuple[NDAr
     try:
         rest, taken = train_test_split(np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=seed)
     except ValueError as error:
-        raise ValueError(
+        raise ZNormValueError(
             f"{len(labels)} images of {len(np.unique(labels))} classes cannot be split so that a share of {fraction} "
             "and what is left both hold images of every class: add images, or change the share."
         ) from error

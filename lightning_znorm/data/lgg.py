@@ -18,6 +18,7 @@ from lightning_znorm.data.augmentation import random_flip_and_rotate
 from lightning_znorm.data.images import Batch, ImageDataModule
 from lightning_znorm.data.lgg_files import Found, find_images, find_patients
 from lightning_znorm.data.patients import split_patients
+from lightning_znorm.errors import ZNormValueError
 from lightning_znorm.hyperparameters import plain_values
 
 
@@ -171,7 +172,7 @@ class LGGDataModule(ImageDataModule):
         check_number("test_fraction", test_fraction, float)
         check_number("max_memory_gb", max_memory_gb, float, least=0)
         if not 0 < test_fraction < 1 - self.val_fraction:
-            raise ValueError(
+            raise ZNormValueError(
                 f"test_fraction is the share of patients to test on, in (0, 1 - val_fraction): {test_fraction}."
             )
         self.save_hyperparameters()
@@ -241,7 +242,7 @@ class LGGDataModule(ImageDataModule):
         }
         for name in judged_by.get(self.trainer.state.fn, ["test", "val"]):
             if shared := sorted(set(self.patients[name]) & set(seen[name])):
-                raise ValueError(
+                raise ZNormValueError(
                     f"The checkpoint was trained or chosen on {len(shared)} of the patients of the {name} set "
                     f"({', '.join(shared)}): use the seed, the fractions and the data that it was trained with."
                 )

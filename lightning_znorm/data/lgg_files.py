@@ -23,6 +23,7 @@ from lightning_znorm.data.files import (
     same_files,
     warn_of_skipped,
 )
+from lightning_znorm.errors import ZNormFileNotFoundError
 
 _IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff"}
 _MASK = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)
@@ -127,7 +128,7 @@ def find_patients(root: Path) -> Found:
     candidates = [root / "kaggle_3m", root / "lgg-mri-segmentation" / "kaggle_3m", root]
     folder = next(filter(_holds_patients, candidates), None)
     if folder is None:
-        raise FileNotFoundError(
+        raise ZNormFileNotFoundError(
             f"No LGG slices (kaggle_3m/TCGA_*/*.tif) at {root}: let root name the folder that holds kaggle_3m, from "
             "https://www.kaggle.com/datasets/mateuszbuda/lgg-mri-segmentation."
         )
@@ -176,7 +177,7 @@ def find_images(folder: Path) -> Found:
     found.skip(LONE_MASKS, [str(mask) for mask in masks if (mask.parent, _MASK.sub("", mask.stem)) not in names])
     warn_of_skipped(folder, found)
     if not kept and not found.faults:
-        raise FileNotFoundError(
+        raise ZNormFileNotFoundError(
             f"No images at {folder}, files that end in {', '.join(sorted(_IMAGES))} and are no masks (*_mask)."
         )
     slices = [Slice(path) for path in sorted(kept, key=lambda path: (path.parent, _in_order(path.stem)))]

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_znorm.data.shuffle import EpochShuffle
+from lightning_znorm.errors import ZNormValueError
 
 T = TypeVar("T")
 
@@ -121,7 +122,7 @@ class ResumableLoader(DataLoader[T]):
         layout = self._layout().items()
         changed = [f"{name} was {loaded[name]} and is {value}" for name, value in layout if loaded[name] != value]
         if changed:
-            raise ValueError(
+            raise ZNormValueError(
                 f"The checkpoint is of the middle of an epoch, after {loaded['batches']} batches, and batches are "
                 f"others now ({', '.join(changed)}): restore that, or go on from the end of an epoch."
             )

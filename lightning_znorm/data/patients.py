@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_znorm.errors import ZNormValueError
+
 
 def split_patients(
     shares: Mapping[str, float], val_fraction: float, test_fraction: float, seed: int
@@ -30,7 +32,7 @@ def split_patients(
     """
     n_val, n_test = (max(1, round(fraction * len(shares))) for fraction in (val_fraction, test_fraction))
     if n_val + n_test >= len(shares):
-        raise ValueError(
+        raise ZNormValueError(
             f"Of {len(shares)} patients, val_fraction={val_fraction} takes {n_val} and test_fraction={test_fraction} "
             f"{n_test}, which leaves none for training: lower them, or add patients."
         )

@@ -13,6 +13,7 @@ from lightning_znorm.data.images import ImageDataModule, stratified_indices
 from lightning_znorm.data.mapped import BlockShuffle, MappedImages
 from lightning_znorm.data.pcam_h5 import ADVICE, h5_path, read_h5, refuse_same_files
 from lightning_znorm.data.pcam_kaggle import LABELS, read_kaggle
+from lightning_znorm.errors import ZNormFileNotFoundError, ZNormValueError
 from lightning_znorm.hyperparameters import plain_values
 
 _SPLITS = ("train", "valid", "test")
@@ -100,7 +101,7 @@ class PCamDataModule(ImageDataModule):
         root, test_fraction, cache_dir = plain_values(root=root, test_fraction=test_fraction, cache_dir=cache_dir)
         check_number("test_fraction", test_fraction, float)
         if not 0 < test_fraction < 1:
-            raise ValueError(f"test_fraction is the share of the images to test on, in (0, 1): {test_fraction}.")
+            raise ZNormValueError(f"test_fraction is the share of the images to test on, in (0, 1): {test_fraction}.")
         self.save_hyperparameters()
         self.root = checked_folder("root", root)
         self.test_fraction = test_fraction
@@ -150,8 +151,10 @@ class PCamDataModule(ImageDataModule):
                 return folder, True
         packed = sorted(path for folder in (self.root, self.root / "pcam") for path in folder.glob("camelyon*.h5.gz"))
         if packed:
-            raise FileNotFoundError(f"PatchCamelyon is still packed: unpack {', '.join(map(str, packed))} with gunzip.")
-        raise FileNotFoundError(
+            raise ZNormFileNotFoundError(
+                f"PatchCamelyon is still packed: unpack {', '.join(map(str, packed))} with gunzip."
+            )
+        raise ZNormFileNotFoundError(
             f"No PatchCamelyon at {self.root}, neither {h5_path(Path('pcam'), 'train', 'x')} and its like nor Kaggle's "
             f"{LABELS} and train: let root name the folder that holds them, or {ADVICE}."
         )

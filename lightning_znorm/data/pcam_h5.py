@@ -12,6 +12,7 @@ from lightning_znorm.data.array_file import ArrayFile, cached_array
 from lightning_znorm.data.decoding import with_progress
 from lightning_znorm.data.files import file_identity
 from lightning_znorm.data.images import Labels
+from lightning_znorm.errors import ZNormFileNotFoundError, ZNormImportError, ZNormRuntimeError, ZNormValueError
 
 PATCH = (96, 96, 3)
 """Height, width and channels of a patch."""
@@ -35,7 +36,7 @@ def refuse_same_files(paths: Iterable[Path]) -> None:
     by_identity: dict[object, Path] = {}
     for path in paths:
         if (first := by_identity.setdefault(file_identity(path), path)) != path:
-            raise ValueError(f"{path} is the same file as {first}: {ADVICE}.")
+            raise ZNormValueError(f"{path} is the same file as {first}: {ADVICE}.")
 
 
 def read_h5(folder: Path, split: str, cache: Path) -> tuple[ArrayFile, Labels]:
@@ -56,16 +57,16 @@ def read_h5(folder: Path, split: str, cache: Path) -> tuple[ArrayFile, Labels]:
     """
     x, y = (h5_path(folder, split, what) for what in "xy")
     if missing := [path for path in (x, y) if not path.is_file()]:
-        raise FileNotFoundError(f"No {' and no '.join(map(str, missing))}: {ADVICE}.")
+        raise ZNormFileNotFoundError(f"No {' and no '.join(map(str, missing))}: {ADVICE}.")
     labels = _labels(y)
     with _dataset(x, "x") as images:
         if images.shape[1:] != PATCH or images.dtype != np.uint8:
-            raise ValueError(
+            raise ZNormValueError(
                 f"'x' of {x} has shape {images.shape} and type {images.dtype}, and PatchCamelyon's images have shape "
                 f"(N, {', '.join(map(str, PATCH))}) and type uint8: {ADVICE}."
             )
         if len(images) != len(labels):
-            raise ValueError(f"{x} holds {len(images)} images, and {y} {len(labels)} labels: one is not PCam's.")
+            raise ZNormValueError(f"{x} holds {len(images)} images, and {y} {len(labels)} labels: one is not PCam's.")
         offset = images.id.get_offset()  # None where there are chunks, or another file
         if offset is not None:
             return ArrayFile(x, offset, images.shape), labels
@@ -75,17 +76,17 @@ def read_h5(folder: Path, split: str, cache: Path) -> tuple[ArrayFile, Labels]:
 def _labels(path: Path) -> Labels:
     with _dataset(path, "y") as values:
         if values.ndim == 0 or values.size != len(values) or values.dtype.kind not in "bui":
-            raise ValueError(
+            raise ZNormValueError(
                 f"'y' of {path} has shape {values.shape} and type {values.dtype}, and PatchCamelyon's labels have "
                 f"shape (N, 1, 1, 1) and type uint8: {ADVICE}."
             )
         with _reading(path):
             labels: Labels = values[...].reshape(-1).astype(np.int64)
     if not len(labels):
-        raise ValueError(f"'y' of {path} is empty: {ADVICE}.")
+        raise ZNormValueError(f"'y' of {path} is empty: {ADVICE}.")
     wrong = np.flatnonzero((labels != 0) & (labels != 1))
     if len(wrong):
-        raise ValueError(
+        raise ZNormValueError(
             f"Label {wrong[0]} of {path} is {labels[wrong[0]]}, and {len(wrong)} labels in all are neither 0 (no "
             f"tumour) nor 1: {ADVICE}."
         )
@@ -110,7 +111,9 @@ def _dataset(path: Path, name: str) -> Iterator[Any]:
     try:
         import h5py
     except ImportError as error:
-        raise ImportError("PatchCamelyon's h5 files are read by h5py, which is missing: pip install h5py") from error
+        raise ZNormImportError(
+            "PatchCamelyon's h5 files are read by h5py, which is missing: pip install h5py"
+        ) from error
 
     with _reading(path):
         file = h5py.File(path)
@@ -119,7 +122,7 @@ def _dataset(path: Path, name: str) -> Iterator[Any]:
             found = file.get(name)
             names = sorted(file)
         if not isinstance(found, h5py.Dataset):
-            raise ValueError(f"{path} holds no data set {name!r}, but {names}: {ADVICE}.")
+            raise ZNormValueError(f"{path} holds no data set {name!r}, but {names}: {ADVICE}.")
         with _reading(path):
             # All that is asked of it later: a damaged head shows here.
             found.shape, found.dtype, found.chunks, found.id.get_offset()
@@ -131,4 +134,6 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # h5py takes whichever fits the part of the file that is damaged
-        raise RuntimeError(f"{path} cannot be read ({error}): it is damaged or half downloaded; {ADVICE}.") from error
+        raise ZNormRuntimeError(
+            f"{path} cannot be read ({error}): it is damaged or half downloaded; {ADVICE}."
+        ) from error

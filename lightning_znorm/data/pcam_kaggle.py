@@ -10,6 +10,7 @@ from lightning_znorm.data.array_file import ArrayFile, cached_array
 from lightning_znorm.data.decoding import VERSION, BadFileError, read_all, read_pixels, refuse
 from lightning_znorm.data.files import Listing, list_files, same_files, warn_of_skipped
 from lightning_znorm.data.images import Labels
+from lightning_znorm.errors import ZNormValueError
 
 LABELS = "train_labels.csv"
 PATCH = (96, 96, 3)
@@ -77,11 +78,11 @@ def _labels(path: Path) -> tuple[dict[str, int], list[str]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): unpack it again.") from error
+        raise ZNormValueError(f"{path} cannot be read ({error}): unpack it again.") from error
     rows = csv.DictReader(lines, strict=True)
     try:
         if not {"id", "label"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{path} begins with {rows.fieldnames}, and its columns must be id and label.")
+            raise ZNormValueError(f"{path} begins with {rows.fieldnames}, and its columns must be id and label.")
         for row in rows:
             name, label = row["id"], row["label"]
             if label not in ("0", "1"):
@@ -91,7 +92,7 @@ def _labels(path: Path) -> tuple[dict[str, int], list[str]]:
             else:
                 labels[name] = int(label)
     except csv.Error as error:
-        raise ValueError(f"{path} cannot be read, for its line {rows.line_num} is no CSV ({error}).") from error
+        raise ZNormValueError(f"{path} cannot be read, for its line {rows.line_num} is no CSV ({error}).") from error
     if not labels and not faults:
         faults.append(f"{path}: holds no labels")
     return labels, faults

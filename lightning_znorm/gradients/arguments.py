@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_znorm.errors import ZNormTypeError, ZNormValueError
+
 _LONGEST = 120  # characters of a value in a message
 
 
@@ -28,10 +30,10 @@ def checked_number(name: str, value: Any) -> float:
     """
     if type(value) not in (int, float):
         if isinstance(value, bool) or not isinstance(value, Real):  # PyYAML reads 1e-10 as text, 1.0e-10 as a number
-            raise TypeError(f"{name} must be a number, got {shown(value)}")
+            raise ZNormTypeError(f"{name} must be a number, got {shown(value)}")
         value = float(value)  # one of NumPy's would give a method another name, by which checkpoints know it
     if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a finite number that is not negative, got {value}")
+        raise ZNormValueError(f"{name} must be a finite number that is not negative, got {value}")
     number: float = value
     return number
 
@@ -44,9 +46,9 @@ def checked_count(name: str, value: Any) -> int:
         ValueError: If it is negative.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a whole number, got {shown(value)}")
+        raise ZNormTypeError(f"{name} must be a whole number, got {shown(value)}")
     if value < 0:
-        raise ValueError(f"{name} must not be negative, got {value}")
+        raise ZNormValueError(f"{name} must not be negative, got {value}")
     return int(value)
 
 
@@ -57,7 +59,7 @@ def checked_flag(name: str, value: Any) -> bool:
         TypeError: If it is neither ``True`` nor ``False``.
     """
     if type(value).__name__ not in ("bool", "bool_"):
-        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+        raise ZNormTypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
 
 
@@ -70,11 +72,13 @@ def checked_patterns(name: str, value: Any) -> list[str]:
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, Iterable) or isinstance(value, (Mapping, Tensor)):
-        raise TypeError(f"{name} must be a pattern or a list of patterns on names of parameters, got {shown(value)}")
+        raise ZNormTypeError(
+            f"{name} must be a pattern or a list of patterns on names of parameters, got {shown(value)}"
+        )
     patterns = list(value)
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(
+            raise ZNormTypeError(
                 f"{name} must hold patterns on names of parameters, which are strings such as '*.weight', got "
                 f"{shown(pattern)} in {shown(value)}"
             )

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
+from lightning_znorm.errors import ZNormRuntimeError
 
-class UnsupportedGradientError(RuntimeError):
+
+class UnsupportedGradientError(ZNormRuntimeError):
     """A gradient that cannot be normalized where and as it is."""
 
 
-class NonFiniteGradientError(RuntimeError):
+class NonFiniteGradientError(ZNormRuntimeError):
     """A gradient that holds an inf or NaN, where that was to be an error."""
 
 

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 from torch import Tensor
 
+from lightning_znorm.errors import ZNormTypeError
 from lightning_znorm.gradients.arguments import checked_number, shown
 from lightning_znorm.gradients.statistics import Statistics
 
@@ -15,7 +16,7 @@ Over: TypeAlias = Literal["tensor", "row"]
 
 def _check_over(over: str, method: str) -> None:
     if over not in ("tensor", "row"):
-        raise TypeError(f"{method}.over must be 'tensor' or 'row', got {shown(over)}")
+        raise ZNormTypeError(f"{method}.over must be 'tensor' or 'row', got {shown(over)}")
 
 
 class AffineMethod(ABC):
@@ -57,7 +58,9 @@ class AffineMethod(ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if cls.pooled and not (cls.over == "row" and cls.needs_std):
-            raise TypeError(f"{cls.__name__}.pooled is about deviations of rows: it needs over = 'row' and needs_std")
+            raise ZNormTypeError(
+                f"{cls.__name__}.pooled is about deviations of rows: it needs over = 'row' and needs_std"
+            )
         _check_over(cls.over, cls.__name__)
 
     @abstractmethod
@@ -174,7 +177,7 @@ def describe(method: GradientMethod) -> str:
         _check_over(method.over, type(method).__name__)
         return repr(method)
     if isinstance(method, type) or not callable(method):
-        raise TypeError(
+        raise ZNormTypeError(
             "a gradient method is an AffineMethod object or a function from a gradient to its replacement, got "
             f"{shown(method)}"
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
+from lightning_znorm.errors import ZNormTypeError
 from lightning_znorm.gradients.errors import UnsupportedGradientError, untested_torch
 from lightning_znorm.gradients.shards import Shard
 from lightning_znorm.gradients.shared_memory import has_internal_overlap
@@ -124,7 +125,9 @@ class NumberedPlaces:
         if not set(map(type, every)) <= _ORDINARY:
             for name, parameter in self._named():
                 if not isinstance(parameter, Tensor):
-                    raise TypeError(f"{name} is not a tensor but a {type(parameter).__name__}: give model.parameters()")
+                    raise ZNormTypeError(
+                        f"{name} is not a tensor but a {type(parameter).__name__}: give model.parameters()"
+                    )
         # By identity, because a tensor takes its time to give its hash.
         self.parameters = list({id(parameter): parameter for parameter in every}.values())
 

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
+from lightning_znorm.errors import ZNormValueError
 from lightning_znorm.gradients.arguments import checked_count, checked_patterns
 from lightning_znorm.gradients.places import Place
 
@@ -55,12 +56,12 @@ class ParameterFilter:
         for pattern in [*self.include, *self.exclude]:
             if not _any_match(names, [pattern]):
                 nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
-                raise ValueError(
+                raise ZNormValueError(
                     f"the pattern {pattern!r} matches none of the model's {len(names)} parameters; "
                     f"the nearest names are {', '.join(nearest)}"
                 )
         if not any(self.matches(place) for place in places):
-            raise ValueError(
+            raise ZNormValueError(
                 f"include={self.include}, exclude={self.exclude} and min_ndim={self.min_ndim} together leave none of "
                 f"the model's {len(names)} parameters"
             )

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_znorm.errors import ZNormRuntimeError
+
 # A deviation of fewer than this many rounding units of the mean is rounding. Summing a constant float32 tensor of up to
 # 1e7 elements was measured to leave at most 4.9 of them.
 ROUNDING_UNITS = 8
@@ -37,7 +39,7 @@ class Statistics:
         where the squared deviations overflow: an infinite deviation would otherwise silently become a scale of zero.
         """
         if self.m2 is None:
-            raise RuntimeError("these statistics hold no deviation: set `needs_std = True` on the method")
+            raise ZNormRuntimeError("these statistics hold no deviation: set `needs_std = True` on the method")
         std = (self.m2 / self.count).sqrt_()
         rounding = ROUNDING_UNITS * torch.finfo(std.dtype).eps * self.mean.abs()
         return std.masked_fill_(std <= rounding, 0.0).masked_fill_(std.isinf(), torch.nan)

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_znorm.errors import ZNormTypeError
 from lightning_znorm.gradients.arguments import shown
 from lightning_znorm.gradients.methods import AffineMethod
 from lightning_znorm.gradients.statistics import Statistics
@@ -35,7 +36,7 @@ def _checked(made: Any, method: AffineMethod, like: Tensor) -> tuple[Tensor | No
     """What a method has returned, if it is a shift and a scale for entries like some."""
     if isinstance(made, (tuple, list)) and len(made) == 2 and all(_fits(part, like) for part in made):
         return made[0], made[1]
-    raise TypeError(
+    raise ZNormTypeError(
         f"{type(method).__name__}.affine must return a shift and a scale, each None or a "
         f"{'' if like.is_complex() else 'real '}tensor of shape {tuple(like.shape)} on {like.device} like the "
         f"statistics, and returned {shown(made)}"
