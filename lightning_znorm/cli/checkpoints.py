@@ -1,4 +1,4 @@
-"""Checkpoints that are none, and checkpoints that would run code."""
+"""Checkpoints that a command loads: where the last one is, whether it is safe, and whether it fits the settings."""
 
 import importlib
 import importlib.util
@@ -11,14 +11,15 @@ from typing import Any
 
 import yaml
 
+from lightning_znorm.cli.config_files import dotted
 from lightning_znorm.cli.pickles import check_folder, load_plain
 from lightning_znorm.errors import ZNormValueError
 
-# What Lightning looks for without asking whether it is there.
+# Lightning reads these keys without asking whether they are there.
 _NEEDED: dict[str, type] = {"state_dict": Mapping, "pytorch-lightning_version": str}
-# What is in the folder of a checkpoint in parts: FSDP's, FSDP2's, DeepSpeed's.
+# Files and folders in the checkpoint folders of FSDP, FSDP2 and DeepSpeed.
 _PARTS = (".metadata", "meta.pt", "latest", "checkpoint")
-# Whose classes may be made of any arguments.
+# Packages whose classes run no code of others, whatever their arguments are.
 _HARMLESS = (
     "lightning_znorm.models.",
     "lightning_znorm.tasks.",
@@ -27,18 +28,39 @@ _HARMLESS = (
     "torch.nn.",
     "torch.optim.",
 )
+# Settings of the model that change nothing in an evaluation.
+_TRAINING = ("init_args.optimizer", "init_args.lr_scheduler")
+# Settings of the data that say where the data are and how they are read, not what they are.
+_ACCESS = {"cache_dir", "download", "max_memory_gb", "num_workers", "predict_root", "root"}
+
+
+def last_checkpoint(trainer: Mapping[str, Any]) -> Path | None:
+    """Find the newest ``last.ckpt`` of the runs that were started with a trainer's settings.
+
+    Each run logs into a folder of its own, ``version_0``, ``version_1``, ..., and keeps its checkpoints there, unless
+    the logger was given a ``version``, or `LastCheckpoint` or `ModelCheckpoint` a ``dirpath``. Lightning looks for the
+    last checkpoint in the folder of the run that is about to begin, which holds none yet.
+
+    Args:
+        trainer: Settings of the trainer.
+
+    Returns:
+        The path; None if there is no such file.
+    """
+    found = [path for folder in _folders(trainer) for path in folder.glob("last*.ckpt")]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def check_checkpoint(path: str) -> None:
-    """Refuse what is no checkpoint of Lightning's, or would run code when it is loaded, before anything is made of it.
+    """Reject what is not a Lightning checkpoint, or would run code when it is loaded.
 
-    Where there is no such file, Lightning says so. It warns of a checkpoint from a Lightning newer than itself.
+    If there is no such file, Lightning says so. Lightning also warns of a checkpoint from a newer Lightning.
 
     Args:
-        path: Of a file or a folder; words such as ``"last"`` and addresses are Lightning's to understand.
+        path: A file or a folder. Words such as ``"last"`` and addresses are left to Lightning.
 
     Raises:
-        ValueError: If it cannot be read, holds something else, or names code.
+        ValueError: If the checkpoint cannot be read, holds something else, or names code.
     """
     if Path(path).is_dir():
         if not any(Path(path, name).exists() for name in _PARTS):
@@ -52,28 +74,28 @@ def check_checkpoint(path: str) -> None:
         return
     content = load_plain(path, path)
     if not isinstance(content, Mapping):
-        raise ZNormValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}.")
+        raise ZNormValueError(f"{path} is not a checkpoint: it holds a {type(content).__name__}.")
     for key, kind in _NEEDED.items():
         if not isinstance(content.get(key), kind):
-            raise ZNormValueError(f"{path} is no checkpoint of Lightning's: it holds no {key}, as Trainer saves it.")
+            raise ZNormValueError(f"{path} is not a Lightning checkpoint: it holds no {key}, as Trainer saves it.")
     if not re.match(r"\d+\.\d+", version := content["pytorch-lightning_version"]):
-        raise ZNormValueError(f"{path} is no checkpoint of Lightning's: its version is {version!r}.")
+        raise ZNormValueError(f"{path} is not a Lightning checkpoint: its version is {version!r}.")
     if not isinstance(content.get("hyper_parameters", {}), Mapping):
-        raise ZNormValueError(f"{path} is no checkpoint of Lightning's: its hyper_parameters are no names and values.")
+        raise ZNormValueError(f"{path} is not a Lightning checkpoint: its hyper_parameters are not names and values.")
 
 
 def check_names(path: str, given: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose model's settings name code that was not asked for, before it is imported.
+    """Refuse a checkpoint whose model settings name code that the user did not ask for, before it is imported.
 
-    Lightning's command line lays the settings of a checkpoint over those that were given.
+    Lightning's command line applies the settings of a checkpoint over those of files and flags.
 
     Args:
-        path: Of the checkpoint.
-        given: Settings of the model that files and flags ask for.
+        path: The checkpoint.
+        given: Settings of the model in files and flags.
 
     Raises:
-        ValueError: If the checkpoint names a class, a function or a file that they do not name; classes of networks,
-            losses, optimizers and tasks aside, which run no code of others.
+        ValueError: If the checkpoint names a class, a function or a file that files and flags do not name. Classes of
+            networks, losses, optimizers and tasks are allowed, because they run no code of others.
     """
     if not Path(path).is_file():
         return
@@ -88,8 +110,93 @@ def check_names(path: str, given: Mapping[str, Any]) -> None:
             )
 
 
+def check_resumed(checkpoint: str, saved: dict[str, Any], given: dict[str, Any]) -> None:
+    """Refuse to resume a training under other settings than its own, which the checkpoint brings back.
+
+    Args:
+        checkpoint: The checkpoint to resume from.
+        saved: Settings of the checkpoint's model.
+        given: Settings of the model in files and flags.
+
+    Raises:
+        ValueError: If the two differ.
+    """
+    settings, asked = dotted(saved), dotted(given)
+    for key in sorted(settings | asked):
+        if settings.get(key) != asked.get(key):
+            raise ZNormValueError(
+                f"{checkpoint} was trained with model.{key} {settings.get(key)}, and a training that is resumed keeps "
+                f"its model and optimizer, so {asked.get(key)} would be lost: name the files and flags of that run."
+            )
+
+
+def overridden_settings(checkpoint: str, saved: dict[str, Any], given: dict[str, Any]) -> Iterator[str]:
+    """Say which settings of an evaluated model the checkpoint overrides.
+
+    Args:
+        checkpoint: The checkpoint whose weights are evaluated.
+        saved: Settings of the checkpoint's model.
+        given: Settings of the model in files and flags.
+    """
+    settings, asked = dotted(saved), dotted(given)
+    for key in sorted(settings.keys() & asked.keys()):
+        if settings[key] != asked[key] and not key.startswith(_TRAINING):
+            yield f"model.{key} is {settings[key]}, as {checkpoint} was trained, and not {asked[key]}."
+
+
+def changed_data(checkpoint: str, given: dict[str, Any]) -> Iterator[str]:
+    """Say which settings of the data differ from those that a checkpoint was trained with.
+
+    Args:
+        checkpoint: The checkpoint to resume from.
+        given: Settings of the data in files and flags.
+    """
+    if not Path(checkpoint).is_file():
+        return
+    saved = load_plain(checkpoint, checkpoint).get("datamodule_hyper_parameters", {})
+    for key, value in given.get("init_args", {}).items():
+        if key in saved and saved[key] != value and key not in _ACCESS:
+            yield (
+                f"data.init_args.{key} was {saved[key]} when {checkpoint} was trained, and is {value} from here on: "
+                "this is not the training that it would have been."
+            )
+
+
+def _folders(trainer: Mapping[str, Any]) -> list[Path]:
+    entries = _entries(trainer.get("callbacks"))
+    dirpaths = [_dirpath(entry) for entry in entries if "ModelCheckpoint" in str(entry)]
+    # LastCheckpoint keeps to the folder of the first ModelCheckpoint.
+    dirpaths += [_dirpath(entry) or next(iter(dirpaths), None) for entry in entries if "LastCheckpoint" in str(entry)]
+    named = [Path(folder) for folder in dirpaths if folder]
+    # A callback that names no folder keeps its checkpoints beside the logs, even if another callback names one.
+    return named if named and all(dirpaths) else [*named, *_beside_logs(trainer)]
+
+
+def _dirpath(entry: Mapping[str, Any]) -> str | None:
+    return (entry.get("init_args") or {}).get("dirpath")
+
+
+def _beside_logs(trainer: Mapping[str, Any]) -> list[Path]:
+    root = Path(trainer.get("default_root_dir") or ".")
+    if trainer.get("logger") is False:
+        return [root / "checkpoints"]
+    entry = next(iter(_entries(trainer.get("logger"))), {})
+    logger = entry.get("init_args") or {}
+    name, version = logger.get("name", "lightning_logs"), logger.get("version")
+    if "WandbLogger" in str(entry.get("class_path")):  # its name is a title, and its folder is the project
+        name = logger.get("project") or os.environ.get("WANDB_PROJECT", "lightning_logs")
+        version = version or logger.get("id")
+    folder = "*" if version is None else f"version_{version}" if isinstance(version, int) else str(version)
+    return sorted((Path(logger.get("save_dir") or root) / str(name or "")).glob(f"{folder}/checkpoints"))
+
+
+def _entries(value: Any) -> list[Mapping[str, Any]]:
+    values = value if isinstance(value, list) else [value]
+    return [entry for entry in values if isinstance(entry, Mapping)]
+
+
 def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
-    """Each text in settings and the key that it is at, and each that YAML finds in one."""
+    """Yield each text in settings with its key, and each text that YAML finds in one."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield from _texts(item, f"{key}.{name}" if key else str(name))
@@ -100,21 +207,21 @@ def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, value
         try:
             content = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):  # which parses no settings either
+        except (yaml.YAMLError, ValueError):  # then jsonargparse reads no settings in it either
             return
         if content != value:
             yield from _texts(content, key)
 
 
 def _may_be_code(text: str) -> bool:
-    """Whether a text names something that can be imported, and that is no class known to be harmless."""
+    """Return whether a text names something that can be imported and is not known to be harmless."""
     module, _, name = text.rpartition(".")
     if not module or not all(part.isidentifier() for part in text.split(".")):
         return False
     if text.startswith(_HARMLESS):
         try:
             found = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):  # what jsonargparse finds may be one that this module has imported
+        except (ImportError, AttributeError):  # jsonargparse may find a module that this module has imported
             return True
         return not (isinstance(found, type) and f"{found.__module__}.".startswith(_HARMLESS))
     package = module.partition(".")[0]

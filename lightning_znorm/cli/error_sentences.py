@@ -1,6 +1,5 @@
-"""Which errors are the user's to read as a sentence, and which are bugs that need their traceback."""
+"""Which errors the user reads as one sentence, and which are bugs that need their traceback."""
 
-import linecache
 import sys
 import sysconfig
 import traceback
@@ -8,27 +7,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-# Through whose code an error may have passed on its way: anybody else's may be at fault, and is to be shown.
-_OWN = {"lightning_znorm", "lightning"}
-_PASSED = _OWN | {"contextlib", "jsonargparse", "torch"}
+from lightning_znorm.errors import ZNormError
+
+# Packages through whose code an error may pass on its way. Anybody else's code may be at fault, and the traceback shows
+# it.
+_PASSED = {"lightning_znorm", "lightning", "contextlib", "jsonargparse", "torch"}
 _SYSTEM = _PASSED | {"fsspec", "lightning_fabric", "torchvision"} | sys.stdlib_module_names
-# Where no code of the user's lies.
+# The built-in exceptions by which Lightning refuses settings. They are compared exactly: their subclasses, and others
+# such as TypeError, AttributeError and KeyError, also come from bugs in the code that Lightning calls.
+_REFUSALS = (FileNotFoundError, ModuleNotFoundError, NotImplementedError, RuntimeError, ValueError)
+# Folders of installed packages: no user's code lies there.
 _INSTALLED = ("site-packages", "dist-packages")
 _STDLIB = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
 
 
 def sentence(error: BaseException) -> str | None:
-    """What to tell the user in place of a traceback; None where the traceback is to be shown.
+    """Return what to tell the user in place of a traceback; None if the traceback is to be shown.
 
-    A sentence is what this package or Lightning says in a ``raise`` statement, when no code of the user's own is on the
-    way there; also when jsonargparse wrapped it into an error of its own. So is what the system says of a file or
-    its name.
+    The user reads as a sentence: a `ZNormError` that this package raises, a refusal that Lightning raises, and what the
+    system says of a file or its name. jsonargparse may have wrapped the error. If code of the user's own is on the way
+    to the error, the traceback is shown.
+
+    Args:
+        error: The error that ended a command.
 
     Example:
         >>> sentence(ZeroDivisionError("a bug"))
     """
     for cause in _causes(error):
-        if _raised_on_purpose(cause):
+        if _is_refusal(cause):
             return str(cause)
         if isinstance(cause, OSError) and cause.filename and cause.strerror and _packages(cause) <= _SYSTEM:
             return f"{cause.filename}: {cause.strerror}"
@@ -40,25 +47,32 @@ def sentence(error: BaseException) -> str | None:
     return None
 
 
-def raised(error: BaseException) -> str:
-    """Say an error's type and message and, if the user's own code raised it or called what did, the file and line.
+def described_error(error: BaseException) -> str:
+    """Return an error's type and message, with file and line if the user's own code raised it or called what did.
+
+    Args:
+        error: The error.
 
     Example:
-        >>> raised(ZeroDivisionError("a bug"))
+        >>> described_error(ZeroDivisionError("a bug"))
         'ZeroDivisionError: a bug'
     """
     message = " ".join(str(error).split())
     said = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame)]
-    if isinstance(error, SyntaxError) or not own:  # whose message names the place
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame)]
+    if isinstance(error, SyntaxError) or not frames:  # the message of a SyntaxError names file and line itself
         return said
-    path = Path(own[-1].filename)
+    path = Path(frames[-1].filename)
     name = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return f"{said} ({name}, line {own[-1].lineno})"
+    return f"{said} ({name}, line {frames[-1].lineno})"
 
 
-def own_traceback(error: BaseException) -> str:
-    """Format the traceback of an error, and of what caused it, of the user's own code alone; empty if there is none."""
+def users_traceback(error: BaseException) -> str:
+    """Format the traceback of an error and of its causes, the user's own code alone; empty if there is none of it.
+
+    Args:
+        error: The error.
+    """
     if not any(map(_is_users, traceback.extract_tb(error.__traceback__))):
         return ""
     shown = traceback.TracebackException.from_exception(error)
@@ -70,9 +84,13 @@ def own_traceback(error: BaseException) -> str:
 
 
 def is_bug(error: BaseException) -> bool:
-    """Whether this package's own code has failed, in other ways than by a ``raise`` statement, and called by nobody."""
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    return _package(frame) == "lightning_znorm" and not _is_raise(frame, line) and not own_traceback(error)
+    """Return whether this package's own code has failed by mistake, and the user's code did not call it.
+
+    Args:
+        error: The error.
+    """
+    in_package = _package(_innermost(error)) == "lightning_znorm"
+    return in_package and not isinstance(error, ZNormError) and not users_traceback(error)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -82,8 +100,26 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__
 
 
+def _is_refusal(error: BaseException) -> bool:
+    if error.__traceback__ is None or not _packages(error) <= _PASSED:
+        return False
+    package = _package(_innermost(error))
+    # An error of a DataLoader's process comes from torch: its message is the text of a whole traceback.
+    if package not in ("lightning_znorm", "lightning"):
+        return False
+    return isinstance(error, ZNormError) or _refused_by_lightning(error, package)
+
+
+def _refused_by_lightning(error: BaseException, package: str) -> bool:
+    if "lightning.pytorch" not in sys.modules:  # help and early refusals do not load it
+        return False
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    return isinstance(error, MisconfigurationException) or (package == "lightning" and type(error) in _REFUSALS)
+
+
 def _is_users(frame: traceback.FrameSummary) -> bool:
-    """Whether it is neither Python's, nor of an installed package, nor of this one."""
+    """Return whether code is the user's: not Python's, not an installed package's and not this package's."""
     path = Path(frame.filename)
     libraries = (sys.modules[name].__file__ for name in _SYSTEM - sys.stdlib_module_names if name in sys.modules)
     folders = [*_STDLIB, *(Path(file).parent for file in libraries if file)]
@@ -95,21 +131,14 @@ def _is_users(frame: traceback.FrameSummary) -> bool:
 
 
 def _packages(error: BaseException) -> set[str]:
-    """Through whose code it has passed."""
+    """Return the packages through whose code an error has passed."""
     return {_package(frame) for frame, _ in traceback.walk_tb(error.__traceback__)}
+
+
+def _innermost(error: BaseException) -> FrameType:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame
 
 
 def _package(frame: FrameType) -> str:
     return str(frame.f_globals["__name__"]).partition(".")[0]
-
-
-def _raised_on_purpose(error: BaseException) -> bool:
-    steps = list(traceback.walk_tb(error.__traceback__))
-    if not steps or not _packages(error) <= _PASSED:
-        return False
-    frame, line = steps[-1]
-    return _package(frame) in _OWN and _is_raise(frame, line)
-
-
-def _is_raise(frame: FrameType, line: int) -> bool:
-    return linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
