@@ -2,17 +2,14 @@
 
 import inspect
 import math
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -23,15 +20,14 @@ from typing_extensions import override
 from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 from lightning_znorm.hyperparameters import PlainHyperparameters, plain_values, python_scalars
 from lightning_znorm.metrics.dtypes import at_least_float32
-from lightning_znorm.tasks.random_state import random_state, set_random_state
+from lightning_znorm.tasks.random_states import SavesRandomStates
 from lightning_znorm.tasks.targets import TargetCheck
 
 BUILD_IT = "build the network yourself and pass it as the model"
 """What to do with arguments of a network that are no plain values."""
-_RANDOM_STATES = "random_states"
 
 
-class Task(PlainHyperparameters, LightningModule):
+class Task(PlainHyperparameters, SavesRandomStates):
     """Base of the tasks.
 
     Its checkpoints hold the state of all random numbers (Python's, NumPy's, torch's and the device's, of each process),
@@ -88,7 +84,6 @@ class Task(PlainHyperparameters, LightningModule):
         self.lr_scheduler_strict = strict
         self._total_steps: int | None = None
         self._metrics_of_loaders: dict[tuple[str, int], MetricCollection] = {}
-        self._random_states: list[dict[str, Any] | None] = []
 
     def configure_network(
         self, model: str | nn.Module, create: "partial[nn.Module]", kwargs: dict[str, Any], compile: bool
@@ -156,7 +151,7 @@ class Task(PlainHyperparameters, LightningModule):
         frequency = self.lr_scheduler_frequency
         if frequency is None and isinstance(scheduler, ReduceLROnPlateau) and interval == "epoch":
             # There is something new to follow when there was a validation.
-            follows_validation = self._trainer is not None and monitor.startswith("val/")
+            follows_validation = self.attached_trainer is not None and monitor.startswith("val/")
             frequency = self.trainer.check_val_every_n_epoch if follows_validation else None
         if isinstance(scheduler, OneCycleLR):
             self._warn_of_short_cycle(scheduler, interval, frequency or 1)
@@ -173,7 +168,7 @@ class Task(PlainHyperparameters, LightningModule):
 
     def _warn_of_short_cycle(self, scheduler: OneCycleLR, interval: str, frequency: int) -> None:
         # Torch raises at the first step beyond the cycle: in the middle of the training.
-        if self._trainer is None:
+        if self.attached_trainer is None:
             return
         steps: float | None = self.trainer.max_epochs
         if interval == "step":
@@ -189,7 +184,7 @@ class Task(PlainHyperparameters, LightningModule):
     def _steps_of_training(self, scheduler: str) -> int:
         """Return how many steps of the optimizer the training has, for a scheduler of this name."""
         advice = "give it total_steps (in YAML, model.init_args.lr_scheduler.init_args.total_steps)"
-        if self._trainer is None:
+        if self.attached_trainer is None:
             raise ZNormValueError(f"{scheduler} leaves total_steps open, and no Trainer says what they are: {advice}.")
         if self.lr_scheduler_frequency not in (None, 1):
             raise ZNormValueError(
@@ -257,49 +252,24 @@ class Task(PlainHyperparameters, LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the state of all random numbers, of each process; where one failed, of that alone.
+        """Add the random states, and turn NumPy's scalars, such as a learning rate, into Python's.
 
-        NumPy's scalars, such as a learning rate, become Python's: a checkpoint that holds one cannot be loaded.
+        A checkpoint that holds NumPy's scalars cannot be loaded.
         """
-        trainer = self._trainer
-        if trainer is None:  # under Fabric
-            return
         for name, content in list(checkpoint.items()):
             if name != "state_dict":
                 checkpoint[name] = python_scalars(content)
-        states: list[dict[str, Any] | None] = [random_state(self.device)]
-        if trainer.world_size > 1:
-            own, states = states[0], [None] * trainer.world_size
-            states[trainer.global_rank] = own
-            if torch.distributed.is_initialized() and not trainer.interrupted and not _is_requeued():
-                torch.distributed.all_gather_object(states, own)
-        checkpoint[_RANDOM_STATES] = states
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the state of the random numbers, if training is to go on."""
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            self._random_states = checkpoint.get(_RANDOM_STATES, [])
+        super().on_save_checkpoint(checkpoint)
 
     @override
     def on_train_start(self) -> None:
-        """Go on with the random numbers of the training that is resumed: here, for to get here may have drawn some.
+        """Refuse a resumed schedule that is too short, and restore the random states.
 
         Raises:
             ValueError: If the schedule of the training that is resumed ends before this training does.
         """
         self._require_long_schedule()
-        states, self._random_states = self._random_states, []
-        state = states[self.global_rank] if len(states) == self.trainer.world_size else None
-        if state is not None:
-            set_random_state(state, self.device)
-        # Every process looks at all of them: the first, which warns, may have its own where others have none.
-        known = sum(each is not None for each in states)
-        if states and (state is None or known < len(states)):
-            rank_zero_warn(
-                f"The checkpoint holds the random numbers of {known} processes, and {self.trainer.world_size} go on: "
-                "dropout and augmentations draw others than they would have."
-            )
+        super().on_train_start()
 
     def _require_long_schedule(self) -> None:
         if self._total_steps is None:
@@ -354,7 +324,7 @@ class Task(PlainHyperparameters, LightningModule):
 
     def _puts_off_checks(self, device: torch.device) -> bool:
         # Without a Trainer no hook says when an epoch ends.
-        return self._trainer is not None and (self.trainer.world_size > 1 or device.type != "cpu")
+        return self.attached_trainer is not None and (self.trainer.world_size > 1 or device.type != "cpu")
 
     def _refuse_noted_targets(self) -> None:
         if not self._puts_off_checks(self.device):
@@ -437,11 +407,6 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _is_requeued() -> bool:
-    """Whether Lightning saves in the handler of SLURM's signal: in the middle of a step, which others wait for."""
-    return any(frame.f_code.co_name == "_slurm_sigusr_handler_fn" for frame, _ in traceback.walk_stack(None))
 
 
 def _leaves_total_steps_open(make: Callable[..., object]) -> str:
