@@ -1,4 +1,4 @@
-"""What all tasks share: a network by name or as a module, its optimizer, and losses in the log."""
+"""The base of all tasks: the network, the optimizer and its scheduler, checked targets, and what is logged."""
 
 import inspect
 import math
@@ -24,19 +24,20 @@ from lightning_znorm.tasks.random_states import SavesRandomStates
 from lightning_znorm.tasks.targets import TargetCheck
 
 BUILD_IT = "build the network yourself and pass it as the model"
-"""What to do with arguments of a network that are no plain values."""
+"""What a message advises for arguments of a network that are not plain values."""
 
 
 class Task(PlainHyperparameters, SavesRandomStates):
     """Base of the tasks.
 
-    Its checkpoints hold the state of all random numbers (Python's, NumPy's, torch's and the device's, of each process),
-    and a training that is resumed goes on from it: dropout and augmentations draw what they would have drawn.
+    Checkpoints hold the random states of all processes. A training that is resumed restores them, so dropout and
+    augmentations draw what they would have drawn.
 
-    The values of targets are checked in every batch. A single process on the CPU raises at once. On other devices to
-    read a value makes the step wait, and of several processes one that raises leaves the others waiting. There the loss
-    of a batch with a wrong target is 0, so that it has no gradient, and all processes raise together: after the first
-    batch of training, of evaluation too in a single process, and at the end of each epoch and evaluation.
+    The values of targets are checked in every batch. A single process on the CPU raises at once. On other devices,
+    reading a value would make the step wait. Among several processes, one that raises would leave the others waiting.
+    In both cases the loss of a batch with a wrong target is 0, so that it has no gradient, and all processes raise
+    together: after the first batch of training, at the end of each epoch and evaluation, and in a single process also
+    after the first batch of an evaluation.
 
     A subclass sets ``criterion`` (the loss) and ``target_check``, and calls ``super()`` in the hooks that it overrides.
 
@@ -46,12 +47,13 @@ class Task(PlainHyperparameters, SavesRandomStates):
             `lightning.pytorch.cli.ReduceLROnPlateau` follows the metric that it names as its ``monitor``, torch's own
             follows ``val/loss``.
         lr_scheduler_interval: Whether the scheduler steps after every epoch, or after every optimizer step.
-        lr_scheduler_frequency: After every how many of them; see the tasks.
-        lr_scheduler_strict: Whether a plateau scheduler whose metric is not there is an error, or waits with a warning.
+        lr_scheduler_frequency: The scheduler steps after every so many of these; see the tasks for the default.
+        lr_scheduler_strict: Whether it is an error if a plateau scheduler's metric is missing; otherwise the scheduler
+            waits, and there is a warning.
 
     Raises:
         ValueError: If ``lr_scheduler_frequency`` is less than 1.
-        TypeError: If ``optimizer`` or ``lr_scheduler`` is not what makes one.
+        TypeError: If ``optimizer`` or ``lr_scheduler`` cannot be called.
     """
 
     criterion: nn.Module
@@ -91,10 +93,10 @@ class Task(PlainHyperparameters, SavesRandomStates):
         """Set the network, as ``self.model``.
 
         Args:
-            model: Its name, or the network.
-            create: Makes it from its name and ``kwargs``; has the arguments that the task sets itself.
+            model: The network, or its name.
+            create: Makes the network from its name and ``kwargs``. It holds the arguments that the task sets itself.
             kwargs: Arguments of a network by name.
-            compile: Compile it in place.
+            compile: Whether to compile the network in place.
 
         Raises:
             ValueError: If ``kwargs`` come with a module or hold an argument that the task sets itself, or if the
@@ -119,13 +121,13 @@ class Task(PlainHyperparameters, SavesRandomStates):
         self.model = model
 
     def check_channels(self, images: Tensor) -> None:
-        """Refuse images with other channels than a network by name was made for.
+        """Refuse images with another number of channels than a network by name was made for.
 
         Args:
             images: Shape ``(N, C, ...)``.
 
         Raises:
-            ValueError: If there are.
+            ValueError: If the number of channels differs.
         """
         channels = images.shape[1] if images.ndim > 1 else None
         if self._in_chans is not None and channels not in (self._in_chans, None):
@@ -150,7 +152,7 @@ class Task(PlainHyperparameters, SavesRandomStates):
         monitor = getattr(scheduler, "monitor", "val/loss")
         frequency = self.lr_scheduler_frequency
         if frequency is None and isinstance(scheduler, ReduceLROnPlateau) and interval == "epoch":
-            # There is something new to follow when there was a validation.
+            # A val/ metric is new only after a validation.
             follows_validation = self.attached_trainer is not None and monitor.startswith("val/")
             frequency = self.trainer.check_val_every_n_epoch if follows_validation else None
         if isinstance(scheduler, OneCycleLR):
@@ -167,7 +169,7 @@ class Task(PlainHyperparameters, SavesRandomStates):
         }
 
     def _warn_of_short_cycle(self, scheduler: OneCycleLR, interval: str, frequency: int) -> None:
-        # Torch raises at the first step beyond the cycle: in the middle of the training.
+        # Torch raises at the first step beyond the cycle, in the middle of the training.
         if self.attached_trainer is None:
             return
         steps: float | None = self.trainer.max_epochs
@@ -191,7 +193,7 @@ class Task(PlainHyperparameters, SavesRandomStates):
                 f"{scheduler} leaves total_steps open, and with lr_scheduler_frequency={self.lr_scheduler_frequency} "
                 f"it would not step after each of them: leave that out, or {advice}."
             )
-        callbacks: Any = self.trainer  # of which Lightning declares none
+        callbacks: Any = self.trainer  # Lightning does not declare its callbacks
         if any(
             isinstance(callback, GradientAccumulationScheduler) and callback.going_to_accumulate_grad_batches()
             for callback in callbacks.callbacks
@@ -201,17 +203,19 @@ class Task(PlainHyperparameters, SavesRandomStates):
                 f"a step: {advice}."
             )
         steps = self.trainer.estimated_stepping_batches
-        if not 0 <= steps < math.inf:  # Lightning says -1 where a loader has no length
+        if not 0 <= steps < math.inf:  # Lightning returns -1 if a loader has no length
             raise ZNormValueError(
                 f"{scheduler} leaves total_steps open, and this training has no end: set max_steps of the Trainer, or "
                 f"{advice}."
             )
-        return max(int(steps), 1)  # a training of no steps makes a scheduler too
+        return max(int(steps), 1)  # a training without steps makes a scheduler too
 
+    # torch has no public hook for conversions: `to`, `half`, `cuda` and the rest all call this method.
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Task":
-        # The loss is computed in float32 or more, so its class weights, kernels and layers stay in it when Lightning
-        # converts the module to half precision: rounded they would weigh something else, and torch refuses a mixture.
+        # The loss is computed in float32 or more. So its class weights, kernels and layers keep their precision when
+        # Lightning converts the module to half precision: rounded weights would give another loss, and torch refuses
+        # to mix precisions.
         kept = [(module, name, old) for module in self._modules_of_loss() for name, old in _tensors(module)]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for module, name, old in kept:
@@ -221,14 +225,14 @@ class Task(PlainHyperparameters, SavesRandomStates):
         return self
 
     def _modules_of_loss(self) -> list[nn.Module]:
-        """The modules that are the loss's alone."""
-        criterion = self._modules.get("criterion")
-        network = set() if "model" not in self._modules else set(self.model.modules())
+        """Return the modules of the loss that are not part of the network."""
+        criterion, model = getattr(self, "criterion", None), getattr(self, "model", None)  # set by subclasses
+        network = set() if model is None else set(model.modules())
         return [] if criterion is None else [module for module in criterion.modules() if module not in network]
 
     @override
     def setup(self, stage: str) -> None:
-        """Forget the wrong targets of a run that was interrupted."""
+        """Forget wrong targets that an interrupted run has noted."""
         for check in self.target_checks:
             check.clear()
 
@@ -236,7 +240,7 @@ class Task(PlainHyperparameters, SavesRandomStates):
     def on_train_epoch_end(self) -> None:
         """Raise on all processes if a target of the epoch was wrong."""
         if self.trainer.world_size > 1:
-            # The progress bar of rank 0 has reduced the epoch's metrics by now: the other ranks join it in that first.
+            # Rank 0's progress bar has all-reduced the epoch's metrics by now. The other ranks must join that first.
             _ = self.trainer.callback_metrics
         self._refuse_noted_targets()
 
@@ -284,32 +288,32 @@ class Task(PlainHyperparameters, SavesRandomStates):
 
     @property
     def target_checks(self) -> tuple[TargetCheck, ...]:
-        """All checks that :meth:`check_targets` is called with."""
+        """All checks that are passed to :meth:`check_targets`."""
         return (self.target_check,)
 
     def check_targets(
         self, targets: Tensor, stage: str, batch_idx: int, *checks: TargetCheck, dataloader_idx: int = 0
     ) -> tuple[Tensor, Tensor | None]:
-        """Raise if a target is out of range: now, or at the end of the epoch where that would make processes wait.
+        """Raise if a target is out of range: now, or at the end of the epoch if raising now would make processes wait.
 
-        To be called once in a batch: in the first one, processes put together what each has found.
+        Call it once in a batch: in the first batch, the processes gather what each has found.
 
         Args:
-            targets: Those of a batch.
+            targets: The targets of a batch.
             stage: One of `lightning_znorm.tasks.targets.STAGES`.
             batch_idx: Number of the batch in its epoch.
             *checks: Some of ``target_checks``. Default: ``target_check``.
             dataloader_idx: Number of the loader, where there are several.
 
         Returns:
-            Targets that a loss can be computed of. Where the check is put off, also whether the given ones are out of
-            range, a bool scalar for :meth:`compute_loss`; otherwise ``None``.
+            Targets from which a loss can be computed. If the check is deferred, also whether the given targets are out
+            of range, a bool scalar for :meth:`compute_loss`; otherwise ``None``.
 
         Raises:
-            ValueError: If a target is out of range, and the check is not put off.
+            ValueError: If a target is out of range, and the check is not deferred.
         """
         checks = checks or (self.target_check,)
-        if not self._puts_off_checks(targets.device):
+        if not self.defers_checks(targets.device):
             for check in checks:
                 check.require(targets, stage, batch_idx, dataloader_idx)
             return targets, None
@@ -317,17 +321,23 @@ class Task(PlainHyperparameters, SavesRandomStates):
         targets, misfit = noted[0]
         for _, other in noted[1:]:
             targets, misfit = targets.masked_fill(other, 0), misfit | other
-        # So a mistake in all of the data costs no epoch. Not in evaluation by several processes: one may have no batch.
+        # Then a mistake in all data does not cost an epoch. Several processes cannot do so in an evaluation, where one
+        # of them may have no batch.
         if batch_idx == 0 and (stage == "training" or self.trainer.world_size == 1):
             self._refuse_noted_targets()
         return targets, misfit
 
-    def _puts_off_checks(self, device: torch.device) -> bool:
-        # Without a Trainer no hook says when an epoch ends.
+    def defers_checks(self, device: torch.device) -> bool:
+        """Return whether the checks of targets wait for the end of the epoch.
+
+        Args:
+            device: The device of the targets.
+        """
+        # Without a Trainer, no hook says when an epoch ends.
         return self.attached_trainer is not None and (self.trainer.world_size > 1 or device.type != "cpu")
 
     def _refuse_noted_targets(self) -> None:
-        if not self._puts_off_checks(self.device):
+        if not self.defers_checks(self.device):
             return
         notes = torch.stack([check.notes(self.device) for check in self.target_checks])
         by_rank = [notes]
@@ -341,9 +351,9 @@ class Task(PlainHyperparameters, SavesRandomStates):
         """Return the loss, computed in float32 or more, whatever the precision of the network.
 
         Args:
-            logits: Of the network.
-            targets: For the loss.
-            misfit: Whether the true targets are out of range, a bool scalar; the loss is 0 then, without a gradient.
+            logits: Logits of the network.
+            targets: Targets from which the loss can be computed.
+            misfit: Whether the true targets are out of range, a bool scalar. The loss is then 0, without a gradient.
         """
         logits = at_least_float32(logits)
         with torch.autocast(logits.device.type, enabled=False), _default_dtype(logits.dtype):
@@ -355,11 +365,11 @@ class Task(PlainHyperparameters, SavesRandomStates):
 
         Args:
             stage: One of `lightning_znorm.tasks.targets.STAGES`.
-            metrics: Those of the first loader.
+            metrics: The metrics of the first loader.
             dataloader_idx: Number of the loader.
 
         Returns:
-            The given ones for the first loader, and a copy of its own for any other.
+            The given metrics for the first loader, and a copy for each other loader.
         """
         if dataloader_idx == 0:
             return metrics
@@ -372,7 +382,7 @@ class Task(PlainHyperparameters, SavesRandomStates):
     def log_metrics(self, metrics: MetricCollection, batch_size: int) -> None:
         """Log metrics over an epoch and all processes."""
         for name, metric in metrics.items(keep_base=False, copy_state=False):
-            # Named, because Lightning looks for metrics among the attributes, where those of further loaders are not.
+            # Lightning looks for metrics among the attributes, and those of further loaders are not there: name them.
             self.log(
                 name, metric, metric_attribute=name, on_step=False, on_epoch=True, prog_bar=True, batch_size=batch_size
             )
@@ -383,21 +393,21 @@ class Task(PlainHyperparameters, SavesRandomStates):
 
 
 def _require_maker(name: str, of: str, example: str, given: object) -> None:
-    """Refuse what cannot be called, such as an optimizer that is made already."""
+    """Refuse what cannot be called, such as an optimizer in place of what makes one."""
     if not callable(given):
         found = "None" if given is None else f"an object of {type(given).__name__}"
         raise ZNormTypeError(f"{name} must be a function that makes one from the {of}, such as {example}, got {found}.")
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The floating-point parameters and buffers of a module itself, as they are now."""
+    """Return the floating-point parameters and buffers of a module, without those of its submodules."""
     named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return [(name, tensor.detach()) for name, tensor in named if tensor.is_floating_point()]
 
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Change torch's default type for what a loss makes itself, such as the kernel of MONAI's SSIMLoss."""
+    """Change torch's default type for tensors that a loss makes, such as the kernel of MONAI's SSIMLoss."""
     before = torch.get_default_dtype()
     if dtype == before:
         yield
@@ -410,12 +420,12 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _leaves_total_steps_open(make: Callable[..., object]) -> str:
-    """The name of the scheduler that is made, if it counts the steps of a training and was not told how many."""
+    """Return the scheduler's name if it needs the number of steps of the training and was not given it, else ""."""
     made: Any = make
     given: dict[str, object] = {}
     if isinstance(make, partial):
         given, made = make.keywords, make.func
-        if (made.__module__ or "").startswith("jsonargparse."):  # a function of its own, which is passed the class
+        if (made.__module__ or "").startswith("jsonargparse."):  # its function takes the class as an argument
             made = next((part for part in make.args if isinstance(part, type)), made)
     try:
         parameters = inspect.signature(made).parameters
