@@ -662,6 +662,14 @@ class TestOwnModule:
                 lambda saved: saved["optimizer_states"][0]["param_groups"].append({"params": []}),
                 "does not fit the optimizer: loaded state dict has a different number of parameter groups.",
             ),
+            (
+                lambda saved: saved.pop("optimizer_states"),
+                "holds only the model, without the state of the training: fit cannot go on from it.",
+            ),
+            (
+                lambda saved: saved.pop("lr_schedulers"),
+                "holds only the model, without the state of the training: fit cannot go on from it.",
+            ),
         ],
     )
     def test_checkpoint_that_does_not_fit(self, change, said):

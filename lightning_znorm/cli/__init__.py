@@ -87,15 +87,15 @@ def _run(args: list[str]) -> None:
     options = _Options(prog="python -m lightning_znorm", add_help=False, allow_abbrev=False)
     options.usage = _HELP.splitlines()[0].removeprefix("usage: ")
     options.add_argument("-c", "--config", action="append", default=[])
-    named, rest = options.parse_known_args(args)
-    if problem := _no_command(rest, args):
+    named, remaining = options.parse_known_args(args)
+    if problem := _no_command(remaining, args):
         options.error(problem)
-    if rest[0] == "compare":
-        named_files = [*named.config, *rest[1:]]  # rest holds the method files
+    if remaining[0] == "compare":
+        named_files = [*named.config, *remaining[1:]]  # methods are in the remaining arguments
         refuse_streams([name for name in named_files if is_stream(name)], "each run of a study reads its settings")
         from lightning_znorm.compare.command import main as compare
 
-        if code := compare([*(arg for name in named.config for arg in ("--config", name)), *rest[1:]]):
+        if code := compare([*(arg for name in named.config for arg in ("--config", name)), *remaining[1:]]):
             sys.exit(code)
         return
     streams = [name for name in named.config if is_stream(name)]
@@ -109,7 +109,7 @@ def _run(args: list[str]) -> None:
 
     from lightning_znorm.cli.run import RunCLI
 
-    RunCLI(ordered, rest)
+    RunCLI(ordered, remaining)
 
 
 class _Options(argparse.ArgumentParser):
@@ -119,9 +119,9 @@ class _Options(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def _no_command(rest: list[str], args: list[str]) -> str | None:
+def _no_command(remaining: list[str], args: list[str]) -> str | None:
     """Return what is wrong with the command; None if one comes first among the arguments that name no config file."""
-    first = rest[0] if rest else ""
+    first = remaining[0] if remaining else ""
     if first in _COMMANDS:
         return None
     every = f"{', '.join(_COMMANDS[:-1])} or {_COMMANDS[-1]}"
@@ -129,7 +129,7 @@ def _no_command(rest: list[str], args: list[str]) -> str | None:
         nearest = difflib.get_close_matches(first.lower(), _COMMANDS, 1)
         advice = f"did you mean {nearest[0]}?" if nearest else f"it is {every}."
         return f"there is no command {first}: {advice}"
-    later = [arg for arg in rest if arg in _COMMANDS]
+    later = [arg for arg in remaining if arg in _COMMANDS]
     if len(later) == 1:
         return f"the command comes first: {later[0]} {shlex.join(arg for arg in args if arg != later[0])}"
     nearest = difflib.get_close_matches(first, ("--help", "--version"), 1)

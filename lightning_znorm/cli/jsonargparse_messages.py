@@ -81,9 +81,9 @@ def read_fault(text: str, within: Fault = Fault()) -> Fault:
         return read_fault(text[match.end() :], replace(within, owner=match[1], value=within.value or match[1]))
     if match := _CALLABLE.match(text):
         inner, got, value = text[match.end() :].rpartition(_GOT)
-        made = replace(within, types=match[1], value=value) if got else replace(within, types=match[1])
-        owner = made.given if _CLASS_PATH.match(made.value) else within.owner
-        return read_fault(inner if got else value, replace(made, owner=owner))
+        refined = replace(within, types=match[1], value=value) if got else replace(within, types=match[1])
+        owner = refined.given if _CLASS_PATH.match(refined.value) else within.owner
+        return read_fault(inner if got else value, replace(refined, owner=owner))
     if text.startswith(_UNION):
         return _furthest(text, within)
     reason, _, value = text.partition(_GOT)
@@ -95,8 +95,8 @@ def read_fault(text: str, within: Fault = Fault()) -> Fault:
 
 def _furthest(text: str, within: Fault) -> Fault:
     """Return the fault of the type that was meant, of several; or the fault that the value is of none of them."""
-    types, _, rest = text.removeprefix(f"{_UNION}Subtypes: ").partition("\nErrors:\n")
-    errors, *given = re.split(r"^Given value type: .*\nGiven value: ", rest, maxsplit=1, flags=re.M)
+    types, _, details = text.removeprefix(f"{_UNION}Subtypes: ").partition("\nErrors:\n")
+    errors, *given = re.split(r"^Given value type: .*\nGiven value: ", details, maxsplit=1, flags=re.M)
     value = given[0] if given else within.value
     within = replace(within, types=types, value=value)
     tried = [

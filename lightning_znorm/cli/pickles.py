@@ -121,26 +121,26 @@ def _check_index(path: Path) -> None:
         kinds = {name: type(entry).__name__ for name, entry in index.state_dict_metadata.items()}
         # PyTorch reads tensors as raw data, and unpickles all other values of the state.
         values = [
-            (entry.fqn, place)
-            for entry, place in index.storage_data.items()
+            (entry.fqn, location)
+            for entry, location in index.storage_data.items()
             if kinds.get(entry.fqn) != "TensorStorageMetadata"
         ]
     except _UnknownNameError as error:
         raise ZNormValueError(_code(str(path), str(error))) from error
     except Exception as error:  # a damaged pickle may raise any exception
         raise ZNormValueError(_damaged(str(path), error)) from error
-    for name, place in values:
-        _check_value(path.parent, name, place)
+    for name, location in values:
+        _check_value(path.parent, name, location)
 
 
-def _check_value(folder: Path, name: str, place: Any) -> None:
+def _check_value(folder: Path, name: str, location: Any) -> None:
     try:
-        if getattr(place, "transform_descriptors", None):
+        if getattr(location, "transform_descriptors", None):
             raise ZNormValueError(f"{name} is packed, and Lightning packs nothing")
-        path = folder / place.relative_path
+        path = folder / location.relative_path
         with path.open("rb") as file:
-            file.seek(place.offset)
-            value = io.BytesIO(file.read(place.length))
+            file.seek(location.offset)
+            value = io.BytesIO(file.read(location.length))
     except Exception as error:  # a foreign index may hold any values
         raise ZNormValueError(_damaged(str(folder / ".metadata"), error)) from error
     load_plain(value, f"{path} ({name})")

@@ -100,5 +100,5 @@ def resnet56(num_classes: int = 10, in_chans: int = 3) -> ResNet:
 
 
 def _stage(in_channels: int, out_channels: int, stride: int, blocks: int) -> nn.Sequential:
-    rest = (BasicBlock(out_channels, out_channels, stride=1) for _ in range(blocks - 1))
-    return nn.Sequential(BasicBlock(in_channels, out_channels, stride), *rest)
+    following = (BasicBlock(out_channels, out_channels, stride=1) for _ in range(blocks - 1))
+    return nn.Sequential(BasicBlock(in_channels, out_channels, stride), *following)

@@ -344,8 +344,8 @@ class Task(PlainHyperparameters, SavesRandomStates):
         if self.trainer.world_size > 1:
             by_rank = [torch.empty_like(notes) for _ in range(self.trainer.world_size)]
             torch.distributed.all_gather(by_rank, notes)
-        for check, own in zip(self.target_checks, torch.stack(by_rank, dim=1), strict=True):
-            check.refuse(own)
+        for check, gathered in zip(self.target_checks, torch.stack(by_rank, dim=1), strict=True):
+            check.refuse(gathered)
 
     def compute_loss(self, logits: Tensor, targets: Tensor, misfit: Tensor | None = None) -> Tensor:
         """Return the loss, computed in float32 or more, whatever the precision of the network.
@@ -421,20 +421,20 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def _leaves_total_steps_open(make: Callable[..., object]) -> str:
     """Return the scheduler's name if it needs the number of steps of the training and was not given it, else ""."""
-    made: Any = make
+    factory: Any = make
     given: dict[str, object] = {}
     if isinstance(make, partial):
-        given, made = make.keywords, make.func
-        if (made.__module__ or "").startswith("jsonargparse."):  # its function takes the class as an argument
-            made = next((part for part in make.args if isinstance(part, type)), made)
+        given, factory = make.keywords, make.func
+        if (factory.__module__ or "").startswith("jsonargparse."):  # its function takes the class as an argument
+            factory = next((part for part in make.args if isinstance(part, type)), factory)
     try:
-        parameters = inspect.signature(made).parameters
+        parameters = inspect.signature(factory).parameters
     except ValueError:  # a builtin
         return ""
     if "total_steps" not in parameters:
         return ""
     values = {name: parameter.default for name, parameter in parameters.items()} | given
-    told = [values.get(name) for name in ("total_steps", "epochs", "steps_per_epoch")]
-    is_open = all(value is None or value is inspect.Parameter.empty for value in told)
-    name: str = getattr(made, "__name__", type(made).__name__)
+    lengths = [values.get(name) for name in ("total_steps", "epochs", "steps_per_epoch")]
+    is_open = all(value is None or value is inspect.Parameter.empty for value in lengths)
+    name: str = getattr(factory, "__name__", type(factory).__name__)
     return name if is_open else ""

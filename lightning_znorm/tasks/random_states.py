@@ -47,12 +47,12 @@ class SavesRandomStates(LightningModule):
         trainer = self.attached_trainer
         if trainer is None:
             return
-        own = random_state(self.device)
+        state = random_state(self.device)
         states: list[dict[str, Any] | None] = [None] * trainer.world_size
-        states[trainer.global_rank] = own
+        states[trainer.global_rank] = state
         others_may_be_elsewhere = trainer.interrupted or self.is_being_requeued
         if trainer.world_size > 1 and torch.distributed.is_initialized() and not others_may_be_elsewhere:
-            torch.distributed.all_gather_object(states, own)
+            torch.distributed.all_gather_object(states, state)
         checkpoint[_KEY] = states
 
     @override
@@ -87,7 +87,8 @@ class SavesRandomStates(LightningModule):
 
     def _watch_requeue_signal(self) -> None:
         """Put a handler around the one of the requeue signal. Lightning restores all handlers when it ends."""
-        environment = getattr(self.trainer.strategy, "cluster_environment", None)
+        strategy = None if self.attached_trainer is None else self.attached_trainer.strategy
+        environment = getattr(strategy, "cluster_environment", None)
         if not isinstance(environment, SLURMEnvironment) or environment.requeue_signal is None:
             return
         handler = signal.getsignal(environment.requeue_signal)
@@ -118,10 +119,10 @@ def random_state(device: torch.device) -> dict[str, Any]:
     Args:
         device: The device whose generator is asked, besides those of Python, NumPy and torch.
     """
-    name, keys, *rest = np.random.get_state()
+    name, keys, *remaining = np.random.get_state()
     state = {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *remaining),
         "torch": torch.get_rng_state(),
     }
     if device.type != "cpu":
@@ -136,9 +137,9 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         state: What `random_state` returned.
         device: The device whose generator is set. It stays as it is if the state is of another kind of device.
     """
-    name, keys, *rest = state["numpy"]
+    name, keys, *remaining = state["numpy"]
     random.setstate(state["python"])
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *remaining))
     torch.set_rng_state(state["torch"].cpu())
     if device.type in state:
         getattr(torch, device.type).set_rng_state(state[device.type].cpu(), device)

@@ -271,8 +271,8 @@ class SegmentationTask(Task):
     def _outputs(self, images: Tensor) -> list[Tensor]:
         """Return the logits of all outputs of the network. The last one is the prediction."""
         self.check_channels(images)
-        made = logits_of(self.model(images))
-        outputs = list(made) if isinstance(made, (list, tuple)) and made else [made]
+        returned = logits_of(self.model(images))
+        outputs = list(returned) if isinstance(returned, (list, tuple)) and returned else [returned]
         expected = (len(images), self.num_classes, *images.shape[2:])
         for output in outputs:
             if not isinstance(output, Tensor) or output.shape != expected:
