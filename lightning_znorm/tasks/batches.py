@@ -20,7 +20,7 @@ def images_of(batch: Any) -> Tensor:
     images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(images, Tensor):
         raise ZNormTypeError(
-            f"A batch is {described(batch)}, and images, a tensor, or a tuple or list that begins with them, are "
+            f"A batch is {kind_of(batch)}, and images, a tensor, or a tuple or list that begins with them, are "
             "expected: let the dataset or its collate_fn return that."
         )
     return images
@@ -38,7 +38,7 @@ def images_and_targets(batch: Any, targets: str) -> tuple[Tensor, Tensor]:
     """
     if not isinstance(batch, (tuple, list)) or not all(isinstance(part, Tensor) for part in (*batch, None)[:2]):
         raise ZNormTypeError(
-            f"A batch is {described(batch)}, and a tuple or list that begins with images and {targets}, both tensors, "
+            f"A batch is {kind_of(batch)}, and a tuple or list that begins with images and {targets}, both tensors, "
             "is expected: let the dataset or its collate_fn return that."
         )
     return batch[0], batch[1]
@@ -62,7 +62,7 @@ def logits_of(output: Any) -> Any:
     return output
 
 
-def described(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """Return what a message calls a batch or an output, such as "a tuple of Tensor and dict"."""
     kind = type(value).__name__
     article = "an" if kind[:1] in "AEIOUaeiou" else "a"

@@ -15,7 +15,7 @@ from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 from lightning_znorm.hyperparameters import plain_value, plain_values
 from lightning_znorm.metrics.dtypes import at_least_float32
 from lightning_znorm.tasks.base import BUILD_IT, Task
-from lightning_znorm.tasks.batches import described, images_and_targets, images_of, logits_of
+from lightning_znorm.tasks.batches import images_and_targets, images_of, kind_of, logits_of
 from lightning_znorm.tasks.networks import create_classifier
 from lightning_znorm.tasks.targets import ProbabilitySumCheck, TargetCheck
 
@@ -163,7 +163,7 @@ class ClassificationTask(Task):
         expected = (len(images), self.num_classes)
         if not isinstance(logits, Tensor):
             raise ZNormValueError(
-                f"{type(self.model).__name__} turned {len(images)} images into {described(logits)}, and the task takes "
+                f"{type(self.model).__name__} turned {len(images)} images into {kind_of(logits)}, and the task takes "
                 f"logits, a tensor of shape {expected}, or an output that has them as `logits`: let it return that."
             )
         if logits.shape != expected:

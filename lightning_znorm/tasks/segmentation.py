@@ -18,7 +18,7 @@ from lightning_znorm.metrics import DiceScore, HausdorffDistance, TverskyIndex
 from lightning_znorm.metrics.dtypes import at_least_float32, orderable
 from lightning_znorm.metrics.mask_metric import MaskMetric
 from lightning_znorm.tasks.base import BUILD_IT, Task
-from lightning_znorm.tasks.batches import described, images_and_targets, images_of, logits_of
+from lightning_znorm.tasks.batches import images_and_targets, images_of, kind_of, logits_of
 from lightning_znorm.tasks.networks import create_segmenter
 from lightning_znorm.tasks.targets import TargetCheck
 
@@ -276,7 +276,7 @@ class SegmentationTask(Task):
         expected = (len(images), self.num_classes, *images.shape[2:])
         for output in outputs:
             if not isinstance(output, Tensor) or output.shape != expected:
-                found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else described(output)
+                found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else kind_of(output)
                 raise ZNormValueError(
                     f"{type(self.model).__name__} turned images of shape {tuple(images.shape)} into {found}, and "
                     f"num_classes={self.num_classes} asks for logits of shape {expected}."
