@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_znorm.errors import ZNormTypeError, ZNormValueError
+
 _LONGEST = 120  # characters of a value in a message
 
 
@@ -39,14 +41,14 @@ def checked_number(name: str, value: Any, minimum: float | None = None, finite: 
     """
     if type(value) not in (int, float):
         if isinstance(value, bool) or not isinstance(value, Real):  # PyYAML reads 1e-10 as text, 1.0e-10 as a number
-            raise TypeError(f"{name} must be a number, got {shown(value)}.")
+            raise ZNormTypeError(f"{name} must be a number, got {shown(value)}.")
         value = float(
             value
         )  # a NumPy scalar has another repr, and checkpoints know methods by the repr of their options
     if (finite and not -math.inf < value < math.inf) or (minimum is not None and not value >= minimum):
         bounds = ["finite"] if finite else []
         bounds += [] if minimum is None else [f"at least {minimum}"]
-        raise ValueError(f"{name} must be {' and '.join(bounds)}, got {value}.")
+        raise ZNormValueError(f"{name} must be {' and '.join(bounds)}, got {value}.")
     number: float = value
     return number
 
@@ -69,11 +71,11 @@ def checked_integer(name: str, value: Any, minimum: int | None = None, bits: int
         64
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a whole number, got {shown(value)}.")
+        raise ZNormTypeError(f"{name} must be a whole number, got {shown(value)}.")
     if (minimum is not None and value < minimum) or (bits is not None and value >= 2**bits):
         bounds = [] if minimum is None else [f"at least {minimum}"]
         bounds += [] if bits is None else [f"less than 2**{bits}"]
-        raise ValueError(f"{name} must be {' and '.join(bounds)}, got {value}.")
+        raise ZNormValueError(f"{name} must be {' and '.join(bounds)}, got {value}.")
     return int(value)
 
 
@@ -84,7 +86,7 @@ def checked_flag(name: str, value: Any) -> bool:
         TypeError: If it is neither ``True`` nor ``False``.
     """
     if type(value).__name__ not in ("bool", "bool_"):  # NumPy's, which this module does not import
-        raise TypeError(f"{name} must be True or False, got {shown(value)}.")
+        raise ZNormTypeError(f"{name} must be True or False, got {shown(value)}.")
     return bool(value)
 
 
@@ -97,11 +99,13 @@ def checked_patterns(name: str, value: Any) -> list[str]:
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, Iterable) or isinstance(value, (Mapping, Tensor)):
-        raise TypeError(f"{name} must be a pattern or a list of patterns on names of parameters, got {shown(value)}.")
+        raise ZNormTypeError(
+            f"{name} must be a pattern or a list of patterns on names of parameters, got {shown(value)}."
+        )
     patterns = list(value)
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(
+            raise ZNormTypeError(
                 f"{name} must hold patterns on names of parameters, which are strings such as '*.weight', got "
                 f"{shown(pattern)} in {shown(value)}."
             )
@@ -118,8 +122,8 @@ def checked_folder(name: str, value: Any) -> Path:
         ValueError: If ``~`` names a user who has no home directory.
     """
     if not isinstance(value, str | Path):
-        raise TypeError(f"{name} must be a path, got {shown(value)}.")
+        raise ZNormTypeError(f"{name} must be a path, got {shown(value)}.")
     try:
         return Path(value).expanduser().absolute()
     except RuntimeError as error:
-        raise ValueError(f"{name} is {value}, and there is no such home directory.") from error
+        raise ZNormValueError(f"{name} is {value}, and there is no such home directory.") from error

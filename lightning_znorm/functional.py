@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_znorm.arguments import checked_flag, shown
+from lightning_znorm.errors import ZNormRuntimeError, ZNormTypeError, ZNormValueError
 from lightning_znorm.gradients import (
     Centralization,
     GradientMethod,
@@ -176,9 +177,9 @@ def transform_grads_(
         tensor([-1.,  1.])
     """
     if isinstance(parameters, nn.Module):
-        raise TypeError(f"{type(parameters).__name__} is a module: give its parameters()")
+        raise ZNormTypeError(f"{type(parameters).__name__} is a module: give its parameters()")
     if not isinstance(parameters, Iterable):
-        raise TypeError(f"give a parameter, or several such as model.parameters(), got {shown(parameters)}")
+        raise ZNormTypeError(f"give a parameter, or several such as model.parameters(), got {shown(parameters)}")
     error_if_nonfinite = checked_flag("error_if_nonfinite", error_if_nonfinite)
     slots = UnnamedSlots([parameters] if isinstance(parameters, Tensor) else parameters)
     transform_gradients_(slots, method)
@@ -254,7 +255,7 @@ def attach(
         has_run = True
         # torch hands the hook the arguments of the unbound step, which begin with the optimizer.
         if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
-            raise RuntimeError(
+            raise ZNormRuntimeError(
                 f"{type(optimizer).__name__}.step was called with a closure, which computes the gradients after the "
                 f"attached {name} has run: compute them before the step, and call it without a closure"
             )
@@ -288,7 +289,7 @@ def attach(
             has_run = False
             result = step(*args, **kwargs)
             if not has_run and handle.id in (step_pre_hooks(optimizer) or {}):
-                raise RuntimeError(
+                raise ZNormRuntimeError(
                     f"{type(optimizer).__name__} has stepped without the attached {name}: its step has been replaced "
                     f"by {getattr(step, '__qualname__', type(step).__name__)}, which does not call the original one, "
                     "which runs hooks. Call lightning_znorm.functional.transform_grads_ before each step instead"
@@ -322,31 +323,33 @@ def _check_optimizer(optimizer: object) -> Optimizer | None:
     """
     kind = type(optimizer).__name__
     if isinstance(optimizer, nn.Module):
-        raise TypeError(f"{kind} is a module: give the optimizer of its parameters")
+        raise ZNormTypeError(f"{kind} is a module: give the optimizer of its parameters")
     if isinstance(optimizer, type):
-        raise TypeError(
+        raise ZNormTypeError(
             f"{optimizer.__name__} is a class: give an optimizer, {optimizer.__name__}(model.parameters(), ...)"
         )
     if isinstance(optimizer, Iterable):
-        raise TypeError(f"attach takes one optimizer at a time, got a {kind}: attach to each optimizer by itself")
+        raise ZNormTypeError(f"attach takes one optimizer at a time, got a {kind}: attach to each optimizer by itself")
     if not hasattr(optimizer, "param_groups") and not hasattr(optimizer, "optimizer"):
-        raise TypeError(f"{shown(optimizer)} is no optimizer: give a torch.optim.Optimizer")
+        raise ZNormTypeError(f"{shown(optimizer)} is no optimizer: give a torch.optim.Optimizer")
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(
+        raise ZNormTypeError(
             f"{kind} runs no hooks before its step, because it is no torch.optim.Optimizer: if it stands for one, as "
             "Accelerate's DummyOptim does, or wraps one, attach to that one, before it is wrapped"
         )
     if isinstance(optimizer, LBFGS):
-        raise ValueError("LBFGS computes its gradients in the closure of its step, out of an attached method's reach")
+        raise ZNormValueError(
+            "LBFGS computes its gradients in the closure of its step, out of an attached method's reach"
+        )
     wrapped = wrapped_by(optimizer)
     if takes_two_steps(optimizer):
         way_out = f"attach to its {type(wrapped[0]).__name__}, which descends" if wrapped else "climb by hand"
-        raise TypeError(
+        raise ZNormTypeError(
             f"{kind} climbs along one gradient and descends along another, in steps that run no hooks: {way_out} (see "
             "examples/sam.py)"
         )
     if steps_in_backward(optimizer):
-        raise TypeError(f"{kind} steps in the backward pass with overlap_with_ddp=True, and runs no hooks before")
+        raise ZNormTypeError(f"{kind} steps in the backward pass with overlap_with_ddp=True, and runs no hooks before")
     if not marks_steps():
         raise untested_torch("torch.optim.Optimizer has no `profile_hook_step`")
     # The optimizers of Lightning and Fabric share the hooks of the one that they wrap.
@@ -357,7 +360,7 @@ def _check_optimizer(optimizer: object) -> Optimizer | None:
         if "step" in vars(candidate) or type(candidate).__module__.startswith("torch.optim."):
             return candidate  # its step was replaced by a scheduler or a user, and may call the original
     which = f"the {type(wrapped[0]).__name__} that it wraps" if wrapped else "the one that it wraps, if it does"
-    raise TypeError(f"{kind} runs no hooks before its step: attach to {which}, before it is wrapped")
+    raise ZNormTypeError(f"{kind} runs no hooks before its step: attach to {which}, before it is wrapped")
 
 
 def _check_parameters(optimizer: Optimizer, known: list[Tensor], now: list[Tensor]) -> None:

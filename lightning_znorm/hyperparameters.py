@@ -1,4 +1,4 @@
-"""Hyperparameters as plain values: a checkpoint that holds anything else cannot be loaded again."""
+"""Hyperparameters as plain values, because a checkpoint with other values cannot be loaded again."""
 
 import copy
 import io
@@ -12,8 +12,10 @@ import torch
 from lightning.pytorch.core.mixins import HyperparametersMixin
 from typing_extensions import override
 
-_REMEDY = "pass a number, a text, or a list or dict of such"
-# Python's type for each kind of NumPy scalar; dates, durations and records have none.
+from lightning_znorm.errors import ZNormValueError
+
+_REMEDY = "pass a number, a text, or a list or dict of these"
+# Python's type for each kind of NumPy scalar. Dates, durations and records have none.
 _KINDS: dict[str, type] = {"b": bool, "i": int, "u": int, "f": float, "c": complex, "S": bytes, "U": str}
 _SCALARS: tuple[Any, ...] = (bool, int, float, complex, bytes)
 
@@ -21,13 +23,14 @@ _SCALARS: tuple[Any, ...] = (bool, int, float, complex, bytes)
 class PlainHyperparameters(HyperparametersMixin):
     """Save hyperparameters as plain values, in modules and data modules.
 
-    Callables, such as networks and functions that make optimizers, are objects and no hyperparameters: they are left
-    out, and have to be passed to ``load_from_checkpoint`` again. LightningCLI names what it builds by plain values.
+    Callables, such as networks and functions that make optimizers, are not hyperparameters. They are left out, and must
+    be passed to ``load_from_checkpoint`` again. LightningCLI describes the objects that it builds by plain values.
     """
 
+    # `save_hyperparameters` finds arguments in the frame that calls it, so it cannot be overridden. It passes all
+    # values through this method, also those that subclasses add.
     @override
     def _set_hparams(self, hp: Any) -> None:
-        # All that `save_hyperparameters` saves comes by here, what subclasses add too.
         values = vars(hp) if isinstance(hp, Namespace) else hp
         if isinstance(values, Mapping):
             hp = {name: plain_value(name, value) for name, value in values.items() if not callable(value)}
@@ -38,10 +41,10 @@ def plain_values(**arguments: object) -> list[Any]:
     """Return arguments as plain values, in order.
 
     Args:
-        **arguments: By the names that a message gives them.
+        **arguments: The arguments, by the names that messages use.
 
     Raises:
-        ValueError: If one has no plain value.
+        ValueError: If an argument has no plain value.
 
     Example:
         >>> plain_values(num_classes=np.int64(10), root=np.str_("data"), weights=np.array([0.5, 2.0]))
@@ -54,12 +57,12 @@ def plain_value(name: str, value: Any, remedy: str = _REMEDY) -> Any:
     """Return a value as a plain one: Python's number for NumPy's and torch's, text for a path, a list for an array.
 
     Args:
-        name: What a message calls it.
-        value: The value; plain ones stay as they are.
-        remedy: What a message says to do about it.
+        name: What a message calls the value.
+        value: The value. Plain values stay as they are.
+        remedy: What a message advises.
 
     Raises:
-        ValueError: If there is none that ``torch.load(..., weights_only=True)`` takes.
+        ValueError: If ``torch.load(..., weights_only=True)`` accepts no plain value in its place.
     """
     if isinstance(value, np.ndarray) and value.ndim:
         return [plain_value(f"{name}[{index}]", each, remedy) for index, each in enumerate(value)]
@@ -70,7 +73,7 @@ def plain_value(name: str, value: Any, remedy: str = _REMEDY) -> Any:
     elif isinstance(value, os.PathLike):
         return os.fsdecode(value)
     if isinstance(value, str):
-        return str.__str__(value)  # of a member of an enum, `str` is its name
+        return str.__str__(value)  # `str` of an enum's member would be its name
     for kind in _SCALARS:
         if isinstance(value, kind):
             return kind(value)
@@ -84,15 +87,19 @@ def plain_value(name: str, value: Any, remedy: str = _REMEDY) -> Any:
         return tuple(kept) if isinstance(value, tuple) else set(kept) if isinstance(value, Set) else kept
     if not _can_be_loaded(value):
         found = f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
-        raise ValueError(
+        raise ZNormValueError(
             f"{name} is {found}, and hyperparameters are plain values, or no checkpoint could be loaded: {remedy}."
         )
     return value
 
 
 def not_loadable(hyperparameters: Mapping[str, Any]) -> list[str]:
-    """Return the names of hyperparameters that a checkpoint can hold, and ``torch.load(weights_only=True)`` refuses."""
-    # A network is not tried, because it may fill the memory.
+    """Return the names of hyperparameters that ``torch.load(weights_only=True)`` refuses.
+
+    Args:
+        hyperparameters: The hyperparameters of a module or data module.
+    """
+    # A network is not tried, because a copy of it may fill the memory.
     return [
         name
         for name, value in hyperparameters.items()
@@ -101,9 +108,13 @@ def not_loadable(hyperparameters: Mapping[str, Any]) -> list[str]:
 
 
 def python_scalars(value: Any) -> Any:
-    """Return the content of a checkpoint with Python's numbers in place of NumPy's; all else, and its types, are kept.
+    """Return the content of a checkpoint with Python's numbers in place of NumPy's. Everything else stays as it is.
 
-    Optimizers and schedulers keep the learning rate that they were given, and callbacks their settings.
+    NumPy's numbers come from users: optimizers and schedulers save the learning rate that they were given, and
+    callbacks their settings.
+
+    Args:
+        value: The content, or a part of it.
     """
     if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
         return _python_scalar(value)
@@ -123,7 +134,7 @@ def python_scalars(value: Any) -> Any:
 
 
 def _python_scalar(value: Any) -> Any:
-    """Python's scalar for NumPy's, where there is one."""
+    """Return Python's scalar for NumPy's, if there is one, else NumPy's."""
     scalar = value[()] if isinstance(value, np.ndarray) else value
     kind = _KINDS.get(value.dtype.kind)
     return scalar if kind is None else kind(scalar)
@@ -135,7 +146,7 @@ def _can_be_loaded(value: object) -> bool:
         torch.save(value, file)
         file.seek(0)
         torch.load(file, weights_only=True)
-    except Exception:  # how an object is pickled is its own code, which may raise any
+    except Exception:  # an object may define how it is pickled, and may raise any exception
         return False
     return True
 

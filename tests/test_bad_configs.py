@@ -11,7 +11,7 @@ import yaml
 
 from lightning_znorm.cli import main
 from lightning_znorm.cli.config_files import read_config
-from lightning_znorm.cli.errors import sentence
+from lightning_znorm.cli.error_sentences import sentence
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DIGITS = CONFIGS / "digits/resnet20.yaml"
@@ -212,15 +212,15 @@ def spoiled(checkpoint: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("text", "is no checkpoint, or a damaged one: it cannot be read ("),
-        ("nothing", "is no checkpoint, or a damaged one: it cannot be read ("),
-        ("half", "is no checkpoint, or a damaged one: it cannot be read (PytorchStreamReader failed"),
+        ("text", "is not a checkpoint, or a damaged one: it cannot be read ("),
+        ("nothing", "is not a checkpoint, or a damaged one: it cannot be read ("),
+        ("half", "is not a checkpoint, or a damaged one: it cannot be read (PytorchStreamReader failed"),
         ("folder", "is a folder without a checkpoint in parts: name a file in it."),
-        ("list", "is no checkpoint: it holds a list."),
-        ("weights alone", "is no checkpoint of Lightning's: it holds no state_dict, as Trainer saves it."),
-        ("no version", "is no checkpoint of Lightning's: it holds no pytorch-lightning_version"),
-        ("odd version", "is no checkpoint of Lightning's: its version is 'banana'."),
-        ("odd settings", "is no checkpoint of Lightning's: its hyper_parameters are no names and values."),
+        ("list", "is not a checkpoint: it holds a list."),
+        ("weights alone", "is not a Lightning checkpoint: it holds no state_dict, as Trainer saves it."),
+        ("no version", "is not a Lightning checkpoint: it holds no pytorch-lightning_version"),
+        ("odd version", "is not a Lightning checkpoint: its version is 'banana'."),
+        ("odd settings", "is not a Lightning checkpoint: its hyper_parameters are not names and values."),
     ],
 )
 @pytest.mark.parametrize("command", ["fit", pytest.param("test", marks=pytest.mark.full)])

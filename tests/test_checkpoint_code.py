@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from lightning_znorm.cli import main
-from lightning_znorm.cli.checkpoint import check_checkpoint, check_names
+from lightning_znorm.cli.checkpoints import check_checkpoint, check_names
 from tests.data.somebody_else import as_somebody_else
 from tests.fsdp import needs_fsdp2_on_cpu
 from tests.processes import run_forked
@@ -196,15 +196,15 @@ class TestParts:
         for content in (b"", b"text", whole[:-20], pickle.dumps([1]), pickle.dumps(None)):
             (path / ".metadata").write_bytes(content)
             with pytest.raises(
-                ValueError, match=rf"^{path}/.metadata is no checkpoint, or a damaged one: it cannot be"
+                ValueError, match=rf"^{path}/.metadata is not a checkpoint, or a damaged one: it cannot be"
             ):
                 check_checkpoint(str(path))
         (path / ".metadata").write_bytes(whole)
         (path / "__0_0.distcp").write_bytes(b"")
-        with pytest.raises(ValueError, match=r"__0_0.distcp \(optimizer_0.*\) is no checkpoint, or a damaged one"):
+        with pytest.raises(ValueError, match=r"__0_0.distcp \(optimizer_0.*\) is not a checkpoint, or a damaged one"):
             check_checkpoint(str(path))
         (path / "__0_0.distcp").unlink()
-        with pytest.raises(ValueError, match=r".metadata is no checkpoint, or a damaged one: .*No such file"):
+        with pytest.raises(ValueError, match=r".metadata is not a checkpoint, or a damaged one: .*No such file"):
             check_checkpoint(str(path))
 
 

@@ -17,10 +17,10 @@ import yaml
 
 import lightning_znorm
 from lightning_znorm.cli import main
-from lightning_znorm.cli.config_files import flatten, read_config, shipped_configs
-from lightning_znorm.cli.errors import sentence
-from lightning_znorm.cli.last_checkpoint import last_checkpoint
-from lightning_znorm.cli.trainer import CommandTrainer
+from lightning_znorm.cli.checkpoints import last_checkpoint
+from lightning_znorm.cli.components import CommandTrainer
+from lightning_znorm.cli.config_files import dotted, in_order, read_config, shipped_configs
+from lightning_znorm.cli.error_sentences import sentence
 from lightning_znorm.tasks import ClassificationTask
 from tests.medical import write_lgg
 from tests.processes import run_forked, run_python
@@ -97,8 +97,12 @@ def callbacks(config: dict) -> list[str]:
     return [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
 
 
-def flags_in(text: str) -> list[str]:
-    return [arg for name in re.findall(r"--config (\S+)", text) for arg in ("--config", name)]
+def moves(capsys: pytest.CaptureFixture[str], *names: str) -> str:
+    """What a command says on stderr of the order of its files."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["fit", *configs(*names), "--print_config"])
+    return capsys.readouterr().err
 
 
 class TestHelp:
@@ -191,23 +195,45 @@ class TestFindingConfigs:
 class TestNoMethodIsLost:
     @pytest.mark.parametrize("method", METHODS)
     def test_both_orders(self, method, capsys):
-        right = resolved(capsys, "fit", *configs(DIGITS, method))
-        message = refusal("fit", *configs(method, DIGITS))
-        assert f"{DIGITS} is an experiment" in message
-        assert flags_in(message) == configs(DIGITS, method)
-        assert resolved(capsys, "fit", *flags_in(message)) == right
+        """A method goes behind an experiment, wherever it is named, and one line says so."""
+        assert resolved(capsys, "fit", *configs(DIGITS, method)) == resolved(capsys, "fit", *configs(method, DIGITS))
+        assert moves(capsys, method, DIGITS) == f"{method} is applied after {DIGITS}, because methods go last.\n"
+        assert moves(capsys, DIGITS, method) == ""
 
-    def test_the_right_order_of_many(self):
+    def test_the_order_of_many(self, capsys):
         mine = write("my settings.yaml", "trainer: {max_epochs: 1}")
-        message = refusal("fit", *configs(mine, DIGITS, ZNORM))
-        assert message.endswith(f"--config {DIGITS} --config 'my settings.yaml' --config {ZNORM}")
+        said = f"{mine} and {ZNORM} are applied after {DIGITS}, because experiments go first.\n"
+        assert moves(capsys, mine, ZNORM, DIGITS, CLIP) == said
+        ordered = in_order([read_config(name) for name in (mine, ZNORM, DIGITS, CLIP)])
+        assert [file.name for file in ordered] == [DIGITS, mine, ZNORM, CLIP]
+        config = resolved(capsys, "fit", *configs(mine, ZNORM, DIGITS, CLIP))
+        assert (config["trainer"]["max_epochs"], config["trainer"]["gradient_clip_val"]) == (1, 0.1)
+        assert callbacks(config)[-1] == "ZNormCallback"
+
+    def test_the_order_among_experiments_stays(self, capsys):
+        whole = yaml.safe_load(read_config(DIGITS).path.read_text())
+        fewer = write("fewer.yaml", yaml.safe_dump({**whole, "trainer": {"max_epochs": 7}}))
+        assert resolved(capsys, "fit", *configs(DIGITS, ZNORM, fewer))["trainer"]["max_epochs"] == 7
+        assert moves(capsys, DIGITS, ZNORM, fewer) == f"{ZNORM} is applied after {fewer}, because methods go last.\n"
+        config = resolved(capsys, "fit", *configs(fewer, ZNORM, DIGITS))
+        assert config["trainer"]["max_epochs"] == whole["trainer"]["max_epochs"]
+
+    def test_an_override_is_refused_in_any_order(self):
+        """Files that are no experiments keep their order, so one that overrides a method before it is refused."""
+        mine = write("mine.yaml", "trainer: {callbacks: [LearningRateMonitor]}")
+        assert f"so undoes {ZNORM}" in refusal("fit", *configs(ZNORM, mine, DIGITS))
+
+    @pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+    def test_one_process_of_many_speaks(self, variable, capsys, monkeypatch):
+        monkeypatch.setenv(variable, "1")
+        assert moves(capsys, ZNORM, DIGITS) == ""
 
     @pytest.mark.parametrize(
         "text", ["data: OwnData", "data: {class_path: OwnData}", "model: OwnModule", "model.class_path: OwnModule"]
     )
     def test_what_an_experiment_is(self, text):
-        mine = write("mine.yaml", text)
-        assert flags_in(refusal("fit", *configs(ZNORM, mine))) == configs(mine, ZNORM)
+        files = [read_config(name) for name in (ZNORM, write("mine.yaml", text))]
+        assert [file.name for file in in_order(files)] == ["mine.yaml", ZNORM]
 
     @pytest.mark.parametrize(
         "text", ["data: {init_args: {batch_size: 8}}", "model: {init_args: {optimizer: {init_args: {lr: 0.1}}}}"]
@@ -300,6 +326,7 @@ class TestNoMethodIsLost:
 
     def test_twice(self):
         assert "named twice" in refusal("fit", *configs(DIGITS, ZNORM, f"./{ZNORM}"))
+        assert "named twice" in refusal("fit", *configs(ZNORM, DIGITS, ZNORM))
         assert "twice among the callbacks" in refusal(
             "fit", *configs(DIGITS, ZNORM), "--trainer.callbacks+=ZNormCallback"
         )
@@ -635,6 +662,14 @@ class TestOwnModule:
                 lambda saved: saved["optimizer_states"][0]["param_groups"].append({"params": []}),
                 "does not fit the optimizer: loaded state dict has a different number of parameter groups.",
             ),
+            (
+                lambda saved: saved.pop("optimizer_states"),
+                "holds only the model, without the state of the training: fit cannot go on from it.",
+            ),
+            (
+                lambda saved: saved.pop("lr_schedulers"),
+                "holds only the model, without the state of the training: fit cannot go on from it.",
+            ),
         ],
     )
     def test_checkpoint_that_does_not_fit(self, change, said):
@@ -689,7 +724,7 @@ class TestOwnModule:
         with pytest.warns(UserWarning, match="without --ckpt_path"):
             said = refusal("predict", *OWN, "--trainer.logger", "false")
         assert said.startswith("error: the predictions cannot be saved: ")
-        assert said.endswith(" Let predict_step return tensors, numbers, texts, or lists and dicts of such.")
+        assert said.endswith(" Let predict_step return tensors, numbers, texts, or lists and dicts of these.")
         assert not Path("predictions.pt").exists()
 
     def test_predictions_overwrite_nothing(self):
@@ -802,7 +837,7 @@ class TestErrors:
 
         missing = caught(read_config, "none.yaml")
         assert sentence(missing) == str(missing)
-        assert sentence(caught(flatten, None)) is None  # an AttributeError would be a bug
+        assert sentence(caught(dotted, None)) is None  # AttributeError: a bug, if it came up
 
 
 def test_monitor_on_the_command_line(folder):

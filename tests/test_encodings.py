@@ -105,11 +105,12 @@ class TestReading:
         """If a file changes, or is removed, while the command starts, it is not read a second time."""
         mine, other = (written(name, OWN) for name in ("mine.yaml", "other.yaml"))
 
-        def change(files: list[Any]) -> None:
+        def change(files: list[Any]) -> list[Any]:
             written(mine, OWN.replace("max_epochs: 1", "max_epochs: 99"))
             Path(other).unlink()
+            return files
 
-        monkeypatch.setattr(cli, "check_order", change)
+        monkeypatch.setattr(cli, "in_order", change)
         assert settings(capsys, "fit", "--config", mine, "--config", other)["trainer"]["max_epochs"] == 1
         assert "99" in Path(mine).read_text(encoding="utf-8")
 
@@ -176,10 +177,13 @@ class TestPipes:
             main(["fit", "--config", DIGITS, "--config", name])
         assert f"error: trainer.max_epochs ({name}) is many, and int or null is expected." in capsys.readouterr().err
 
-    def test_order_is_checked(self, pipe):
-        assert "is an experiment and overrides what is named before it, " in refusal(
-            "fit", "--config", pipe("trainer: {max_epochs: 1}"), "--config", pipe(OWN)
-        )
+    def test_pipes_are_put_in_order(self, capsys, pipe):
+        later, experiment = pipe("trainer: {max_epochs: 3}"), pipe(OWN)
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", later, "--config", experiment, "--print_config"])
+        out, err = capsys.readouterr()
+        assert err == f"{later} is applied after {experiment}, because experiments go first.\n"
+        assert yaml.safe_load(out)["trainer"]["max_epochs"] == 3
 
     def test_command_for_the_test_names_what_was_saved(self, capsys, pipe):
         main(["fit", "--config", pipe(OWN)])

@@ -13,8 +13,8 @@ import yaml
 
 from lightning_znorm.cli import main
 from lightning_znorm.cli.config_files import read_config
+from lightning_znorm.cli.jsonargparse_messages import read_fault
 from lightning_znorm.cli.parse_errors import explained
-from lightning_znorm.cli.parse_faults import read_fault
 
 DIGITS = Path(__file__).parents[1] / "configs/digits/resnet20.yaml"
 OPTIMIZER, SCHEDULER, CALLBACKS = "model/init_args/optimizer", "model/init_args/lr_scheduler", "trainer/callbacks+"

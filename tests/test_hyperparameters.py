@@ -297,7 +297,7 @@ class TestRefusals:
         ],
     )
     def test_what_has_no_plain_value(self, make: Callable[[], object], message: str):
-        with pytest.raises(ValueError, match=message + ".* pass a number, a text, or a list or dict of such"):
+        with pytest.raises(ValueError, match=message + ".* pass a number, a text, or a list or dict of these"):
             make()
 
     def test_within_an_argument(self):

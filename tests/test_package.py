@@ -172,6 +172,7 @@ ROOMS = [
     "gradients",
     "arguments",
     "__init__",
+    "errors",
 ]
 # Packages that a room may load, besides the standard library, torch and torch's dependencies.
 LIBRARIES = {

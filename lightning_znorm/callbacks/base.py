@@ -18,6 +18,7 @@ from lightning_znorm.arguments import checked_flag
 from lightning_znorm.callbacks.step_watch import StepWatch
 from lightning_znorm.callbacks.steps import Step, StepTracker
 from lightning_znorm.callbacks.strategies import check_strategy, gradient_adapter
+from lightning_znorm.errors import ZNormValueError
 from lightning_znorm.gradients import GradientMethod
 from lightning_znorm.gradients.adapters import GradientAdapter
 from lightning_znorm.gradients.slots import GradientSlot, ParameterFilter
@@ -119,7 +120,7 @@ class GradientCallback(Callback, ABC):
             return
         if unnamed := [slot for slot in slots if slot in adapter.unnamed]:
             include, exclude = self.parameter_filter.include, self.parameter_filter.exclude
-            raise ValueError(
+            raise ZNormValueError(
                 f"{self.label}: include={include} and exclude={exclude} are patterns on the names of the "
                 f"LightningModule's parameters, and an optimizer steps {len(unnamed)} that it does not register, such "
                 f"as {unnamed[0].names[0]}: register them (assign each to an attribute of a module as a "
@@ -142,7 +143,7 @@ class GradientCallback(Callback, ABC):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin(trainer)  # a step before this may have met the model before a checkpoint was loaded
         self._tracker.start_training()
-        model = self._model_of(trainer, pl_module)
+        model = self.model_of(trainer, pl_module)
         model.watch.start(trainer.optimizers)
         for optimizer in trainer.optimizers:
             self.check_slots(trainer, model.adapter, _not_lazy(model.adapter.slots_of(optimizer)))
@@ -175,7 +176,7 @@ class GradientCallback(Callback, ABC):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        model = self._model_of(trainer, pl_module)
+        model = self.model_of(trainer, pl_module)
         model.watch.hook(optimizer)
         step = self._tracker.before_step(
             trainer, pl_module, optimizer, model.adapter, lambda: self._chosen_slots(trainer, model, optimizer)
@@ -226,7 +227,7 @@ class GradientCallback(Callback, ABC):
     def _check_strategy(self, trainer: pl.Trainer) -> None:
         check_strategy(trainer.strategy, self.label, self.required_method, self.allow_untested_strategy)
 
-    def _model_of(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModelState:
+    def model_of(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModelState:
         """Return the model as the strategy has set it up last. Outside a run, it is not kept."""
         wrapped = trainer.strategy.model
         model = self._model
@@ -260,7 +261,7 @@ class GradientCallback(Callback, ABC):
         try:
             self.parameter_filter.check(slots)
         except ValueError as error:
-            raise ValueError(f"{self.label}: {error}") from None
+            raise ZNormValueError(f"{self.label}: {error}") from None
         return any(slot.ndim is None for slot in slots)
 
     def _chosen_slots(self, trainer: pl.Trainer, model: ModelState, optimizer: Optimizer) -> list[GradientSlot]:

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_znorm.callbacks.folders import short_key
+from lightning_znorm.errors import ZNormRuntimeError
 
 _NAME = r"last(-v\d+)?"  # without the extension
 
@@ -212,7 +213,7 @@ class LastCheckpoint(ModelCheckpoint):
         if failed is not None:
             raise failed
         if not is_written:
-            raise RuntimeError(
+            raise ZNormRuntimeError(
                 f"{type(plugin).__name__} had not written {self._new} when Trainer.save_checkpoint returned, and "
                 "LastCheckpoint cannot wait for it: use a CheckpointIO that returns once the checkpoint is complete, "
                 "or leave LastCheckpoint out."

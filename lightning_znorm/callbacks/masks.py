@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_znorm.callbacks.drawing import Case, grid, log_picture
 from lightning_znorm.callbacks.folders import run_folder
+from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 
 _NAME_TYPES = (str, os.PathLike, NoneType)
 _COLUMNS = ["image", "mask", "class", "pixels", "fraction", "max_probability", "mean_probability"]
@@ -52,12 +53,12 @@ class MaskOverlay(Callback):
 
     def __init__(self, num_cases: int = 6, cases: Sequence[int] | None = None, every_n_epochs: int = 1) -> None:
         if num_cases < 1 or every_n_epochs < 1:
-            raise ValueError(
+            raise ZNormValueError(
                 f"num_cases and every_n_epochs must be at least 1, got {num_cases} and {every_n_epochs}: to draw "
                 "nothing, leave the callback out"
             )
         if cases is not None and (not cases or min(cases) < 0):
-            raise ValueError(f"cases must hold numbers that are at least 0, got {list(cases)}")
+            raise ZNormValueError(f"cases must hold numbers that are at least 0, got {list(cases)}")
         self.num_cases = num_cases
         self.cases = None if cases is None else set(cases)
         self.every_n_epochs = every_n_epochs
@@ -121,12 +122,12 @@ class MaskOverlay(Callback):
         if not trainer.is_global_zero:
             return
         if not isinstance(outputs, Mapping) or not {"preds", "target"} <= outputs.keys():
-            raise TypeError(
+            raise ZNormTypeError(
                 "MaskOverlay draws what validation_step and test_step return, a mapping with 'preds' and 'target' "
                 f"(masks of shape (N, K, H, W)), and was given {type(outputs).__name__}"
             )
         if not isinstance(batch, Sequence) or not batch or not isinstance(batch[0], Tensor):
-            raise TypeError(
+            raise ZNormTypeError(
                 "MaskOverlay draws the images that a batch begins with, and was given a batch that is a "
                 f"{type(batch).__name__}: let the dataset or its collate_fn return a tuple or list, images first"
             )
@@ -200,7 +201,7 @@ class MaskWriter(BasePredictionWriter):
     def __init__(self, dirpath: str | Path | None = None, format: Literal["png", "tif"] = "png") -> None:
         super().__init__(write_interval="batch")
         if format not in ("png", "tif"):
-            raise ValueError(f"format must be 'png' or 'tif', got {format!r}")
+            raise ZNormValueError(f"format must be 'png' or 'tif', got {format!r}")
         self.dirpath = None if dirpath is None else Path(dirpath).expanduser()
         self.format = format
         self._folder = Path()
@@ -248,13 +249,13 @@ class MaskWriter(BasePredictionWriter):
         probabilities = prediction.cpu()
         for index in probabilities.flatten(1).isnan().any(dim=1).nonzero().flatten().tolist():
             image = f"image {index} of batch {batch_idx}" if names is None else names[index]
-            raise ValueError(
+            raise ZNormValueError(
                 f"MaskWriter was given NaN for {image}, which is above no threshold: look for NaN or inf in the image "
                 f"and in the weights. The masks before it are in {self._folder}"
             )
         for index, name in enumerate([] if names is None else names):
             if name is not None and not Path(name).name:
-                raise ValueError(
+                raise ZNormValueError(
                     f"MaskWriter was given {name!r} as the name of image {index} of batch {batch_idx}, which is not "
                     "a file name: name every image, or none, so that they are numbered. The masks before it are in "
                     f"{self._folder}"

@@ -20,6 +20,7 @@ from lightning_znorm.callbacks.folders import run_folder, short_key
 from lightning_znorm.callbacks.measurement import GradientMeter, logged_step
 from lightning_znorm.callbacks.monitor_history import SigmaHistory
 from lightning_znorm.callbacks.steps import Step, unwrapped
+from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 from lightning_znorm.gradients import GradientMethod, ZScore
 from lightning_znorm.gradients.adapters import GradientAdapter
 from lightning_znorm.gradients.apply import GradientSummary
@@ -124,9 +125,9 @@ class GradientMonitor(GradientCallback):
     ) -> None:
         super().__init__(include, exclude, min_ndim, allow_untested_strategy)
         if not isinstance(prefix, str):
-            raise TypeError(f"prefix must be a string, got {shown(prefix)}")
+            raise ZNormTypeError(f"prefix must be a string, got {shown(prefix)}")
         if not prefix:
-            raise ValueError("prefix must not be empty: it tells these metrics from others")
+            raise ZNormValueError("prefix must not be empty: it tells these metrics from others")
         self.per_parameter = checked_flag("per_parameter", per_parameter)
         self.sigma_threshold = checked_number("sigma_threshold", sigma_threshold, minimum=0, finite=True)
         self.eps = ZScore(eps).eps
@@ -177,7 +178,7 @@ class GradientMonitor(GradientCallback):
         super().on_train_start(trainer, pl_module)
         if trainer.global_step == 0:
             self._history = SigmaHistory()
-        model = self._model_of(trainer, pl_module)
+        model = self.model_of(trainer, pl_module)
         steppers = _steppers(trainer, model.adapter)
         for slot in model.adapter.slots():  # in the order of the model, which may not be the optimizer's
             if self.parameter_filter.matches(slot):

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_znorm.errors import ZNormRuntimeError
 from lightning_znorm.gradients import AffineMethod, GradientMethod
 from lightning_znorm.gradients.adapters import GradientAdapter
 from lightning_znorm.gradients.adapters.plain import PlainAdapter
@@ -96,7 +97,7 @@ def _fsdp1(module: LightningModule, strategy: Any) -> GradientAdapter:
 
 def _deepspeed(module: LightningModule, strategy: Any) -> GradientAdapter:
     if strategy.model is None or strategy.model is module:
-        raise RuntimeError(
+        raise ZNormRuntimeError(
             f"{type(strategy).__name__} has no engine for the model, where its gradients would be, at this "
             "on_before_optimizer_step: step optimizers between `on_fit_start` and `on_fit_end` only"
         )

@@ -1,8 +1,8 @@
 """The command line: ``python -m lightning_znorm``.
 
-`lightning.pytorch.cli.LightningCLI`, whose documentation says how YAML files and flags are written, and more: the
-config files that come with the package are found from any folder, flags win over files wherever they stand, files that
-would undo a method are refused, and mistakes get one sentence.
+It adapts `lightning.pytorch.cli.LightningCLI`, whose documentation says how to write YAML files and flags. The config
+files in the package are found from any folder. Flags override files wherever they stand. Experiments are applied before
+other files, files that would undo a method are refused, and mistakes get one sentence.
 
 Torch is loaded only when a command runs, so that help and refusals come at once.
 """
@@ -16,10 +16,18 @@ import sys
 from typing import NoReturn
 
 from lightning_znorm import __version__
-from lightning_znorm.cli.config_files import is_stream, read_config, shipped_configs
-from lightning_znorm.cli.config_order import check_order
-from lightning_znorm.cli.errors import sentence
-from lightning_znorm.cli.processes import check_streams, refuse_streams, started_processes
+from lightning_znorm.cli.config_files import (
+    check_streams,
+    described_moves,
+    in_order,
+    is_stream,
+    read_config,
+    refuse_streams,
+    shipped_configs,
+)
+from lightning_znorm.cli.error_sentences import sentence
+from lightning_znorm.cli.processes import is_first_process, started_processes
+from lightning_znorm.errors import ZNormValueError
 
 __all__ = ["main"]
 
@@ -33,14 +41,14 @@ usage: python -m lightning_znorm {fit,validate,test,predict,compare} [--config F
   predict   save the predictions for the test set
   compare   run several methods with several seeds, and report whether they differ (`compare --help`)
 
-Name an experiment, then a method to lay over it; a flag overrides any setting of theirs:
+Name an experiment and a method, which is applied to it; a flag overrides any setting in them:
 
   python -m lightning_znorm fit --config configs/digits/resnet20.yaml --config configs/methods/znorm.yaml
   python -m lightning_znorm fit --config configs/digits/resnet20.yaml --trainer.max_epochs 2
 
 `fit --help` lists the flags, `fit ... --print_config` prints the resulting settings, `--version` the version.
 
-These files come with the package, and a file of the same name on disk goes before them:
+These files come with the package; a file of the same name on disk is used in place of one:
 
 """
 
@@ -49,10 +57,10 @@ def main(args: list[str] | None = None) -> None:
     """Run one command.
 
     Args:
-        args: What is typed behind ``python -m lightning_znorm``. Default: what was typed.
+        args: The arguments of ``python -m lightning_znorm``. Default: those of this program.
 
     Raises:
-        SystemExit: With one sentence on stderr, where the files, the settings or the data are wrong.
+        SystemExit: With one sentence on stderr, if the files, the settings or the data are wrong.
 
     Example:
         >>> main(["--version"])
@@ -79,27 +87,29 @@ def _run(args: list[str]) -> None:
     options = _Options(prog="python -m lightning_znorm", add_help=False, allow_abbrev=False)
     options.usage = _HELP.splitlines()[0].removeprefix("usage: ")
     options.add_argument("-c", "--config", action="append", default=[])
-    named, rest = options.parse_known_args(args)
-    if problem := _no_command(rest, args):
+    named, remaining = options.parse_known_args(args)
+    if problem := _no_command(remaining, args):
         options.error(problem)
-    if rest[0] == "compare":
-        named_files = [*named.config, *rest[1:]]  # methods among them
+    if remaining[0] == "compare":
+        named_files = [*named.config, *remaining[1:]]  # methods are in the remaining arguments
         refuse_streams([name for name in named_files if is_stream(name)], "each run of a study reads its settings")
         from lightning_znorm.compare.command import main as compare
 
-        if code := compare([*(arg for name in named.config for arg in ("--config", name)), *rest[1:]]):
+        if code := compare([*(arg for name in named.config for arg in ("--config", name)), *remaining[1:]]):
             sys.exit(code)
         return
     streams = [name for name in named.config if is_stream(name)]
     if twice := next((name for name in streams if streams.count(name) > 1), None):
-        raise ValueError(f"{twice} is named twice: name it once.")
+        raise ZNormValueError(f"{twice} is named twice: name it once.")
     check_streams(streams, started_processes(os.environ))
     files = [read_config(name) for name in named.config]
-    check_order(files)
+    ordered = in_order(files)
+    if (moves := described_moves(files)) and is_first_process(os.environ):
+        print(moves, file=sys.stderr)  # stdout may be a config file, with --print_config
 
     from lightning_znorm.cli.run import RunCLI
 
-    RunCLI(files, rest)
+    RunCLI(ordered, remaining)
 
 
 class _Options(argparse.ArgumentParser):
@@ -109,9 +119,9 @@ class _Options(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def _no_command(rest: list[str], args: list[str]) -> str | None:
-    """Say that no command comes first among the arguments that name no config file, if so."""
-    first = rest[0] if rest else ""
+def _no_command(remaining: list[str], args: list[str]) -> str | None:
+    """Return what is wrong with the command; None if one comes first among the arguments that name no config file."""
+    first = remaining[0] if remaining else ""
     if first in _COMMANDS:
         return None
     every = f"{', '.join(_COMMANDS[:-1])} or {_COMMANDS[-1]}"
@@ -119,7 +129,7 @@ def _no_command(rest: list[str], args: list[str]) -> str | None:
         nearest = difflib.get_close_matches(first.lower(), _COMMANDS, 1)
         advice = f"did you mean {nearest[0]}?" if nearest else f"it is {every}."
         return f"there is no command {first}: {advice}"
-    later = [arg for arg in rest if arg in _COMMANDS]
+    later = [arg for arg in remaining if arg in _COMMANDS]
     if len(later) == 1:
         return f"the command comes first: {later[0]} {shlex.join(arg for arg in args if arg != later[0])}"
     nearest = difflib.get_close_matches(first, ("--help", "--version"), 1)
@@ -127,9 +137,9 @@ def _no_command(rest: list[str], args: list[str]) -> str | None:
 
 
 def _prepare_streams(args: list[str]) -> None:
-    """See that no character of a progress bar or a name ends a command, whatever the encoding of the terminal."""
+    """Escape characters that the terminal's encoding lacks: a progress bar or a name must not end a command."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # else somebody's own
+        if isinstance(stream, io.TextIOWrapper):  # a program may have replaced it
             stream.reconfigure(errors="backslashreplace")
     if isinstance(sys.stdout, io.TextIOWrapper) and any(arg.startswith("--print_config") for arg in args):
-        sys.stdout.reconfigure(encoding="utf-8")  # a config file, as they are read
+        sys.stdout.reconfigure(encoding="utf-8")  # the encoding in which config files are read

@@ -1,4 +1,4 @@
-"""What jsonargparse says of settings that it does not accept, in one sentence."""
+"""One sentence in place of jsonargparse's message about settings that it does not accept."""
 
 import difflib
 import importlib
@@ -12,8 +12,8 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from lightning_znorm.cli.config_files import ConfigFile
-from lightning_znorm.cli.errors import raised
-from lightning_znorm.cli.parse_faults import Fault, read_fault
+from lightning_znorm.cli.error_sentences import described_error
+from lightning_znorm.cli.jsonargparse_messages import Fault, read_fault
 
 _OF_CLASSES = ("class_path", "init_args")
 _SECTIONS = ("seed_everything", "model", "data", "trainer")
@@ -31,7 +31,7 @@ _TYPE_NAME = re.compile(r"[a-z_]\w*(?:\.\w+)*\.[A-Z]\w*")
 _CLASS_PATHS = re.compile(r"\bclass_path'?[=:] ?'([^']+)'")
 _PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 _LONGEST = 200
-# Whose classes may be named without their module.
+# Subclasses of these may be named without their module.
 _BASES = (
     "lightning.pytorch.LightningModule",
     "lightning.pytorch.LightningDataModule",
@@ -46,12 +46,12 @@ def explained(message: str, files: Iterable[ConfigFile], options: Collection[str
     """Say in one sentence which setting is wrong, in which file, and why.
 
     Args:
-        message: What jsonargparse says: where a setting is nested, a paragraph of all that it tried.
-        files: All config files that were named.
+        message: The message of jsonargparse. For a nested setting, it is a tree of all types that were tried.
+        files: All config files.
         options: All flags of the command, such as ``--trainer.max_epochs``.
 
     Returns:
-        The sentence; the message itself, on one line, where it is of another kind.
+        The sentence; for a message of an unknown kind, the message itself on one line.
     """
     files = list(files)
     fault = read_fault(message)
@@ -70,51 +70,51 @@ def explained(message: str, files: Iterable[ConfigFile], options: Collection[str
 
 
 def class_settings(settings: dict[str, Any], class_type: type) -> list[tuple[str, str]]:
-    """Find the settings that name a class: the dotted key of each, and the name.
+    """Find the settings that name a class. Return the dotted key of each, and the name.
 
     Args:
-        settings: Those of a command.
+        settings: The settings of a command.
         class_type: The class.
     """
     named = ((path, value) for path, value in _nodes(settings) if isinstance(value, str))
     same_name = ((path, value) for path, value in named if value.endswith(class_type.__name__))
-    return [(path, value) for path, value in same_name if _found(value) is class_type]
+    return [(path, value) for path, value in same_name if _resolved(value) is class_type]
 
 
 def where(path: str, value: str | None, files: Iterable[ConfigFile]) -> str:
-    """Say which files have a setting; nothing if it was a flag.
+    """Return which files hold a setting, in parentheses; an empty text if it was a flag.
 
     Args:
         path: Dotted key of the setting.
-        value: What it is there, of a class its name; None for anything.
-        files: All config files that were named.
+        value: The value to look for; for a class, its name. None stands for any value.
+        files: All config files.
     """
-    found = []
+    holders = []
     for file in files:
         for key, setting in _nodes(file.content):
             is_same = value is None or str(setting) == value or _class_name(setting) == _class_name(value) != ""
-            # A file may name another one, which holds what is nested there.
+            # A file may name another file, which holds the nested settings.
             is_reference = isinstance(setting, str) and setting.endswith((".yaml", ".yml", ".json"))
             if (key == path and is_same) or (is_reference and path.startswith(f"{key}.")):
-                found.append(file.name if key == path else f"{setting} of {file.name}")
-    return f" ({', '.join(dict.fromkeys(found))})" if found else ""
+                holders.append(file.name if key == path else f"{setting} of {file.name}")
+    return f" ({', '.join(dict.fromkeys(holders))})" if holders else ""
 
 
 def _wrong(fault: Fault, files: Sequence[ConfigFile]) -> str:
-    """Of a setting that there is."""
+    """Return a sentence on a setting that exists, and has a wrong value."""
     path = ".".join(fault.keys)
     groups = ((file, *node) for file in files for node in _nodes(file.content) if isinstance(node[1], dict))
     for file, key, group in groups:
-        if f"{key}.".startswith(f"{path}.") and (said := _misshapen(group, f" ({file.name})")):
-            return f"{key}{said}"
+        if f"{key}.".startswith(f"{path}.") and (message := _misshapen(group, f" ({file.name})")):
+            return f"{key}{message}"
     for class_path in dict.fromkeys([fault.owner, *_CLASS_PATHS.findall(fault.value), *_bare_classes(fault)]):
         if failure := _failed_import(class_path, fault.reason):
             key = next(_keys_of(class_path, path, files), path)
             return f"{key}{where(key, class_path, files)} {failure}"
     if fault.kinds:
         verb = "holds" if fault.is_part else "is"
-        place = where(path, None if fault.is_part else fault.given, files)
-        return f"{path}{place} {verb} {_short(fault.given)}, and {' or '.join(fault.kinds)} is expected."
+        origin = where(path, None if fault.is_part else fault.given, files)
+        return f"{path}{origin} {verb} {_short(fault.given)}, and {' or '.join(fault.kinds)} is expected."
     if (name := fault.class_name) is not None:
         if known := next((cls for cls in _classes(_BASES) if cls.__name__ == name), None):
             full = f"{known.__module__}.{name}"
@@ -126,7 +126,7 @@ def _wrong(fault: Fault, files: Sequence[ConfigFile]) -> str:
         )
         return f"{path}{where(path, name, files)} cannot be made: there is no class {name} here{advice}"
     if missing := _ATTRIBUTE.search(fault.reason):
-        advice = _did_you_mean(missing[2], dir(_found(missing[1]))) or "."
+        advice = _did_you_mean(missing[2], dir(_resolved(missing[1]))) or "."
         name = fault.owner if f"{fault.owner}.".startswith(f"{missing[1]}.{missing[2]}.") else fault.given
         return f"{path}{where(path, name, files)} cannot be made: {missing[0]}{advice}"
     if wrong := _WRONG_CLASS.match(fault.reason):
@@ -136,53 +136,53 @@ def _wrong(fault: Fault, files: Sequence[ConfigFile]) -> str:
     if fault.reason.startswith(_REQUIRED):
         lacking = fault.reason.removeprefix(_REQUIRED)
         for name in lacking.split(", "):
-            told = [(file, value) for file in files for key, value in _nodes(file.content) if key == f"{path}.{name}"]
-            if told:  # so something has set it to null, the last file that names it or else a flag
-                place = f" ({told[-1][0].name})" if told[-1][1] is None else ""
-                return f"{path}.{name}{place} is null, and {fault.owner} requires it."
+            set_in = [(file, value) for file in files for key, value in _nodes(file.content) if key == f"{path}.{name}"]
+            if set_in:  # then the last file that names it has set it to null, or else a flag has
+                origin = f" ({set_in[-1][0].name})" if set_in[-1][1] is None else ""
+                return f"{path}.{name}{origin} is null, and {fault.owner} requires it."
         return f"{path}{where(path, fault.owner, files)} lacks {lacking}, which {fault.owner} requires."
     given = f"{where(path, fault.given, files)} is {_short(fault.given)}" if fault.given else ""
     return f"{path}{given}: {fault.reason.rstrip('.')}."
 
 
-def _misshapen(spec: dict[str, Any], place: str) -> str | None:
-    """Say what is wrong with the form of a class and its arguments, if that is what this is, whatever the class."""
+def _misshapen(spec: dict[str, Any], origin: str) -> str | None:
+    """Return what is wrong with the form of class_path and init_args; None if the form is right or another one."""
     misspelt = [*_near_misses(spec)]
     if spec.keys() - {*_OF_CLASSES, *misspelt}:
         return None
     if misspelt:
-        return f" has the key {misspelt[0]}{place}: class_path and init_args are expected."
+        return f" has the key {misspelt[0]}{origin}: class_path and init_args are expected."
     class_path, arguments = spec.get("class_path", "a.class"), spec.get("init_args")
     if not isinstance(class_path, str) or not _PATH.fullmatch(class_path):
-        return f".class_path{place} is {class_path!r}, and the name of a class is expected, such as my_module.MyClass."
+        return f".class_path{origin} is {class_path!r}, and the name of a class is expected, such as my_module.MyClass."
     if not isinstance(arguments, dict | None):
-        return f".init_args{place} is {arguments!r}, and `key: value` lines are expected there."
+        return f".init_args{origin} is {arguments!r}, and `key: value` lines are expected there."
     return None
 
 
 def _unknown(
     fault: Fault, group: str | None, option: str, files: Sequence[ConfigFile], options: Collection[str]
 ) -> str:
-    """Of a setting that there is none of."""
+    """Return a sentence on a setting that does not exist."""
     section, _, inner = option.partition(".")
     parents = [*fault.keys, *filter(None, [group])]
     if section in _SECTIONS and inner and not parents:
         parents, option = [section], inner
     name = option.partition(".")[0]
     path = ".".join([*parents, name])
-    place = where(path.removesuffix("+"), None, files)
+    origin = where(path.removesuffix("+"), None, files)
     if not parents:
-        return f"there is no setting {path}{place}; a file's sections are {', '.join(_SECTIONS)}."
+        return f"there is no setting {path}{origin}; a file's sections are {', '.join(_SECTIONS)}."
     if next(_near_misses([name]), None):
-        return f"there is no setting {path}{place}: class_path and init_args are expected."
+        return f"there is no setting {path}{origin}: class_path and init_args are expected."
     known = [*_arguments(fault.owner)] if fault.owner else []
     known += [flag.removeprefix(f"--{parents[0]}.") for flag in options if flag.startswith(f"--{parents[0]}.")]
     of = f", of {fault.owner}" if fault.owner else ""
-    return f"there is no setting {path}{of}{place}{_did_you_mean(name, known) or '.'}"
+    return f"there is no setting {path}{of}{origin}{_did_you_mean(name, known) or '.'}"
 
 
 def _nodes(settings: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Each setting and group of settings by its dotted key, as a flag has it; a class and its path have the same."""
+    """Yield each setting and group of settings by its dotted key, as in a flag. A class has the key of its path."""
     if path:
         yield path, settings
     if isinstance(settings, dict):
@@ -195,14 +195,14 @@ def _nodes(settings: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _near_misses(keys: Iterable[str]) -> Iterator[str]:
-    """Those that look like ``class_path`` or ``init_args``, and are neither."""
+    """Yield the keys that look like ``class_path`` or ``init_args``, and are neither."""
     for key in keys:
         if key not in _OF_CLASSES and difflib.get_close_matches(key, _OF_CLASSES, 1, 0.8):
             yield key
 
 
 def _keys_of(class_path: str, within: str, files: Iterable[ConfigFile]) -> Iterator[str]:
-    """The dotted keys where files name a class."""
+    """Yield the dotted keys at which files name a class."""
     for file in files:
         for key, value in _nodes(file.content):
             if value == class_path and f"{key}.".startswith(f"{within}."):
@@ -210,7 +210,7 @@ def _keys_of(class_path: str, within: str, files: Iterable[ConfigFile]) -> Itera
 
 
 def _bare_classes(fault: Fault) -> list[str]:
-    """The words that stand where a class is expected, so that jsonargparse has tried to import them."""
+    """Return the words that stand in place of a class, so that jsonargparse has tried to import them."""
     if not fault.reason or not any(map(_is_class, _TYPE_NAME.findall(fault.types))):
         return []
     words = [word.strip("'") for word in fault.given.strip("[]").split(", ")]
@@ -218,66 +218,66 @@ def _bare_classes(fault: Fault) -> list[str]:
 
 
 def _failed_import(class_path: str, reason: str) -> str | None:
-    """Say why the module of a class cannot be imported, if that is what a fault's reason says."""
+    """Return why the module of a class cannot be imported; None if the fault has another reason."""
     module = class_path.rpartition(".")[0]
     if not _PATH.fullmatch(module):
         return None
     try:
         importlib.import_module(module)
-    except Exception as error:  # of the user's module, which may raise anything
+    except Exception as error:  # the user's module may raise any exception
         if " ".join(str(error).split()) not in reason:
             return None
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
             parent, _, name = error.name.rpartition(".")
-            folders = getattr(_found(parent), "__path__", ()) if parent else None
-            known = [found.name for found in pkgutil.iter_modules(folders)]
+            folders = getattr(_resolved(parent), "__path__", ()) if parent else None
+            known = [each.name for each in pkgutil.iter_modules(folders)]
             return f"cannot be made: {error}{_did_you_mean(name, known, parent) or '.'}"
-        return f"is {class_path}, and {module} cannot be imported: {raised(error)}."
+        return f"is {class_path}, and {module} cannot be imported: {described_error(error)}."
     return None
 
 
-def _found(path: str) -> Any:
-    """What a dotted path names, of what is imported; None if there is no such thing."""
+def _resolved(path: str) -> Any:
+    """Return the object that a dotted path names in an imported module; None if there is none."""
     names = path.split(".")
     for count in range(len(names), 0, -1):
         if module := sys.modules.get(".".join(names[:count])):
-            found: Any = module
+            resolved: Any = module
             for name in names[count:]:
-                found = getattr(found, name, None)
-            return found
+                resolved = getattr(resolved, name, None)
+            return resolved
     return None
 
 
 def _nature(class_path: str, expected: str) -> str:
-    """Say what a name stands for that should be a class of another kind."""
-    found = _found(class_path)
-    if inspect.isclass(found):
-        namesake = next((base for base in inspect.getmro(found) if base.__name__ == expected), None)
+    """Return what a name stands for, in place of the class that is expected."""
+    resolved = _resolved(class_path)
+    if inspect.isclass(resolved):
+        namesake = next((base for base in inspect.getmro(resolved) if base.__name__ == expected), None)
         if namesake:
             return f"which derives from {namesake.__module__}.{expected}, not from the {expected} that is expected"
         return f"a class that is no {expected}"
-    if inspect.isroutine(found):
+    if inspect.isroutine(resolved):
         return f"a function that is not annotated to return a {expected}"
-    return f"{'a module' if inspect.ismodule(found) else f'of type {type(found).__name__}'}, and no {expected}"
+    return f"{'a module' if inspect.ismodule(resolved) else f'of type {type(resolved).__name__}'}, and no {expected}"
 
 
 def _class_name(value: Any) -> str:
-    """The last part of a class path; empty for anything else."""
+    """Return the last part of a class path; an empty text for anything else."""
     return value.rpartition(".")[2] if isinstance(value, str) and _PATH.fullmatch(value) else ""
 
 
 def _is_class(path: str) -> bool:
-    """Whether a type is a class of which objects are made, and not one that Python has for values."""
-    return inspect.isclass(_found(path)) and path.partition(".")[0] not in (*sys.stdlib_module_names, "jsonargparse")
+    """Return whether a path names a class that is instantiated from settings, not a type of Python's values."""
+    return inspect.isclass(_resolved(path)) and path.partition(".")[0] not in (*sys.stdlib_module_names, "jsonargparse")
 
 
 def _class_names(bases: Iterable[str]) -> list[str]:
-    """Names of all classes that derive from some."""
+    """Return the names of some classes and of all classes that derive from them."""
     return [subclass.__name__ for subclass in _classes(bases)]
 
 
 def _classes(bases: Iterable[str]) -> Iterator[type]:
-    return (subclass for path in bases if _is_class(path) for subclass in _subclasses(_found(path)))
+    return (subclass for path in bases if _is_class(path) for subclass in _subclasses(_resolved(path)))
 
 
 def _subclasses(base: type) -> Iterator[type]:
@@ -288,17 +288,17 @@ def _subclasses(base: type) -> Iterator[type]:
 
 
 def _arguments(class_path: str) -> list[str]:
-    """Names of a class's arguments, as jsonargparse finds them."""
-    found = _found(class_path)
-    if not callable(found):
+    """Return the names of a class's arguments, as jsonargparse finds them."""
+    resolved = _resolved(class_path)
+    if not callable(resolved):
         return []
     parser = ArgumentParser(exit_on_error=False)
-    add = parser.add_class_arguments if inspect.isclass(found) else parser.add_function_arguments
-    return list(add(found, fail_untyped=False))
+    add = parser.add_class_arguments if inspect.isclass(resolved) else parser.add_function_arguments
+    return list(add(resolved, fail_untyped=False))
 
 
 def _did_you_mean(name: str, known: Iterable[str], parent: str = "") -> str:
-    """The nearest name, or those that begin so, as the end of a sentence; empty if there is none."""
+    """Return the nearest names as the end of a sentence; an empty text if there is none."""
     lower: dict[str, str] = {}
     for candidate in known:
         lower.setdefault(candidate.lower(), candidate)

@@ -1,24 +1,28 @@
-"""Processes that torchrun or srun has started must train together, not each by itself, and under the same settings."""
+"""Processes that torchrun or srun has started: they must train together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-# Who starts processes, and in which variables it says how many: in all, and on each machine.
-# With SLURM those of the step, because a batch script that runs without srun sees those of the whole job.
+from lightning_znorm.errors import ZNormValueError
+
+# The variables in which a launcher says how many processes it has started: in all, and on each machine.
+# With SLURM they are those of the step, because a batch script that runs without srun sees those of the whole job.
 _LAUNCHERS = {
     "torchrun": ("WORLD_SIZE", "LOCAL_WORLD_SIZE"),
     "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS_PER_NODE"),
 }
+# The variables in which launchers, Lightning's own among them, number the processes.
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
 def check_processes(environment: Mapping[str, str], world_size: int) -> None:
-    """Refuse to train in fewer processes than there are.
+    """Refuse to train in fewer processes than the launcher has started.
 
-    Lightning compares the two as well, but not where each process has a single device and is the only one of its
-    machine as far as the Trainer knows: then all of them would train by themselves, and write to the same folder.
+    Lightning compares the two as well, except where each process has a single device and knows of no other process on
+    its machine. Then all of them would train by themselves, and write to the same folder.
 
     Args:
-        environment: Of this process.
-        world_size: Number of processes that the Trainer works with.
+        environment: The environment variables of this process.
+        world_size: The number of processes that the Trainer works with.
 
     Raises:
         ValueError: If a launcher has started more.
@@ -30,7 +34,7 @@ def check_processes(environment: Mapping[str, str], world_size: int) -> None:
         started = int(environment.get(total, 1))
         if started > world_size:
             devices = int(environment.get(on_each_machine, 1))
-            raise ValueError(
+            raise ZNormValueError(
                 f"{launcher} has started {started} processes ({total}), but the Trainer works with {world_size}, so "
                 "that each would train by itself and write to the same folder: name them all with "
                 f"--trainer.num_nodes {-(-started // devices)} --trainer.devices {devices}, or start fewer."
@@ -38,10 +42,10 @@ def check_processes(environment: Mapping[str, str], world_size: int) -> None:
 
 
 def started_processes(environment: Mapping[str, str]) -> int:
-    """Return how many processes a launcher has started, of which this is one; 1 if none has.
+    """Return how many processes a launcher has started, this one included; 1 without a launcher.
 
     Args:
-        environment: Of this process.
+        environment: The environment variables of this process.
 
     Example:
         >>> started_processes({"SLURM_STEP_NUM_TASKS": "4"})
@@ -51,33 +55,14 @@ def started_processes(environment: Mapping[str, str]) -> int:
     return max((int(number) for number in numbers if number.isdecimal()), default=1)
 
 
-def check_streams(streams: Sequence[str], processes: int) -> None:
-    """Refuse settings from a pipe where several processes would each read a part of it, or nothing.
+def is_first_process(environment: Mapping[str, str]) -> bool:
+    """Return whether this process is the first of those that a launcher has started, or the only one.
 
     Args:
-        streams: Names of the config files that can be read only once.
-        processes: Number of processes that read them.
-
-    Raises:
-        ValueError: If there are several processes.
+        environment: The environment variables of this process.
 
     Example:
-        >>> check_streams(["-"], processes=1)
+        >>> is_first_process({}), is_first_process({"RANK": "1", "LOCAL_RANK": "0"})
+        (True, False)
     """
-    if processes > 1:
-        refuse_streams(streams, f"each of {processes} processes reads the settings")
-
-
-def refuse_streams(streams: Sequence[str], readers: str) -> None:
-    """Refuse settings from a pipe.
-
-    Args:
-        streams: Names of the config files that can be read only once.
-        readers: Who would read them more than once.
-
-    Raises:
-        ValueError: If there is such a file.
-    """
-    if streams:
-        names = " and ".join(streams)
-        raise ValueError(f"{names} can be read only once, and {readers}: write a file, and name that.")
+    return all(environment.get(name, "0") == "0" for name in _RANKS)

@@ -19,6 +19,7 @@ from typing import Any
 from lightning_znorm.compare.processes import Processes, Stopped, import_paths
 from lightning_znorm.compare.runner import fit_and_test
 from lightning_znorm.compare.study import Outcome, Plan, Run, StudyError
+from lightning_znorm.errors import ZNormRuntimeError
 
 _SECONDS_TO_END = 10
 """How long an interrupted study waits for its Ray tasks to end."""
@@ -49,7 +50,7 @@ _RAY_REASONS = {
 """What Ray's errors mean, by class name: the classes are not the same in all versions of Ray."""
 
 
-class LostError(RuntimeError):
+class LostError(ZNormRuntimeError):
     """The Ray worker of a run does not say how the run ended. The message says why."""
 
 

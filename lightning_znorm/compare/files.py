@@ -16,12 +16,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from lightning_znorm.errors import ZNormRuntimeError, ZNormValueError
+
 _SECONDS_TO_WRITE = 600
 """Time after which nobody is still writing a small file."""
 _LEFTOVER = re.compile(r"\..+\.(json|yaml|csv|md|html)\.\d+")
 
 
-class DamagedError(ValueError):
+class DamagedError(ZNormValueError):
     """A file does not hold what was written into it. The message names the file and the reason.
 
     Args:
@@ -38,7 +40,7 @@ class DamagedError(ValueError):
         return f"{self.path} is damaged: {self.reason}."
 
 
-class InUseError(RuntimeError):
+class InUseError(ZNormRuntimeError):
     """Another process holds the lock."""
 
 

@@ -17,6 +17,7 @@ import psutil
 
 from lightning_znorm.compare.files import with_path
 from lightning_znorm.compare.formatting import clock
+from lightning_znorm.errors import ZNormRuntimeError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,11 +31,11 @@ _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGQUIT") if
 _TAIL_BYTES = 20_000
 
 
-class Stopped(RuntimeError):
+class Stopped(ZNormRuntimeError):
     """The study was told to stop."""
 
 
-class TimedOut(RuntimeError):
+class TimedOut(ZNormRuntimeError):
     """A command took too long and was ended. The message continues a sentence that begins with the command's name."""
 
 

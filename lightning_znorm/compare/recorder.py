@@ -35,7 +35,7 @@ from lightning_znorm.compare.study import Run
 from lightning_znorm.functional import attached_optimizers
 from lightning_znorm.gradients import UnsupportedGradientError, ZScore
 from lightning_znorm.gradients.adapters import GradientAdapter
-from lightning_znorm.tasks.random_state import random_state, set_random_state
+from lightning_znorm.tasks.random_states import random_state, set_random_state
 
 
 class Recorder(Callback):

@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
+from lightning_znorm.errors import ZNormValueError
 
-class StudyError(ValueError):
+
+class StudyError(ZNormValueError):
     """A study cannot be run as it was asked for. The message names what is wrong and the way out."""
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from lightning_znorm.arguments import checked_folder
+from lightning_znorm.errors import ZNormOSError, ZNormPermissionError
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class ArrayFile:
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else None
         except OSError as error:
             way_out = "let its owner make it readable again" if isinstance(error, PermissionError) else "put it back"
-            raise OSError(f"{self.path} cannot be read any more ({error.strerror}): {way_out}.") from error
+            raise ZNormOSError(f"{self.path} cannot be read any more ({error.strerror}): {way_out}.") from error
         if mapping is None or size < self.offset + prod(self.shape):
-            raise OSError(f"{self.path} has become shorter since it was opened: put it back as it was.")
+            raise ZNormOSError(f"{self.path} has become shorter since it was opened: put it back as it was.")
         return np.frombuffer(mapping, np.uint8, prod(self.shape), self.offset).reshape(self.shape), mapping
 
 
@@ -101,7 +102,7 @@ def _size(path: Path) -> int | None:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_size
     except PermissionError as error:
-        raise PermissionError(
+        raise ZNormPermissionError(
             f"{path} may not be read by this user ({error.strerror}): have its owner run chmod a+r on it and chmod a+x "
             "on the folders around it, or let cache_dir name a folder of your own."
         ) from error
@@ -116,7 +117,9 @@ def _make(array_file: ArrayFile, fill: Callable[[NDArray[np.uint8]], None]) -> N
         folder.mkdir(parents=True, exist_ok=True)
         file = part.open("x+b")  # files of the module tempfile can be read by their owner only
     except OSError as error:
-        raise OSError(f"{folder} takes no files ({error.strerror}): let cache_dir name a folder that does.") from error
+        raise ZNormOSError(
+            f"{folder} takes no files ({error.strerror}): let cache_dir name a folder that does."
+        ) from error
     try:
         with file:
             _reserve(file.fileno(), prod(array_file.shape), folder)
@@ -134,7 +137,7 @@ def _replace(part: Path, path: Path) -> None:
     try:
         part.replace(path)
     except OSError as error:
-        raise OSError(
+        raise ZNormOSError(
             f"{path} cannot be put in place ({error.strerror}): delete what is there, or let cache_dir name another "
             "folder."
         ) from error
@@ -148,7 +151,7 @@ def _reserve(descriptor: int, size: int, folder: Path) -> None:
         else:
             os.truncate(descriptor, size)
     except OSError as error:
-        raise OSError(
+        raise ZNormOSError(
             f"{folder} has no room for {size / 2**30:.1f} GiB of decoded images ({error}): let cache_dir name a folder "
             "that has."
         ) from error

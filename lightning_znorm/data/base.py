@@ -15,6 +15,7 @@ from lightning_znorm.data.datasets import Batch, Images, InMemoryImages, Labels
 from lightning_znorm.data.loader import ResumableLoader
 from lightning_znorm.data.samplers import EpochSampler
 from lightning_znorm.data.splits import stratified_split
+from lightning_znorm.errors import ZNormValueError
 from lightning_znorm.hyperparameters import PlainHyperparameters, plain_values
 
 
@@ -60,7 +61,9 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
         self.seed = checked_integer("seed", seed, minimum=0, bits=32)
         self.val_fraction = checked_number("val_fraction", val_fraction)
         if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction is the share of training images to validate on, in (0, 1): {val_fraction}.")
+            raise ZNormValueError(
+                f"val_fraction is the share of training images to validate on, in (0, 1): {val_fraction}."
+            )
         self._order_seed: int | None = None
         self._sampler: EpochSampler | None = None
 

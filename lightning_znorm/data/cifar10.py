@@ -10,6 +10,7 @@ from lightning_znorm.arguments import checked_folder
 from lightning_znorm.data.augmentation import random_crop_and_flip
 from lightning_znorm.data.base import InMemoryDataModule
 from lightning_znorm.data.datasets import Images, Labels
+from lightning_znorm.errors import ZNormFileNotFoundError, ZNormRuntimeError
 from lightning_znorm.hyperparameters import plain_values
 
 _DOWNLOAD = "download=True (on the command line: --data.init_args.download=true)"
@@ -81,7 +82,7 @@ class CIFAR10DataModule(InMemoryDataModule):
         try:
             CIFAR10(self.root, train=False, download=True)
         except OSError as error:  # the errors of urllib are subclasses
-            raise RuntimeError(
+            raise ZNormRuntimeError(
                 f"CIFAR-10 could not be downloaded into {self.root} ({error}): fetch {CIFAR10.url} another way and "
                 "unpack it there."
             ) from error
@@ -110,11 +111,11 @@ def _read_error(root: Path) -> Exception:
 
     folder = root / CIFAR10.base_folder
     if not folder.is_dir():
-        return FileNotFoundError(
+        return ZNormFileNotFoundError(
             f"No CIFAR-10 at {root}: download it there with {_DOWNLOAD}, or let root name the folder that holds "
             f"{CIFAR10.base_folder}."
         )
     files = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
     damaged = [folder / name for name, md5 in files if not check_integrity(folder / name, md5)]
     states = [f"{path} is {'corrupted' if path.exists() else 'missing'}" for path in damaged]
-    return RuntimeError(f"{' and '.join(states)}: download CIFAR-10 again with {_DOWNLOAD}.")
+    return ZNormRuntimeError(f"{' and '.join(states)}: download CIFAR-10 again with {_DOWNLOAD}.")

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from lightning_znorm.data.array_file import ArrayFile
 from lightning_znorm.data.decoding import BadFileError, read_rgb
+from lightning_znorm.errors import ZNormRuntimeError
 
 Images: TypeAlias = NDArray[np.uint8]
 """Shape ``(N, C, H, W)``."""
@@ -192,5 +193,5 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         try:
             image = read_rgb(path)
         except BadFileError as fault:
-            raise RuntimeError(f"{path} {fault}: convert, replace or remove it.") from fault
+            raise ZNormRuntimeError(f"{path} {fault}: convert, replace or remove it.") from fault
         return self.transform(image), int(self.labels[index])

@@ -11,13 +11,15 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 
+from lightning_znorm.errors import ZNormValueError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 T = TypeVar("T")
 
 
-class BadFileError(ValueError):
+class BadFileError(ZNormValueError):
     """Says what is wrong with one file, in words that follow its path."""
 
 
@@ -226,7 +228,7 @@ def refuse(faults: list[str], folder: Path) -> None:
         listed = "\n".join(f"  {fault}" for fault in faults[:_LISTED])
         if len(faults) > _LISTED:
             listed += f"\n  and {len(faults) - _LISTED} more"
-        raise ValueError(
+        raise ZNormValueError(
             f"{folder} cannot be used as it is, for {len(faults)} "
             f"{'reason' if len(faults) == 1 else 'reasons'}: convert, replace or remove these files.\n{listed}"
         )

@@ -23,6 +23,7 @@ from lightning_znorm.data.listing import (
 )
 from lightning_znorm.data.samplers import SeededSampler
 from lightning_znorm.data.splits import stratified_indices
+from lightning_znorm.errors import ZNormFileNotFoundError, ZNormValueError
 from lightning_znorm.hyperparameters import plain_values
 
 
@@ -111,7 +112,7 @@ class ImageFolderDataModule(ImageDataModule):
         self.image_size = checked_integer("image_size", image_size)
         self.resize_size = checked_integer("resize_size", resize_size)
         if not 0 < image_size <= resize_size:
-            raise ValueError(
+            raise ZNormValueError(
                 f"image_size={image_size} must be at least 1 and at most resize_size={resize_size}: images for "
                 "evaluation are cut from the centre of the resized ones."
             )
@@ -128,7 +129,7 @@ class ImageFolderDataModule(ImageDataModule):
                 for part, names in (("train", set(train) - set(val)), ("val", set(val) - set(train)))
                 if names
             ]
-            raise ValueError(
+            raise ZNormValueError(
                 f"train and val have different classes ({', '.join(unmatched)}): both must hold the same folders."
             )
         return train
@@ -169,14 +170,14 @@ class ImageFolderDataModule(ImageDataModule):
     def _split(self, labels: Labels, classes: list[str]) -> tuple[Indices, Indices]:
         single = np.flatnonzero(np.bincount(labels) == 1)
         if len(single):
-            raise ValueError(
+            raise ZNormValueError(
                 f"{some(str(self.root / 'train' / classes[label]) for label in single)} holds only one image, which "
                 "cannot be used both for training and for validation: add another."
             )
         try:
             return stratified_indices(labels, self.val_fraction, self.seed)
         except ValueError as error:
-            raise ValueError(
+            raise ZNormValueError(
                 f"val_fraction={self.val_fraction} of the {len(labels)} images in {self.root / 'train'} leaves less "
                 f"than one image for each of the {len(classes)} classes, in training or validation: change it."
             ) from error
@@ -185,13 +186,13 @@ class ImageFolderDataModule(ImageDataModule):
 def _class_folders(folder: Path) -> tuple[list[str], list[str]]:
     """Return the names of the class folders, and their faults."""
     if not folder.is_dir():
-        raise FileNotFoundError(
+        raise ZNormFileNotFoundError(
             f"No folder {folder}: let root name the folder that holds train and val, with one folder of images per "
             "class in each."
         )
     names, listing = list_subfolders(folder, ())
     if not names and not listing.faults:
-        raise FileNotFoundError(
+        raise ZNormFileNotFoundError(
             f"No class folders in {folder}: sort its images into one folder per class (ImageNet's validation images "
             "are published without)."
         )
@@ -227,7 +228,7 @@ def _find_images(root: Path, classes: list[str]) -> dict[str, tuple[Paths, Label
     found.skip(AGAIN, [found.paths[index] for index in again])
     warn_of_skipped(root, found)
     if empty:
-        raise FileNotFoundError(
+        raise ZNormFileNotFoundError(
             f"No images in {some(empty)}: every class folder must hold files that end in {', '.join(IMG_EXTENSIONS)}."
         )
     parts = {}

@@ -34,6 +34,7 @@ from lightning_znorm.data.listing import (
     warn_of_skipped,
 )
 from lightning_znorm.data.splits import split_patients
+from lightning_znorm.errors import ZNormFileNotFoundError, ZNormValueError
 from lightning_znorm.hyperparameters import plain_values
 
 _IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff"}
@@ -219,7 +220,7 @@ class LGGDataModule(ImageDataModule):
         self.test_fraction = checked_number("test_fraction", test_fraction)
         self.max_memory = checked_number("max_memory_gb", max_memory_gb, minimum=0) * 1e9
         if not 0 < test_fraction < 1 - self.val_fraction:
-            raise ValueError(
+            raise ZNormValueError(
                 f"test_fraction is the share of patients to test on, in (0, 1 - val_fraction): {test_fraction}."
             )
         self.save_hyperparameters()
@@ -287,7 +288,7 @@ class LGGDataModule(ImageDataModule):
         }
         for name in judged_by.get(self.trainer.state.fn, ["test", "val"]):
             if shared := sorted(set(self.patients[name]) & set(seen[name])):
-                raise ValueError(
+                raise ZNormValueError(
                     f"The checkpoint was trained or chosen on {len(shared)} of the patients of the {name} set "
                     f"({', '.join(shared)}): use the seed, the fractions and the data that it was trained with."
                 )
@@ -333,7 +334,7 @@ def find_patients(root: Path) -> SliceFiles:
     candidates = [root / "kaggle_3m", root / "lgg-mri-segmentation" / "kaggle_3m", root]
     folder = next(filter(_holds_patients, candidates), None)
     if folder is None:
-        raise FileNotFoundError(
+        raise ZNormFileNotFoundError(
             f"No LGG slices (kaggle_3m/TCGA_*/*.tif) at {root}: let root name the folder that holds kaggle_3m, from "
             "https://www.kaggle.com/datasets/mateuszbuda/lgg-mri-segmentation."
         )
@@ -382,7 +383,7 @@ def find_images(folder: Path) -> SliceFiles:
     found.skip(_LONE_MASKS, [str(mask) for mask in masks if (mask.parent, _MASK.sub("", mask.stem)) not in names])
     warn_of_skipped(folder, found)
     if not kept and not found.faults:
-        raise FileNotFoundError(
+        raise ZNormFileNotFoundError(
             f"No images at {folder}, files that end in {', '.join(sorted(_IMAGES))} and are not masks (*_mask)."
         )
     slices = [Slice(path) for path in sorted(kept, key=lambda path: (path.parent, _in_order(path.stem)))]

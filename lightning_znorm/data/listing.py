@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_znorm.errors import ZNormFileNotFoundError
+
 # What operating systems leave in folders, besides hidden files.
 _LITTER = {"__macosx", "desktop.ini", "lost+found", "thumbs.db"}
 # Files that often lie beside images; README and LICENSE have no suffix.
@@ -136,7 +138,9 @@ def refuse_broken_links(paths: Iterable[Path]) -> None:
     """
     for path in paths:
         if os.path.islink(path) and not os.path.exists(path):
-            raise FileNotFoundError(f"{path} is a link that leads nowhere: mount or restore its target, or delete it.")
+            raise ZNormFileNotFoundError(
+                f"{path} is a link that leads nowhere: mount or restore its target, or delete it."
+            )
 
 
 def same_files(paths: list[str], inodes: list[int]) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_znorm.data.samplers import EpochSampler
+from lightning_znorm.errors import ZNormValueError
 
 T = TypeVar("T")
 
@@ -124,7 +125,7 @@ class ResumableLoader(DataLoader[T]):
         current = self._batching().items()
         changed = [f"{name} was {loaded[name]} and is {value}" for name, value in current if loaded[name] != value]
         if changed:
-            raise ValueError(
+            raise ZNormValueError(
                 f"The checkpoint is from the middle of an epoch, after {loaded['batches']} batches, and the batches "
                 f"have changed ({', '.join(changed)}): restore that, or resume from the end of an epoch."
             )

@@ -26,6 +26,7 @@ from lightning_znorm.data.listing import (
 )
 from lightning_znorm.data.samplers import BlockSampler
 from lightning_znorm.data.splits import stratified_indices
+from lightning_znorm.errors import ZNormFileNotFoundError, ZNormImportError, ZNormRuntimeError, ZNormValueError
 from lightning_znorm.hyperparameters import plain_values
 
 _SPLITS = ("train", "valid", "test")
@@ -120,7 +121,7 @@ class PCamDataModule(ImageDataModule):
         root, test_fraction, cache_dir = plain_values(root=root, test_fraction=test_fraction, cache_dir=cache_dir)
         self.test_fraction = checked_number("test_fraction", test_fraction)
         if not 0 < test_fraction < 1:
-            raise ValueError(f"test_fraction is the share of the images to test on, in (0, 1): {test_fraction}.")
+            raise ZNormValueError(f"test_fraction is the share of the images to test on, in (0, 1): {test_fraction}.")
         self.save_hyperparameters()
         self.root = checked_folder("root", root)
         self.cache = cache_folder(cache_dir)
@@ -169,8 +170,10 @@ class PCamDataModule(ImageDataModule):
                 return folder, True
         packed = sorted(path for folder in (self.root, self.root / "pcam") for path in folder.glob("camelyon*.h5.gz"))
         if packed:
-            raise FileNotFoundError(f"PatchCamelyon is still packed: unpack {', '.join(map(str, packed))} with gunzip.")
-        raise FileNotFoundError(
+            raise ZNormFileNotFoundError(
+                f"PatchCamelyon is still packed: unpack {', '.join(map(str, packed))} with gunzip."
+            )
+        raise ZNormFileNotFoundError(
             f"No PatchCamelyon at {self.root}, neither {_h5_path(Path('pcam'), 'train', 'x')} nor Kaggle's "
             f"{_KAGGLE_LABELS} and train: let root name the folder that holds them, or {_ADVICE}."
         )
@@ -198,7 +201,7 @@ def _refuse_same_files(paths: Iterable[Path]) -> None:
     by_identity: dict[object, Path] = {}
     for path in paths:
         if (first := by_identity.setdefault(file_identity(path), path)) != path:
-            raise ValueError(f"{path} is the same file as {first}: {_ADVICE}.")
+            raise ZNormValueError(f"{path} is the same file as {first}: {_ADVICE}.")
 
 
 def read_h5(folder: Path, split: str, cache: Path) -> tuple[ArrayFile, Labels]:
@@ -219,16 +222,16 @@ def read_h5(folder: Path, split: str, cache: Path) -> tuple[ArrayFile, Labels]:
     """
     x, y = (_h5_path(folder, split, what) for what in "xy")
     if missing := [path for path in (x, y) if not path.is_file()]:
-        raise FileNotFoundError(f"No {' and no '.join(map(str, missing))}: {_ADVICE}.")
+        raise ZNormFileNotFoundError(f"No {' and no '.join(map(str, missing))}: {_ADVICE}.")
     labels = _h5_labels(y)
     with _h5_dataset(x, "x") as images:
         if images.shape[1:] != _PATCH or images.dtype != np.uint8:
-            raise ValueError(
+            raise ZNormValueError(
                 f"'x' of {x} has shape {images.shape} and type {images.dtype}, and PatchCamelyon's images have shape "
                 f"(N, {', '.join(map(str, _PATCH))}) and type uint8: {_ADVICE}."
             )
         if len(images) != len(labels):
-            raise ValueError(f"{x} holds {len(images)} images, and {y} {len(labels)} labels: one is not PCam's.")
+            raise ZNormValueError(f"{x} holds {len(images)} images, and {y} {len(labels)} labels: one is not PCam's.")
         offset = images.id.get_offset()  # None if they are chunked, or in another file
         if offset is not None:
             return ArrayFile(x, offset, images.shape), labels
@@ -238,17 +241,17 @@ def read_h5(folder: Path, split: str, cache: Path) -> tuple[ArrayFile, Labels]:
 def _h5_labels(path: Path) -> Labels:
     with _h5_dataset(path, "y") as values:
         if values.ndim == 0 or values.size != len(values) or values.dtype.kind not in "bui":
-            raise ValueError(
+            raise ZNormValueError(
                 f"'y' of {path} has shape {values.shape} and type {values.dtype}, and PatchCamelyon's labels have "
                 f"shape (N, 1, 1, 1) and type uint8: {_ADVICE}."
             )
         with _reading_h5(path):
             labels: Labels = values[...].reshape(-1).astype(np.int64)
     if not len(labels):
-        raise ValueError(f"'y' of {path} is empty: {_ADVICE}.")
+        raise ZNormValueError(f"'y' of {path} is empty: {_ADVICE}.")
     wrong = np.flatnonzero((labels != 0) & (labels != 1))
     if len(wrong):
-        raise ValueError(
+        raise ZNormValueError(
             f"Label {wrong[0]} of {path} is {labels[wrong[0]]}, and {len(wrong)} labels in total are neither 0 (no "
             f"tumour) nor 1: {_ADVICE}."
         )
@@ -273,7 +276,9 @@ def _h5_dataset(path: Path, name: str) -> Iterator[Any]:
     try:
         import h5py
     except ImportError as error:
-        raise ImportError("PatchCamelyon's h5 files are read by h5py, which is missing: pip install h5py") from error
+        raise ZNormImportError(
+            "PatchCamelyon's h5 files are read by h5py, which is missing: pip install h5py"
+        ) from error
 
     with _reading_h5(path):
         file = h5py.File(path)
@@ -282,7 +287,7 @@ def _h5_dataset(path: Path, name: str) -> Iterator[Any]:
             found = file.get(name)
             names = sorted(file)
         if not isinstance(found, h5py.Dataset):
-            raise ValueError(f"{path} holds no data set {name!r}, but {names}: {_ADVICE}.")
+            raise ZNormValueError(f"{path} holds no data set {name!r}, but {names}: {_ADVICE}.")
         with _reading_h5(path):
             # All that is read later, so that a damaged header is found here.
             found.shape, found.dtype, found.chunks, found.id.get_offset()
@@ -294,7 +299,9 @@ def _reading_h5(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the type that h5py raises depends on which part of the file is damaged
-        raise RuntimeError(f"{path} cannot be read ({error}): it is damaged or half downloaded; {_ADVICE}.") from error
+        raise ZNormRuntimeError(
+            f"{path} cannot be read ({error}): it is damaged or half downloaded; {_ADVICE}."
+        ) from error
 
 
 def read_kaggle(folder: Path, cache: Path) -> tuple[ArrayFile, Labels]:
@@ -361,11 +368,11 @@ def _kaggle_labels(path: Path) -> tuple[dict[str, int], list[str]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): unpack it again.") from error
+        raise ZNormValueError(f"{path} cannot be read ({error}): unpack it again.") from error
     rows = csv.DictReader(lines, strict=True)
     try:
         if not {"id", "label"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{path} begins with {rows.fieldnames}, and its columns must be id and label.")
+            raise ZNormValueError(f"{path} begins with {rows.fieldnames}, and its columns must be id and label.")
         for row in rows:
             name, label = row["id"], row["label"]
             if label not in ("0", "1"):
@@ -375,7 +382,9 @@ def _kaggle_labels(path: Path) -> tuple[dict[str, int], list[str]]:
             else:
                 labels[name] = int(label)
     except csv.Error as error:
-        raise ValueError(f"{path} cannot be read, because its line {rows.line_num} is not CSV ({error}).") from error
+        raise ZNormValueError(
+            f"{path} cannot be read, because its line {rows.line_num} is not CSV ({error})."
+        ) from error
     if not labels and not faults:
         faults.append(f"{path}: holds no labels")
     return labels, faults

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_znorm.data.datasets import Images, Indices, Labels
+from lightning_znorm.errors import ZNormValueError
 
 
 def stratified_indices(labels: Labels, fraction: float, seed: int) -> tuple[Indices, Indices]:
@@ -27,7 +28,7 @@ def stratified_indices(labels: Labels, fraction: float, seed: int) -> tuple[Indi
     try:
         first, second = train_test_split(np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=seed)
     except ValueError as error:
-        raise ValueError(
+        raise ZNormValueError(
             f"{len(labels)} images of {len(np.unique(labels))} classes cannot be split so that a share of {fraction} "
             "and the other images both hold images of every class: add images, or change the share."
         ) from error
@@ -68,7 +69,7 @@ def split_patients(
     """
     n_val, n_test = (max(1, round(fraction * len(shares))) for fraction in (val_fraction, test_fraction))
     if n_val + n_test >= len(shares):
-        raise ValueError(
+        raise ZNormValueError(
             f"Of {len(shares)} patients, val_fraction={val_fraction} takes {n_val} and test_fraction={test_fraction} "
             f"{n_test}, which leaves none for training: lower them, or add patients."
         )

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
+from lightning_znorm.errors import ZNormRuntimeError
 
-class UnsupportedGradientError(RuntimeError):
+
+class UnsupportedGradientError(ZNormRuntimeError):
     """A gradient that cannot be normalized as it is, or where it is kept."""
 
 
-class NonFiniteGradientError(RuntimeError):
+class NonFiniteGradientError(ZNormRuntimeError):
     """A gradient that holds an inf or NaN, where the user asked for an error."""
 
 

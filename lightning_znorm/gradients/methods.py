@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_znorm.arguments import checked_number, shown
+from lightning_znorm.errors import ZNormRuntimeError, ZNormTypeError
 
 Over: TypeAlias = Literal["tensor", "row"]
 """What statistics are taken over: each whole tensor, or each of its rows (all elements of one index of dimension 0)."""
@@ -46,7 +47,7 @@ class Statistics:
         where the squared deviations overflow: an infinite deviation would otherwise silently become a scale of zero.
         """
         if self.m2 is None:
-            raise RuntimeError("these statistics hold no deviation: set `needs_std = True` on the method")
+            raise ZNormRuntimeError("these statistics hold no deviation: set `needs_std = True` on the method")
         std = (self.m2 / self.count).sqrt_()
         rounding = ROUNDING_UNITS * torch.finfo(std.dtype).eps * self.mean.abs()
         return std.masked_fill_(std <= rounding, 0.0).masked_fill_(std.isinf(), torch.nan)
@@ -108,7 +109,7 @@ class AffineMethod(ABC):
         if not isinstance(pooled, _Pooled):
             _warn_of_pooled(cls.__name__, stacklevel=4)  # 3 is the metaclass of abstract classes
             if pooled and cls.over != "row":
-                raise TypeError(f"{cls.__name__}.pooled is about deviations of rows: it needs over = 'row'")
+                raise ZNormTypeError(f"{cls.__name__}.pooled is about deviations of rows: it needs over = 'row'")
             cls.std_over = "tensor" if pooled else None
             cls.pooled = vars(AffineMethod)["pooled"]
         _check_over(cls, cls.__name__)
@@ -138,11 +139,11 @@ def _warn_of_pooled(name: str, stacklevel: int) -> None:
 
 def _check_over(method: AffineMethod | type[AffineMethod], name: str) -> None:
     if method.over not in ("tensor", "row"):
-        raise TypeError(f"{name}.over must be 'tensor' or 'row', got {shown(method.over)}")
+        raise ZNormTypeError(f"{name}.over must be 'tensor' or 'row', got {shown(method.over)}")
     if method.std_over not in (None, "tensor", "row"):
-        raise TypeError(f"{name}.std_over must be None, 'tensor' or 'row', got {shown(method.std_over)}")
+        raise ZNormTypeError(f"{name}.std_over must be None, 'tensor' or 'row', got {shown(method.std_over)}")
     if method.std_over not in (None, method.over) and not (method.over == "row" and method.needs_std):
-        raise TypeError(
+        raise ZNormTypeError(
             f"{name}.std_over = {method.std_over!r} is about deviations of rows: it needs over = 'row' and needs_std = "
             "True"
         )
@@ -253,7 +254,7 @@ def describe(method: GradientMethod) -> str:
         _check_over(method, type(method).__name__)
         return repr(method)
     if isinstance(method, type) or not callable(method):
-        raise TypeError(
+        raise ZNormTypeError(
             "a gradient method is an AffineMethod object or a function from a gradient to its replacement, got "
             f"{shown(method)}"
         )

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_znorm.arguments import checked_integer, checked_patterns
+from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 from lightning_znorm.gradients.errors import UnsupportedGradientError, untested_torch
 from lightning_znorm.gradients.shards import Shard
 from lightning_znorm.gradients.shared_memory import has_internal_overlap
@@ -131,7 +132,9 @@ class UnnamedSlots:
         if not set(map(type, parameters)) <= _ORDINARY_TYPES:
             for name, parameter in self._named():
                 if not isinstance(parameter, Tensor):
-                    raise TypeError(f"{name} is not a tensor but a {type(parameter).__name__}: give model.parameters()")
+                    raise ZNormTypeError(
+                        f"{name} is not a tensor but a {type(parameter).__name__}: give model.parameters()"
+                    )
         # By identity, because the hash of a tensor is slow.
         self.parameters = list({id(parameter): parameter for parameter in parameters}.values())
 
@@ -316,12 +319,12 @@ class ParameterFilter:
         for pattern in [*self.include, *self.exclude]:
             if not _any_match(names, [pattern]):
                 nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
-                raise ValueError(
+                raise ZNormValueError(
                     f"the pattern {pattern!r} matches none of the model's {len(names)} parameters; "
                     f"the nearest names are {', '.join(nearest)}"
                 )
         if not any(self.matches(slot) for slot in slots):
-            raise ValueError(
+            raise ZNormValueError(
                 f"include={self.include}, exclude={self.exclude} and min_ndim={self.min_ndim} together leave none of "
                 f"the model's {len(names)} parameters"
             )

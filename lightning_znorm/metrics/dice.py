@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_znorm.errors import ZNormValueError
 from lightning_znorm.metrics.mask_metric import MaskMetric, widest_float
 
 
@@ -64,7 +65,7 @@ class TverskyIndex(MaskMetric):
 
     def __init__(self, alpha: float = 0.3, beta: float = 0.7, threshold: float = 0.5, **kwargs: Any) -> None:
         if not (0 <= alpha < float("inf") and 0 <= beta < float("inf") and alpha + beta > 0):
-            raise ValueError(f"alpha and beta are weights, at least one of them above 0, got {alpha} and {beta}.")
+            raise ZNormValueError(f"alpha and beta are weights, at least one of them above 0, got {alpha} and {beta}.")
         super().__init__(threshold, (alpha, beta), **kwargs)
         self.alpha = alpha
         self.beta = beta

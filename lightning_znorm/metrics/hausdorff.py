@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_znorm.errors import ZNormValueError
 from lightning_znorm.metrics.distances import hausdorff_distances
 from lightning_znorm.metrics.mask_metric import MaskMetric
 
@@ -92,10 +93,10 @@ class HausdorffDistance(MaskMetric):
         **kwargs: Any,
     ) -> None:
         if percentile is not None and not 0 < percentile <= 100:
-            raise ValueError(f"percentile must be in (0, 100], or None for all pixels, got {percentile}.")
+            raise ZNormValueError(f"percentile must be in (0, 100], or None for all pixels, got {percentile}.")
         steps = None if spacing is None else (spacing,) if isinstance(spacing, int | float) else tuple(spacing)
         if steps is not None and not all(0 < step < math.inf for step in steps):
-            raise ValueError(f"spacing must be positive, got {spacing}.")
+            raise ZNormValueError(f"spacing must be positive, got {spacing}.")
         super().__init__(threshold, (percentile, steps), **kwargs)
         self.percentile = percentile
         self.spacing = spacing
@@ -112,7 +113,7 @@ class HausdorffDistance(MaskMetric):
         spacing = 1.0 if self.spacing is None else self.spacing
         steps = (spacing,) * axes if isinstance(spacing, int | float) else tuple(spacing)
         if len(steps) != axes:
-            raise ValueError(
+            raise ZNormValueError(
                 f"spacing has {len(steps)} numbers, and these masks have {axes} axes: give one number for each axis, "
                 f"in the order {'D, H, W' if axes == 3 else 'H, W'}."
             )

@@ -10,6 +10,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 from typing_extensions import override
 
+from lightning_znorm.errors import ZNormTypeError, ZNormValueError
+
 
 class MaskMetric(Metric):
     """Base of the scores of masks: each image and channel has a score, and the result is their mean.
@@ -44,7 +46,7 @@ class MaskMetric(Metric):
     def __init__(self, threshold: float, settings: Sequence[object] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not 0 < threshold < 1:
-            raise ValueError(f"threshold is a probability, in (0, 1), got {threshold}.")
+            raise ZNormValueError(f"threshold is a probability, in (0, 1), got {threshold}.")
         self.threshold = threshold
         self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         # MetricCollection takes metrics for equal if their states agree after the first batch, and then updates only
@@ -183,17 +185,17 @@ class MaskMetric(Metric):
     def _require_masks(self, preds: Tensor, target: Tensor) -> None:
         name = type(self).__name__
         if not (preds.dtype == torch.bool or preds.is_floating_point()):
-            raise TypeError(
+            raise ZNormTypeError(
                 f"{name} takes preds that are probabilities or bool, got {preds.dtype}: for masks of 0 and 1 pass "
                 "preds.bool(), for class labels a mask for each class."
             )
         if target.is_floating_point() or target.is_complex():
-            raise TypeError(
+            raise ZNormTypeError(
                 f"{name} takes a target that is bool or integer, got {target.dtype}: pass target.bool(), or "
                 "target > 0.5 if it holds anything between 0 and 1."
             )
         if preds.shape != target.shape or preds.ndim not in (4, 5):
-            raise ValueError(
+            raise ZNormValueError(
                 f"{name} takes preds and target of one shape, (N, C, H, W) or (N, C, D, H, W), got "
                 f"{tuple(preds.shape)} and {tuple(target.shape)}."
             )
@@ -202,12 +204,12 @@ class MaskMetric(Metric):
         preds, target = misfits.tolist()
         name = type(self).__name__
         if preds:
-            raise ValueError(
+            raise ZNormValueError(
                 f"{name} takes preds that are probabilities, and some were NaN or outside [0, 1]: turn logits into "
                 "probabilities by sigmoid or softmax."
             )
         if target:
-            raise ValueError(
+            raise ZNormValueError(
                 f"{name} takes a target of 0 and 1, and some values were neither: for masks of 0 and 255 pass "
                 "target > 0, for class labels a mask for each class."
             )

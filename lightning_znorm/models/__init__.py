@@ -1,4 +1,4 @@
-"""Networks that timm and MONAI do not have."""
+"""Networks that timm and MONAI lack."""
 
 from lightning_znorm.models.resnet import ResNet, resnet20, resnet56
 

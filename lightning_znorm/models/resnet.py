@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut that has no parameters (option A).
+    """Two 3x3 convolutions and a shortcut without parameters (option A).
 
     Where the block halves the resolution, the shortcut keeps every second row and column, and the channels that its
     input lacks are zeros (He et al. 2016, section 4.2).
@@ -33,9 +33,10 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """CIFAR residual network with ``6 * blocks_per_stage + 2`` weighted layers.
 
-    A 3x3 convolution to 16 channels, three stages of basic blocks with 16, 32 and 64 channels, of which the second and
-    the third begin by halving the resolution, global average pooling and one linear layer. Convolutions start from He's
-    normal distribution (He et al. 2015, section 2.2), the linear layer from torch's default. Any input size will do.
+    The network has a 3x3 convolution to 16 channels, three stages of basic blocks with 16, 32 and 64 channels, global
+    average pooling and one linear layer. The second and the third stage begin by halving the resolution. Convolutions
+    are initialized from He's normal distribution (He et al. 2015, section 2.2), the linear layer as torch does by
+    default. The input may have any size.
 
     Shape:
         ``(N, in_chans, H, W)`` to ``(N, num_classes)``.
@@ -70,7 +71,7 @@ class ResNet(nn.Module):
 
 
 def resnet20(num_classes: int = 10, in_chans: int = 3) -> ResNet:
-    """ResNet-20 of He et al. 2016 (section 4.2): 0.27 M parameters for CIFAR-10.
+    """Create the ResNet-20 of He et al. 2016 (section 4.2), with 0.27 M parameters for CIFAR-10.
 
     Args:
         num_classes: Width of the output.
@@ -85,7 +86,7 @@ def resnet20(num_classes: int = 10, in_chans: int = 3) -> ResNet:
 
 
 def resnet56(num_classes: int = 10, in_chans: int = 3) -> ResNet:
-    """ResNet-56 of He et al. 2016 (section 4.2): 0.85 M parameters for CIFAR-10.
+    """Create the ResNet-56 of He et al. 2016 (section 4.2), with 0.85 M parameters for CIFAR-10.
 
     Args:
         num_classes: Width of the output.
@@ -99,5 +100,5 @@ def resnet56(num_classes: int = 10, in_chans: int = 3) -> ResNet:
 
 
 def _stage(in_channels: int, out_channels: int, stride: int, blocks: int) -> nn.Sequential:
-    rest = (BasicBlock(out_channels, out_channels, stride=1) for _ in range(blocks - 1))
-    return nn.Sequential(BasicBlock(in_channels, out_channels, stride), *rest)
+    following = (BasicBlock(out_channels, out_channels, stride=1) for _ in range(blocks - 1))
+    return nn.Sequential(BasicBlock(in_channels, out_channels, stride), *following)

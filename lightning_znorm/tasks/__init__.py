@@ -1,4 +1,4 @@
-"""What is trained: LightningModules."""
+"""LightningModules for image classification and segmentation."""
 
 from lightning_znorm.tasks.classification import ClassificationTask
 from lightning_znorm.tasks.segmentation import SegmentationTask

@@ -1,18 +1,15 @@
-"""What all tasks share: a network by name or as a module, its optimizer, and losses in the log."""
+"""The base of all tasks: the network, the optimizer and its scheduler, checked targets, and what is logged."""
 
 import inspect
 import math
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -20,26 +17,27 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 from lightning_znorm.hyperparameters import PlainHyperparameters, plain_values, python_scalars
 from lightning_znorm.metrics.mask_metric import at_least_float32
-from lightning_znorm.tasks.random_state import random_state, set_random_state
+from lightning_znorm.tasks.random_states import SavesRandomStates
 from lightning_znorm.tasks.targets import TargetCheck
 
 BUILD_IT = "build the network yourself and pass it as the model"
-"""What to do with arguments of a network that are no plain values."""
-_RANDOM_STATES = "random_states"
+"""What a message advises for arguments of a network that are not plain values."""
 
 
-class Task(PlainHyperparameters, LightningModule):
+class Task(PlainHyperparameters, SavesRandomStates):
     """Base of the tasks.
 
-    Its checkpoints hold the state of all random numbers (Python's, NumPy's, torch's and the device's, of each process),
-    and a training that is resumed goes on from it: dropout and augmentations draw what they would have drawn.
+    Checkpoints hold the random states of all processes. A training that is resumed restores them, so dropout and
+    augmentations draw what they would have drawn.
 
-    The values of targets are checked in every batch. A single process on the CPU raises at once. On other devices to
-    read a value makes the step wait, and of several processes one that raises leaves the others waiting. There the loss
-    of a batch with a wrong target is 0, so that it has no gradient, and all processes raise together: after the first
-    batch of training, of evaluation too in a single process, and at the end of each epoch and evaluation.
+    The values of targets are checked in every batch. A single process on the CPU raises at once. On other devices,
+    reading a value would make the step wait. Among several processes, one that raises would leave the others waiting.
+    In both cases the loss of a batch with a wrong target is 0, so that it has no gradient, and all processes raise
+    together: after the first batch of training, at the end of each epoch and evaluation, and in a single process also
+    after the first batch of an evaluation.
 
     A subclass sets ``criterion`` (the loss) and ``target_check``, and calls ``super()`` in the hooks that it overrides.
 
@@ -49,12 +47,13 @@ class Task(PlainHyperparameters, LightningModule):
             `lightning.pytorch.cli.ReduceLROnPlateau` follows the metric that it names as its ``monitor``, torch's own
             follows ``val/loss``.
         lr_scheduler_interval: Whether the scheduler steps after every epoch, or after every optimizer step.
-        lr_scheduler_frequency: After every how many of them; see the tasks.
-        lr_scheduler_strict: Whether a plateau scheduler whose metric is not there is an error, or waits with a warning.
+        lr_scheduler_frequency: The scheduler steps after every so many of these; see the tasks for the default.
+        lr_scheduler_strict: Whether it is an error if a plateau scheduler's metric is missing; otherwise the scheduler
+            waits, and there is a warning.
 
     Raises:
         ValueError: If ``lr_scheduler_frequency`` is less than 1.
-        TypeError: If ``optimizer`` or ``lr_scheduler`` is not what makes one.
+        TypeError: If ``optimizer`` or ``lr_scheduler`` cannot be called.
     """
 
     criterion: nn.Module
@@ -79,7 +78,7 @@ class Task(PlainHyperparameters, LightningModule):
             lr_scheduler_strict=lr_scheduler_strict,
         )
         if frequency is not None and frequency < 1:
-            raise ValueError(f"lr_scheduler_frequency must be at least 1, got {frequency}.")
+            raise ZNormValueError(f"lr_scheduler_frequency must be at least 1, got {frequency}.")
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = interval
@@ -87,7 +86,6 @@ class Task(PlainHyperparameters, LightningModule):
         self.lr_scheduler_strict = strict
         self._total_steps: int | None = None
         self._metrics_of_loaders: dict[tuple[str, int], MetricCollection] = {}
-        self._random_states: list[dict[str, Any] | None] = []
 
     def configure_network(
         self, model: str | nn.Module, create: "partial[nn.Module]", kwargs: dict[str, Any], compile: bool
@@ -95,10 +93,10 @@ class Task(PlainHyperparameters, LightningModule):
         """Set the network, as ``self.model``.
 
         Args:
-            model: Its name, or the network.
-            create: Makes it from its name and ``kwargs``; has the arguments that the task sets itself.
+            model: The network, or its name.
+            create: Makes the network from its name and ``kwargs``. It holds the arguments that the task sets itself.
             kwargs: Arguments of a network by name.
-            compile: Compile it in place.
+            compile: Whether to compile the network in place.
 
         Raises:
             ValueError: If ``kwargs`` come with a module or hold an argument that the task sets itself, or if the
@@ -108,30 +106,32 @@ class Task(PlainHyperparameters, LightningModule):
         if isinstance(model, str):
             self._in_chans = create.keywords["in_chans"]
             if self._in_chans < 1:
-                raise ValueError(f"in_chans must be at least 1, got {self._in_chans}.")
+                raise ZNormValueError(f"in_chans must be at least 1, got {self._in_chans}.")
             if twice := [name for name in kwargs if name in create.keywords]:
-                raise ValueError(
+                raise ZNormValueError(
                     f"model_kwargs must not hold {twice[0]}: set {twice[0]} of {type(self).__name__} itself."
                 )
             model = create(model, **kwargs)
         elif kwargs:
-            raise ValueError(f"model_kwargs are for a model by name, and {type(model).__name__} is a module already.")
+            raise ZNormValueError(
+                f"model_kwargs are for a model by name, and {type(model).__name__} is a module already."
+            )
         if compile:
             model.compile()
         self.model = model
 
     def check_channels(self, images: Tensor) -> None:
-        """Refuse images with other channels than a network by name was made for.
+        """Refuse images with another number of channels than a network by name was made for.
 
         Args:
             images: Shape ``(N, C, ...)``.
 
         Raises:
-            ValueError: If there are.
+            ValueError: If the number of channels differs.
         """
         channels = images.shape[1] if images.ndim > 1 else None
         if self._in_chans is not None and channels not in (self._in_chans, None):
-            raise ValueError(
+            raise ZNormValueError(
                 f"Images of shape {tuple(images.shape)} have {channels} channel{'s' if channels != 1 else ''}, and the "
                 f"task was given in_chans={self._in_chans}: make it {channels} (in YAML, model.init_args.in_chans)."
             )
@@ -152,8 +152,8 @@ class Task(PlainHyperparameters, LightningModule):
         monitor = getattr(scheduler, "monitor", "val/loss")
         frequency = self.lr_scheduler_frequency
         if frequency is None and isinstance(scheduler, ReduceLROnPlateau) and interval == "epoch":
-            # There is something new to follow when there was a validation.
-            follows_validation = self._trainer is not None and monitor.startswith("val/")
+            # A val/ metric is new only after a validation.
+            follows_validation = self.attached_trainer is not None and monitor.startswith("val/")
             frequency = self.trainer.check_val_every_n_epoch if follows_validation else None
         if isinstance(scheduler, OneCycleLR):
             self._warn_of_short_cycle(scheduler, interval, frequency or 1)
@@ -169,8 +169,8 @@ class Task(PlainHyperparameters, LightningModule):
         }
 
     def _warn_of_short_cycle(self, scheduler: OneCycleLR, interval: str, frequency: int) -> None:
-        # Torch raises at the first step beyond the cycle: in the middle of the training.
-        if self._trainer is None:
+        # Torch raises at the first step beyond the cycle, in the middle of the training.
+        if self.attached_trainer is None:
             return
         steps: float | None = self.trainer.max_epochs
         if interval == "step":
@@ -186,34 +186,36 @@ class Task(PlainHyperparameters, LightningModule):
     def _steps_of_training(self, scheduler: str) -> int:
         """Return how many steps of the optimizer the training has, for a scheduler of this name."""
         advice = "give it total_steps (in YAML, model.init_args.lr_scheduler.init_args.total_steps)"
-        if self._trainer is None:
-            raise ValueError(f"{scheduler} leaves total_steps open, and no Trainer says what they are: {advice}.")
+        if self.attached_trainer is None:
+            raise ZNormValueError(f"{scheduler} leaves total_steps open, and no Trainer says what they are: {advice}.")
         if self.lr_scheduler_frequency not in (None, 1):
-            raise ValueError(
+            raise ZNormValueError(
                 f"{scheduler} leaves total_steps open, and with lr_scheduler_frequency={self.lr_scheduler_frequency} "
                 f"it would not step after each of them: leave that out, or {advice}."
             )
-        callbacks: Any = self.trainer  # of which Lightning declares none
+        callbacks: Any = self.trainer  # Lightning does not declare its callbacks
         if any(
             isinstance(callback, GradientAccumulationScheduler) and callback.going_to_accumulate_grad_batches()
             for callback in callbacks.callbacks
         ):
-            raise ValueError(
+            raise ZNormValueError(
                 f"{scheduler} leaves total_steps open, and GradientAccumulationScheduler changes how many batches make "
                 f"a step: {advice}."
             )
         steps = self.trainer.estimated_stepping_batches
-        if not 0 <= steps < math.inf:  # Lightning says -1 where a loader has no length
-            raise ValueError(
+        if not 0 <= steps < math.inf:  # Lightning returns -1 if a loader has no length
+            raise ZNormValueError(
                 f"{scheduler} leaves total_steps open, and this training has no end: set max_steps of the Trainer, or "
                 f"{advice}."
             )
-        return max(int(steps), 1)  # a training of no steps makes a scheduler too
+        return max(int(steps), 1)  # a training without steps makes a scheduler too
 
+    # torch has no public hook for conversions: `to`, `half`, `cuda` and the rest all call this method.
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Task":
-        # The loss is computed in float32 or more, so its class weights, kernels and layers stay in it when Lightning
-        # converts the module to half precision: rounded they would weigh something else, and torch refuses a mixture.
+        # The loss is computed in float32 or more. So its class weights, kernels and layers keep their precision when
+        # Lightning converts the module to half precision: rounded weights would give another loss, and torch refuses
+        # to mix precisions.
         kept = [(module, name, old) for module in self._modules_of_loss() for name, old in _tensors(module)]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for module, name, old in kept:
@@ -223,14 +225,14 @@ class Task(PlainHyperparameters, LightningModule):
         return self
 
     def _modules_of_loss(self) -> list[nn.Module]:
-        """The modules that are the loss's alone."""
-        criterion = self._modules.get("criterion")
-        network = set() if "model" not in self._modules else set(self.model.modules())
+        """Return the modules of the loss that are not part of the network."""
+        criterion, model = getattr(self, "criterion", None), getattr(self, "model", None)  # set by subclasses
+        network = set() if model is None else set(model.modules())
         return [] if criterion is None else [module for module in criterion.modules() if module not in network]
 
     @override
     def setup(self, stage: str) -> None:
-        """Forget the wrong targets of a run that was interrupted."""
+        """Forget wrong targets that an interrupted run has noted."""
         for check in self.target_checks:
             check.clear()
 
@@ -238,7 +240,7 @@ class Task(PlainHyperparameters, LightningModule):
     def on_train_epoch_end(self) -> None:
         """Raise on all processes if a target of the epoch was wrong."""
         if self.trainer.world_size > 1:
-            # The progress bar of rank 0 has reduced the epoch's metrics by now: the other ranks join it in that first.
+            # Rank 0's progress bar has all-reduced the epoch's metrics by now. The other ranks must join that first.
             _ = self.trainer.callback_metrics
         self._refuse_noted_targets()
 
@@ -254,49 +256,24 @@ class Task(PlainHyperparameters, LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the state of all random numbers, of each process; where one failed, of that alone.
+        """Add the random states, and turn NumPy's scalars, such as a learning rate, into Python's.
 
-        NumPy's scalars, such as a learning rate, become Python's: a checkpoint that holds one cannot be loaded.
+        A checkpoint that holds NumPy's scalars cannot be loaded.
         """
-        trainer = self._trainer
-        if trainer is None:  # under Fabric
-            return
         for name, content in list(checkpoint.items()):
             if name != "state_dict":
                 checkpoint[name] = python_scalars(content)
-        states: list[dict[str, Any] | None] = [random_state(self.device)]
-        if trainer.world_size > 1:
-            own, states = states[0], [None] * trainer.world_size
-            states[trainer.global_rank] = own
-            if torch.distributed.is_initialized() and not trainer.interrupted and not _is_requeued():
-                torch.distributed.all_gather_object(states, own)
-        checkpoint[_RANDOM_STATES] = states
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the state of the random numbers, if training is to go on."""
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            self._random_states = checkpoint.get(_RANDOM_STATES, [])
+        super().on_save_checkpoint(checkpoint)
 
     @override
     def on_train_start(self) -> None:
-        """Go on with the random numbers of the training that is resumed: here, for to get here may have drawn some.
+        """Refuse a resumed schedule that is too short, and restore the random states.
 
         Raises:
             ValueError: If the schedule of the training that is resumed ends before this training does.
         """
         self._require_long_schedule()
-        states, self._random_states = self._random_states, []
-        state = states[self.global_rank] if len(states) == self.trainer.world_size else None
-        if state is not None:
-            set_random_state(state, self.device)
-        # Every process looks at all of them: the first, which warns, may have its own where others have none.
-        known = sum(each is not None for each in states)
-        if states and (state is None or known < len(states)):
-            rank_zero_warn(
-                f"The checkpoint holds the random numbers of {known} processes, and {self.trainer.world_size} go on: "
-                "dropout and augmentations draw others than they would have."
-            )
+        super().on_train_start()
 
     def _require_long_schedule(self) -> None:
         if self._total_steps is None:
@@ -304,39 +281,39 @@ class Task(PlainHyperparameters, LightningModule):
         for config in self.trainer.lr_scheduler_configs:
             ends = getattr(config.scheduler, "total_steps", None)
             if ends is not None and ends < self._total_steps:
-                raise ValueError(
+                raise ZNormValueError(
                     f"The {type(config.scheduler).__name__} of the checkpoint ends after {ends} steps, and this "
                     f"training has {self._total_steps}: resume it for as long as it was begun for, or begin a new one."
                 )
 
     @property
     def target_checks(self) -> tuple[TargetCheck, ...]:
-        """All checks that :meth:`check_targets` is called with."""
+        """All checks that are passed to :meth:`check_targets`."""
         return (self.target_check,)
 
     def check_targets(
         self, targets: Tensor, stage: str, batch_idx: int, *checks: TargetCheck, dataloader_idx: int = 0
     ) -> tuple[Tensor, Tensor | None]:
-        """Raise if a target is out of range: now, or at the end of the epoch where that would make processes wait.
+        """Raise if a target is out of range: now, or at the end of the epoch if raising now would make processes wait.
 
-        To be called once in a batch: in the first one, processes put together what each has found.
+        Call it once in a batch: in the first batch, the processes gather what each has found.
 
         Args:
-            targets: Those of a batch.
+            targets: The targets of a batch.
             stage: One of `lightning_znorm.tasks.targets.STAGES`.
             batch_idx: Number of the batch in its epoch.
             *checks: Some of ``target_checks``. Default: ``target_check``.
             dataloader_idx: Number of the loader, where there are several.
 
         Returns:
-            Targets that a loss can be computed of. Where the check is put off, also whether the given ones are out of
-            range, a bool scalar for :meth:`compute_loss`; otherwise ``None``.
+            Targets from which a loss can be computed. If the check is deferred, also whether the given targets are out
+            of range, a bool scalar for :meth:`compute_loss`; otherwise ``None``.
 
         Raises:
-            ValueError: If a target is out of range, and the check is not put off.
+            ValueError: If a target is out of range, and the check is not deferred.
         """
         checks = checks or (self.target_check,)
-        if not self._puts_off_checks(targets.device):
+        if not self.defers_checks(targets.device):
             for check in checks:
                 check.require(targets, stage, batch_idx, dataloader_idx)
             return targets, None
@@ -344,33 +321,39 @@ class Task(PlainHyperparameters, LightningModule):
         targets, misfit = noted[0]
         for _, other in noted[1:]:
             targets, misfit = targets.masked_fill(other, 0), misfit | other
-        # So a mistake in all of the data costs no epoch. Not in evaluation by several processes: one may have no batch.
+        # Then a mistake in all data does not cost an epoch. Several processes cannot do so in an evaluation, where one
+        # of them may have no batch.
         if batch_idx == 0 and (stage == "training" or self.trainer.world_size == 1):
             self._refuse_noted_targets()
         return targets, misfit
 
-    def _puts_off_checks(self, device: torch.device) -> bool:
-        # Without a Trainer no hook says when an epoch ends.
-        return self._trainer is not None and (self.trainer.world_size > 1 or device.type != "cpu")
+    def defers_checks(self, device: torch.device) -> bool:
+        """Return whether the checks of targets wait for the end of the epoch.
+
+        Args:
+            device: The device of the targets.
+        """
+        # Without a Trainer, no hook says when an epoch ends.
+        return self.attached_trainer is not None and (self.trainer.world_size > 1 or device.type != "cpu")
 
     def _refuse_noted_targets(self) -> None:
-        if not self._puts_off_checks(self.device):
+        if not self.defers_checks(self.device):
             return
         notes = torch.stack([check.notes(self.device) for check in self.target_checks])
         by_rank = [notes]
         if self.trainer.world_size > 1:
             by_rank = [torch.empty_like(notes) for _ in range(self.trainer.world_size)]
             torch.distributed.all_gather(by_rank, notes)
-        for check, own in zip(self.target_checks, torch.stack(by_rank, dim=1), strict=True):
-            check.refuse(own)
+        for check, gathered in zip(self.target_checks, torch.stack(by_rank, dim=1), strict=True):
+            check.refuse(gathered)
 
     def compute_loss(self, logits: Tensor, targets: Tensor, misfit: Tensor | None = None) -> Tensor:
         """Return the loss, computed in float32 or more, whatever the precision of the network.
 
         Args:
-            logits: Of the network.
-            targets: For the loss.
-            misfit: Whether the true targets are out of range, a bool scalar; the loss is 0 then, without a gradient.
+            logits: Logits of the network.
+            targets: Targets from which the loss can be computed.
+            misfit: Whether the true targets are out of range, a bool scalar. The loss is then 0, without a gradient.
         """
         logits = at_least_float32(logits)
         with torch.autocast(logits.device.type, enabled=False), _default_dtype(logits.dtype):
@@ -382,11 +365,11 @@ class Task(PlainHyperparameters, LightningModule):
 
         Args:
             stage: One of `lightning_znorm.tasks.targets.STAGES`.
-            metrics: Those of the first loader.
+            metrics: The metrics of the first loader.
             dataloader_idx: Number of the loader.
 
         Returns:
-            The given ones for the first loader, and a copy of its own for any other.
+            The given metrics for the first loader, and a copy for each other loader.
         """
         if dataloader_idx == 0:
             return metrics
@@ -399,7 +382,7 @@ class Task(PlainHyperparameters, LightningModule):
     def log_metrics(self, metrics: MetricCollection, batch_size: int) -> None:
         """Log metrics over an epoch and all processes."""
         for name, metric in metrics.items(keep_base=False, copy_state=False):
-            # Named, because Lightning looks for metrics among the attributes, where those of further loaders are not.
+            # Lightning looks for metrics among the attributes, and those of further loaders are not there: name them.
             self.log(
                 name, metric, metric_attribute=name, on_step=False, on_epoch=True, prog_bar=True, batch_size=batch_size
             )
@@ -410,21 +393,21 @@ class Task(PlainHyperparameters, LightningModule):
 
 
 def _require_maker(name: str, of: str, example: str, given: object) -> None:
-    """Refuse what cannot be called, such as an optimizer that is made already."""
+    """Refuse what cannot be called, such as an optimizer in place of what makes one."""
     if not callable(given):
         found = "None" if given is None else f"an object of {type(given).__name__}"
-        raise TypeError(f"{name} must be a function that makes one from the {of}, such as {example}, got {found}.")
+        raise ZNormTypeError(f"{name} must be a function that makes one from the {of}, such as {example}, got {found}.")
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The floating-point parameters and buffers of a module itself, as they are now."""
+    """Return the floating-point parameters and buffers of a module, without those of its submodules."""
     named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return [(name, tensor.detach()) for name, tensor in named if tensor.is_floating_point()]
 
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Change torch's default type for what a loss makes itself, such as the kernel of MONAI's SSIMLoss."""
+    """Change torch's default type for tensors that a loss makes, such as the kernel of MONAI's SSIMLoss."""
     before = torch.get_default_dtype()
     if dtype == before:
         yield
@@ -436,27 +419,22 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _is_requeued() -> bool:
-    """Whether Lightning saves in the handler of SLURM's signal: in the middle of a step, which others wait for."""
-    return any(frame.f_code.co_name == "_slurm_sigusr_handler_fn" for frame, _ in traceback.walk_stack(None))
-
-
 def _leaves_total_steps_open(make: Callable[..., object]) -> str:
-    """The name of the scheduler that is made, if it counts the steps of a training and was not told how many."""
-    made: Any = make
+    """Return the scheduler's name if it needs the number of steps of the training and was not given it, else ""."""
+    factory: Any = make
     given: dict[str, object] = {}
     if isinstance(make, partial):
-        given, made = make.keywords, make.func
-        if (made.__module__ or "").startswith("jsonargparse."):  # a function of its own, which is passed the class
-            made = next((part for part in make.args if isinstance(part, type)), made)
+        given, factory = make.keywords, make.func
+        if (factory.__module__ or "").startswith("jsonargparse."):  # its function takes the class as an argument
+            factory = next((part for part in make.args if isinstance(part, type)), factory)
     try:
-        parameters = inspect.signature(made).parameters
+        parameters = inspect.signature(factory).parameters
     except ValueError:  # a builtin
         return ""
     if "total_steps" not in parameters:
         return ""
     values = {name: parameter.default for name, parameter in parameters.items()} | given
-    told = [values.get(name) for name in ("total_steps", "epochs", "steps_per_epoch")]
-    is_open = all(value is None or value is inspect.Parameter.empty for value in told)
-    name: str = getattr(made, "__name__", type(made).__name__)
+    lengths = [values.get(name) for name in ("total_steps", "epochs", "steps_per_epoch")]
+    is_open = all(value is None or value is inspect.Parameter.empty for value in lengths)
+    name: str = getattr(factory, "__name__", type(factory).__name__)
     return name if is_open else ""

@@ -1,52 +1,57 @@
-"""What loaders hand out and networks return, in the one form that the tasks work on."""
+"""Images and targets from batches, and logits from the outputs of networks."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from lightning_znorm.errors import ZNormTypeError
+
 
 def images_of(batch: Any) -> Tensor:
-    """Return the images that a batch is, or that it begins with.
+    """Return the images of a batch.
+
+    Args:
+        batch: Images, or a tuple or list that begins with images.
 
     Raises:
-        TypeError: If it is neither.
+        TypeError: If the batch is something else.
     """
     images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(images, Tensor):
-        raise TypeError(
-            f"A batch is {described(batch)}, and images, a tensor, or a tuple or list that begins with them, are "
+        raise ZNormTypeError(
+            f"A batch is {kind_of(batch)}, and images, a tensor, or a tuple or list that begins with them, are "
             "expected: let the dataset or its collate_fn return that."
         )
     return images
 
 
 def images_and_targets(batch: Any, targets: str) -> tuple[Tensor, Tensor]:
-    """Return the images and targets that a batch begins with; what follows, such as an index, is left aside.
+    """Return the images and targets of a batch.
 
     Args:
-        batch: As the loader made it.
-        targets: What a message calls them.
+        batch: A tuple or list that begins with images and targets. Further entries, such as an index, are ignored.
+        targets: What a message calls the targets.
 
     Raises:
-        TypeError: If it does not begin with both.
+        TypeError: If the batch does not begin with both.
     """
     if not isinstance(batch, (tuple, list)) or not all(isinstance(part, Tensor) for part in (*batch, None)[:2]):
-        raise TypeError(
-            f"A batch is {described(batch)}, and a tuple or list that begins with images and {targets}, both tensors, "
+        raise ZNormTypeError(
+            f"A batch is {kind_of(batch)}, and a tuple or list that begins with images and {targets}, both tensors, "
             "is expected: let the dataset or its collate_fn return that."
         )
     return batch[0], batch[1]
 
 
 def logits_of(output: Any) -> Any:
-    """Return the logits of a network whose output holds more: torchvision's and transformers' have them under a name.
+    """Return the logits in the output of a network. Outputs of torchvision and transformers hold more than logits.
 
     Args:
-        output: What the network returned.
+        output: The output of the network.
 
     Returns:
-        What it calls ``logits``, as an attribute or a key, or ``out``, as a key; any other output as it is.
+        The output's attribute or key ``logits``, or its key ``out``; any other output as it is.
     """
     if isinstance(logits := getattr(output, "logits", None), Tensor):
         return logits
@@ -57,8 +62,8 @@ def logits_of(output: Any) -> Any:
     return output
 
 
-def described(value: Any) -> str:
-    """Return what to call a batch or an output in a message, such as "a tuple of Tensor and dict"."""
+def kind_of(value: Any) -> str:
+    """Return what a message calls a batch or an output, such as "a tuple of Tensor and dict"."""
     kind = type(value).__name__
     article = "an" if kind[:1] in "AEIOUaeiou" else "a"
     if isinstance(value, Mapping):

@@ -11,86 +11,61 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 from typing_extensions import override
 
+from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 from lightning_znorm.hyperparameters import plain_value, plain_values
 from lightning_znorm.metrics.mask_metric import at_least_float32
 from lightning_znorm.tasks.base import BUILD_IT, Task
-from lightning_znorm.tasks.batches import described, images_and_targets, images_of, logits_of
+from lightning_znorm.tasks.batches import images_and_targets, images_of, kind_of, logits_of
 from lightning_znorm.tasks.networks import create_classifier
-from lightning_znorm.tasks.targets import TargetCheck
-
-# In bfloat16 a number is off by up to 0.4 %, and Mixup and label smoothing round a few times.
-_SUM_TOLERANCE = 0.02
-
-
-class _SumCheck(TargetCheck):
-    """Refuse class probabilities that do not add up to 1, such as those of no class or of several at once."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "Sums of class probabilities",
-            last=1,
-            only_whole=False,
-            settings="cross entropy",
-            remedy="divide those of each image by their sum; labels of no class, or of several at once, do not fit",
-        )
-
-    @override
-    def _bounds(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        low, high = at_least_float32(targets.detach()).sum(dim=1).aminmax()
-        fits = (low >= 1 - _SUM_TOLERANCE) & (high <= 1 + _SUM_TOLERANCE)
-        return low, high, ~fits
-
-    @override
-    def _message(self, low: float, high: float, place: str) -> str:
-        return f"{self.name} run from {low:g} to {high:g} in {place}, and for {self.settings} must be 1: {self.remedy}."
+from lightning_znorm.tasks.targets import ProbabilitySumCheck, TargetCheck
 
 
 class ClassificationTask(Task):
     """Train a network to classify images, by cross entropy.
 
     Batches are tuples or lists that begin with images, ``(N, C, H, W)``, and integer labels, ``(N,)``, from 0 to
-    ``num_classes`` - 1; what follows, such as an index, is left aside. In training, labels may also be probabilities of
-    the classes, ``(N, num_classes)``, as Mixup and CutMix make them, which add up to 1 for each image; with one logit,
-    that of class 1, ``(N,)``.
+    ``num_classes`` - 1. Further entries, such as an index, are ignored. In training, labels may also be probabilities
+    of the classes, ``(N, num_classes)``, as Mixup and CutMix make them, which add up to 1 for each image. With one
+    logit, they are the probabilities of class 1, ``(N,)``.
 
     Logged, once per epoch: ``train/loss``, ``val/loss``, ``val/accuracy``, ``test/loss``, ``test/accuracy`` (the share
-    of images whose most probable class is the true one). Several loaders for validation or test are scored each by
-    itself, under ``val/accuracy/dataloader_idx_0`` and so on.
+    of images whose most probable class is the true one). Several loaders for validation or test are scored separately,
+    under ``val/accuracy/dataloader_idx_0`` and so on.
 
     With ``num_classes=1`` the network has one logit that tells two classes, 0 and 1, apart (binary cross entropy).
 
     The labels of every batch are checked. A single process on the CPU raises at once. On other devices, and in several
-    processes, all raise together after the first batch of training and at the end of each epoch and evaluation, so that
-    no step waits; until then the loss of a batch with a wrong label is 0. An image whose logits hold NaN counts as
-    classified wrongly.
+    processes, no step waits: all processes raise together after the first batch of training and at the end of each
+    epoch and evaluation. Until then, the loss of a batch with a wrong label is 0. An image whose logits hold NaN counts
+    as classified wrongly.
 
     Note:
         Loss and probabilities are computed in float32 or more, whatever the precision of the network.
 
-        A checkpoint holds plain values only, and loads with ``torch.load(..., weights_only=True)``. So where a task
-        was built in Python, its ``optimizer``, its ``lr_scheduler`` and a ``model`` that is a module are no
+        A checkpoint holds plain values only, and loads with ``torch.load(..., weights_only=True)``. So if a task was
+        built in Python, its ``optimizer``, its ``lr_scheduler`` and a ``model`` that is a module are not
         hyperparameters: pass them to ``load_from_checkpoint`` again (the first two, if training is to go on).
 
     Args:
         model: Name of a network, in `lightning_znorm.models` or else in timm, or a module that maps images to logits
-            of shape ``(N, num_classes)``, or to an output that has them as ``logits``, like those of transformers and
-            of torchvision's GoogLeNet and Inception. Auxiliary logits beside them are not trained: make such a network
-            with ``aux_logits=False``, or DDP waits for gradients that never come.
+            of shape ``(N, num_classes)``, or to an output that has them as ``logits``, as in transformers and in
+            torchvision's GoogLeNet and Inception. Auxiliary logits are not trained: make such a network with
+            ``aux_logits=False``, or DDP waits for gradients that never come.
         num_classes: Number of classes, or 1 for two classes told apart by one logit.
         in_chans: Channels of the images, for a network by name.
         model_kwargs: Further arguments of a network by name, plain values as YAML has them.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning rate scheduler from the optimizer; none by default. A
             `lightning.pytorch.cli.ReduceLROnPlateau` follows the metric that it names as its ``monitor``, torch's own
-            follows ``val/loss``. One that counts the steps of the training and was not told how many there are, such as
-            `torch.optim.lr_scheduler.OneCycleLR` without ``total_steps``, is given the Trainer's number (an infinite
+            follows ``val/loss``. A scheduler that needs the number of training steps and was not given it, such as
+            `torch.optim.lr_scheduler.OneCycleLR` without ``total_steps``, gets the Trainer's number (an infinite
             one is refused) and steps after every optimizer step.
         lr_scheduler_interval: Whether the scheduler steps after every epoch, or after every optimizer step.
         compile: Compile the network with `torch.compile`, in place: names in checkpoints stay as they are.
         lr_scheduler_frequency: The scheduler steps after every so many epochs, or batches; by default after each one,
             and a plateau scheduler that follows a ``val/`` metric after each epoch with a validation
             (``check_val_every_n_epoch`` of the Trainer).
-        lr_scheduler_strict: Whether it is an error if a plateau scheduler's metric is not there when it steps;
+        lr_scheduler_strict: Whether it is an error if a plateau scheduler's metric is missing when it steps;
             otherwise there is a warning, and the learning rate stays.
 
     Raises:
@@ -98,8 +73,8 @@ class ClassificationTask(Task):
             values, if ``num_classes`` is less than 1 or not the data module's, if the network's output has another
             width, or if labels have another shape, are out of range or not whole, or are probabilities whose sum
             differs from 1 by more than 0.02.
-        TypeError: If labels are not integers, but for probabilities in training and, with one logit, 0.0 and 1.0, or if
-            a batch does not begin with images and labels.
+        TypeError: If a batch does not begin with images and labels, or if labels are not integers. Two kinds of floats
+            are allowed: probabilities in training and, with one logit, 0.0 and 1.0.
 
     Example:
         >>> task = ClassificationTask("resnet20", num_classes=10, in_chans=1)
@@ -125,9 +100,9 @@ class ClassificationTask(Task):
         model_kwargs = plain_value("model_kwargs", model_kwargs, remedy=BUILD_IT)
         self.save_hyperparameters()
         if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}.")
+            raise ZNormValueError(f"num_classes must be at least 1, got {num_classes}.")
         self.num_classes = num_classes
-        # Cross entropy kills a CUDA process over a wrong label, and binary cross entropy takes it without a word.
+        # A wrong label kills a CUDA process in cross entropy, and binary cross entropy accepts it without a word.
         self.target_check = TargetCheck(
             "Labels",
             last=max(num_classes, 2) - 1,
@@ -142,7 +117,7 @@ class ClassificationTask(Task):
             settings="cross entropy with class probabilities",
             remedy="divide those of each image by their sum",
         )
-        self.sum_check = _SumCheck()
+        self.sum_check = ProbabilitySumCheck()
         create = partial(create_classifier, num_classes=num_classes, in_chans=in_chans)
         self.configure_network(model, create, model_kwargs or {}, compile)
         self.configure_losses()
@@ -154,7 +129,7 @@ class ClassificationTask(Task):
 
     def configure_metrics(self) -> None:
         """Set the metrics."""
-        # What validate_args would look for, `check_targets` does without a wait for the device.
+        # `check_targets` checks the same as validate_args, without waiting for the device.
         if self.num_classes == 1:
             accuracy: Metric = BinaryAccuracy(validate_args=False)
         else:
@@ -165,17 +140,17 @@ class ClassificationTask(Task):
     @property
     @override
     def target_checks(self) -> tuple[TargetCheck, ...]:
-        """That of class numbers, and those of class probabilities and their sums."""
+        """The checks of class numbers, of class probabilities and of their sums."""
         return (self.target_check, self.probability_check, self.sum_check)
 
     @override
     def setup(self, stage: str) -> None:
-        """Compare the number of classes with the data module's, if that says it."""
+        """Compare the number of classes with the data module's, if it has one."""
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         data_classes = getattr(data, "num_classes", self.num_classes)
         if data_classes != self.num_classes and (self.num_classes, data_classes) != (1, 2):
-            raise ValueError(
+            raise ZNormValueError(
                 f"{type(data).__name__} has {data_classes} classes, and the task was given num_classes="
                 f"{self.num_classes}: make it {data_classes} (in YAML, model.init_args.num_classes)."
             )
@@ -187,12 +162,12 @@ class ClassificationTask(Task):
         logits = logits_of(self.model(images))
         expected = (len(images), self.num_classes)
         if not isinstance(logits, Tensor):
-            raise ValueError(
-                f"{type(self.model).__name__} turned {len(images)} images into {described(logits)}, and the task takes "
+            raise ZNormValueError(
+                f"{type(self.model).__name__} turned {len(images)} images into {kind_of(logits)}, and the task takes "
                 f"logits, a tensor of shape {expected}, or an output that has them as `logits`: let it return that."
             )
         if logits.shape != expected:
-            raise ValueError(
+            raise ZNormValueError(
                 f"{type(self.model).__name__} turned {len(images)} images into an output of shape "
                 f"{tuple(logits.shape)}, and num_classes={self.num_classes} asks for {expected}: change one of the two."
             )
@@ -203,14 +178,14 @@ class ClassificationTask(Task):
         """Return the loss of a batch.
 
         Raises:
-            ValueError: If batch normalization meets a batch of one image where its size is down to 1x1.
+            ValueError: If batch normalization gets a batch of one image whose size has shrunk to 1x1.
         """
         try:
             loss, _, labels = self._loss_logits_labels(batch, "training", batch_idx)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
-            raise ValueError(
+            raise ZNormValueError(
                 f"Batch {batch_idx} holds one image, and batch normalization needs two values of each channel, where "
                 f"{type(self.model).__name__} has made them 1x1: choose a batch_size that is not 1, and of which no "
                 "single image is left over at the end of an epoch."
@@ -240,7 +215,7 @@ class ClassificationTask(Task):
             dataloader_idx: Not used.
 
         Returns:
-            The probability of each class, shape ``(N, num_classes)``; for one logit that of class 1, shape ``(N,)``.
+            The probability of each class, shape ``(N, num_classes)``; with one logit, that of class 1, shape ``(N,)``.
         """
         return self._probabilities(self(images_of(batch)))
 
@@ -274,7 +249,7 @@ class ClassificationTask(Task):
     def _loss_of_probabilities(self, images: Tensor, labels: Tensor, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         expected = (len(images),) if self.num_classes == 1 else (len(images), self.num_classes)
         if labels.shape != expected:
-            raise ValueError(
+            raise ZNormValueError(
                 f"Class probabilities have shape {tuple(labels.shape)}, and {len(images)} images with num_classes="
                 f"{self.num_classes} ask for {expected}."
             )
@@ -289,20 +264,20 @@ class ClassificationTask(Task):
         return logits.squeeze(1).sigmoid() if self.num_classes == 1 else logits.softmax(dim=1)
 
     def _scored_probabilities(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Probabilities; where they are NaN, of which the largest would be some class, those of a wrong class."""
+        """Return probabilities. If an image's are NaN, they are replaced: a wrong class gets 1."""
         probabilities = self._probabilities(logits)
         if self.num_classes == 1:
             return torch.where(probabilities.isnan(), (1 - labels).to(probabilities.dtype), probabilities)
-        # `one_hot` would wait for the device.
+        # `torch.nn.functional.one_hot` would wait for the device.
         wrong = torch.arange(self.num_classes, device=labels.device) == ((labels + 1) % self.num_classes).unsqueeze(1)
         unknown = probabilities.isnan().any(dim=1, keepdim=True)
         return torch.where(unknown, wrong.to(probabilities.dtype), probabilities)
 
     def _require_labels(self, images: Tensor, labels: Tensor) -> None:
         if labels.shape != (len(images),):
-            raise ValueError(
+            raise ZNormValueError(
                 f"Labels have shape {tuple(labels.shape)}, and {len(images)} images ask for {(len(images),)}: the "
                 "number of the class of each."
             )
         if labels.is_complex() or (labels.is_floating_point() and self.num_classes > 1):
-            raise TypeError(f"Labels are {labels.dtype}, and class numbers are integers: pass labels.long().")
+            raise ZNormTypeError(f"Labels are {labels.dtype}, and class numbers are integers: pass labels.long().")

@@ -1,4 +1,4 @@
-"""Networks by name."""
+"""Networks by name, for the tasks."""
 
 import difflib
 import re
@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 
 from lightning_znorm import models
+from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 
 
 def create_classifier(name: str, num_classes: int, in_chans: int = 3, **kwargs: Any) -> nn.Module:
     """Create a network for image classification.
 
     Args:
-        name: A network of `lightning_znorm.models` or, if there is none of that name, of timm.
+        name: The name of a network in `lightning_znorm.models`, or else in timm.
         num_classes: Width of the output.
         in_chans: Channels of the input.
         **kwargs: Further arguments of the network, such as timm's ``drop_rate`` or ``pretrained``.
@@ -24,7 +25,7 @@ def create_classifier(name: str, num_classes: int, in_chans: int = 3, **kwargs: 
         A module that maps ``(N, in_chans, H, W)`` to ``(N, num_classes)``.
 
     Raises:
-        ValueError: If neither knows the name; the nearest names are in the message.
+        ValueError: If neither has a network of this name. The message gives the nearest names.
         TypeError: If the network has no argument of a name in ``kwargs``.
 
     Example:
@@ -36,12 +37,12 @@ def create_classifier(name: str, num_classes: int, in_chans: int = 3, **kwargs: 
     if name in models.__all__:
         return _create(name, getattr(models, name), {"num_classes": num_classes, "in_chans": in_chans}, kwargs)
 
-    import timm  # seconds, which a run of our own networks need not wait
+    import timm  # takes seconds, and this package's own networks do not need it
 
     if not timm.is_model(name):
         nearest = difflib.get_close_matches(name, [*models.__all__, *timm.list_models()])
         advice = f"did you mean {' or '.join(nearest)}?" if nearest else "timm.list_models() lists the names."
-        raise ValueError(f"No network is called {name!r}, in lightning_znorm.models or in timm: {advice}")
+        raise ZNormValueError(f"No network is called {name!r}, in lightning_znorm.models or in timm: {advice}")
     return _create(name, partial(timm.create_model, name), {"num_classes": num_classes, "in_chans": in_chans}, kwargs)
 
 
@@ -51,15 +52,15 @@ _SEGMENTERS = ("resnet50_unet", "unetpp", "attention_unet")
 def create_segmenter(
     name: str, num_classes: int = 1, in_chans: int = 3, spatial_dims: int = 2, **kwargs: Any
 ) -> nn.Module:
-    """Create a network for segmentation, one of the ZNorm paper's three, from MONAI.
+    """Create one of the three segmentation networks of the ZNorm paper, from MONAI.
 
-    All have batch normalization; where its Attention U-Net merges an upsampled layer with a skip connection, MONAI has
-    instance normalization.
+    All have batch normalization. Only MONAI's Attention U-Net has instance normalization too: where it merges an
+    upsampled layer with a skip connection.
 
     Args:
         name: ``"resnet50_unet"`` (a U-Net with a ResNet-50 as its encoder), ``"unetpp"`` (U-Net++, with an output at
-            each depth: without this deep supervision some of its parameters would never be used) or
-            ``"attention_unet"``. The last two need sizes that are multiples of 16.
+            each depth: without this deep supervision, some of its parameters would never be used) or
+            ``"attention_unet"``. The last two need image sizes that are multiples of 16.
         num_classes: Width of the output.
         in_chans: Channels of the input.
         spatial_dims: 2 for images, 3 for volumes.
@@ -67,7 +68,7 @@ def create_segmenter(
             ``channels`` or ``dropout``.
 
     Returns:
-        A module that maps ``(N, in_chans, ...)`` to ``(N, num_classes, ...)``; U-Net++ to a list of four such.
+        A module that maps ``(N, in_chans, ...)`` to ``(N, num_classes, ...)``. U-Net++ maps to a list of four of these.
 
     Raises:
         ValueError: If the name is none of these.
@@ -79,9 +80,9 @@ def create_segmenter(
         torch.Size([1, 1, 32, 32])
     """
     if name not in _SEGMENTERS:
-        raise ValueError(f"No segmentation network is called {name!r}: choose one of {', '.join(_SEGMENTERS)}.")
+        raise ZNormValueError(f"No segmentation network is called {name!r}: choose one of {', '.join(_SEGMENTERS)}.")
 
-    from monai.networks.nets import AttentionUnet, BasicUNetPlusPlus, FlexibleUNet  # seconds
+    from monai.networks.nets import AttentionUnet, BasicUNetPlusPlus, FlexibleUNet  # takes seconds
 
     shape: dict[str, Any] = {"spatial_dims": spatial_dims, "in_channels": in_chans, "out_channels": num_classes}
     if name == "resnet50_unet":
@@ -95,11 +96,11 @@ def create_segmenter(
 def _create(
     name: str, network: Callable[..., nn.Module], settings: dict[str, Any], kwargs: dict[str, Any]
 ) -> nn.Module:
-    """Create a network with settings of ours, over which the user's own go."""
+    """Create a network with this package's settings, which the user's override."""
     try:
         return network(**settings | kwargs)
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None or unknown[1] not in kwargs:
             raise
-        raise TypeError(f"The network {name} has no argument {unknown[1]!r}.") from error
+        raise ZNormTypeError(f"The network {name} has no argument {unknown[1]!r}.") from error

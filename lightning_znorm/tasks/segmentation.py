@@ -12,62 +12,63 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 from lightning_znorm.hyperparameters import plain_value, plain_values
 from lightning_znorm.metrics import DiceScore, HausdorffDistance, TverskyIndex
 from lightning_znorm.metrics.mask_metric import MaskMetric, at_least_float32, orderable
 from lightning_znorm.tasks.base import BUILD_IT, Task
-from lightning_znorm.tasks.batches import described, images_and_targets, images_of, logits_of
+from lightning_znorm.tasks.batches import images_and_targets, images_of, kind_of, logits_of
 from lightning_znorm.tasks.networks import create_segmenter
 from lightning_znorm.tasks.targets import TargetCheck
 
 Batch = Sequence[Any]
-"""Begins with images of shape ``(N, C, H, W)`` or ``(N, C, D, H, W)``, and masks of the same size."""
+"""A batch begins with images of shape ``(N, C, H, W)`` or ``(N, C, D, H, W)``, and masks of the same size."""
 
 
 class SegmentationTask(Task):
     """Train a network to mark regions in images or volumes.
 
     Batches are tuples or lists that begin with images, ``(N, C, H, W)`` or ``(N, C, D, H, W)``, and masks of the same
-    size; what follows, such as an index, is left aside. Masks are:
+    size. Further entries, such as an index, are ignored. Masks are:
 
-    - with ``activation="sigmoid"``, one mask of zeros and ones for each class, ``(N, num_classes, ...)``; classes may
-      overlap. A value between trains as it is, and is scored as one from 0.5 on;
+    - with ``activation="sigmoid"``, one mask of zeros and ones for each class, ``(N, num_classes, ...)``. Classes may
+      overlap. A value in between is used as it is in training, and is scored as 1 if it is at least 0.5;
     - with ``activation="softmax"``, the class of each pixel, ``(N, 1, ...)``, from 0 (background) to
       ``num_classes`` - 1.
 
     Logged, once per epoch: ``train/loss``, ``val/loss``, ``val/dice``, ``val/tversky``, ``val/hausdorff`` and the same
-    for ``test``; see `lightning_znorm.metrics` for what they do with empty masks. With softmax, the background is not
-    scored. A mask predicted with NaN gets the worst score there is. Several loaders for validation or test are scored
-    each by itself, under ``val/dice/dataloader_idx_0`` and so on.
+    for ``test``; see `lightning_znorm.metrics` for how they treat empty masks. With softmax, the background is not
+    scored. A mask predicted with NaN gets the worst score. Several loaders for validation or test are scored
+    separately, under ``val/dice/dataloader_idx_0`` and so on.
 
-    Where all masks of a validation are empty, in prediction and truth, a score is NaN. That is no improvement and no
-    divergence: an `lightning.pytorch.callbacks.EarlyStopping` that follows one goes on, as with ``check_finite=False``,
-    which is set while this task trains, and stays if that ends in an error.
+    If all masks of a validation are empty, in prediction and truth, a score is NaN. That is neither an improvement nor
+    a divergence: an `lightning.pytorch.callbacks.EarlyStopping` that follows the score goes on. For this, its
+    ``check_finite`` is set to False while this task trains. It stays False if the training ends in an error.
 
     The masks of every batch are checked. A single process on the CPU raises at once. On other devices, and in several
-    processes, all raise together after the first batch of training and at the end of each epoch and evaluation, so that
-    no step waits; until then the loss of a batch with a wrong mask is 0.
+    processes, no step waits: all processes raise together after the first batch of training and at the end of each
+    epoch and evaluation. Until then, the loss of a batch with a wrong mask is 0.
 
-    The default loss adds Dice loss and cross entropy, and takes Dice over the pixels of the whole batch. Where most
-    masks are empty and a structure covers a hundredth of the pixels, the Dice loss of a single empty image is close to
-    one whatever is predicted: it has no slope to follow. Over a batch the loss sees the few masks that are not empty,
-    and cross entropy holds the rest of the pixels at zero.
+    The default loss adds Dice loss and cross entropy, and takes Dice over the pixels of the whole batch. If most masks
+    are empty and a structure covers a hundredth of the pixels, the Dice loss of a single empty image is close to 1 for
+    any prediction, so it has no slope to follow. Over a batch, the loss sees the few masks that are not empty, and
+    cross entropy holds the other pixels at zero.
 
     Note:
         - A network may return several outputs (deep supervision): all are trained, and the last is scored. So
-          ``train/loss`` is a mean over the outputs, and ``val/loss`` that of the last.
+          ``train/loss`` is a mean over the outputs, and ``val/loss`` is the loss of the last.
         - The loss is computed in float32 or more, whatever the precision of the network.
-        - The networks by name have biases in front of normalization layers, whose true gradient is zero; what is found
-          there becomes unit size under ZNorm. It changes nothing in the output. ``min_ndim=2`` of the callback leaves
-          them alone.
+        - The networks by name have biases in front of normalization layers. Their true gradient is zero, and ZNorm
+          scales its rounding errors to unit size. This does not change the output. ``min_ndim=2`` of the callback
+          leaves these biases alone.
         - A checkpoint holds plain values only: a ``model``, ``loss``, ``optimizer`` or ``lr_scheduler`` that was given
           as an object has to be passed to ``load_from_checkpoint`` again.
 
     Args:
         model: Name of a network (``"resnet50_unet"``, ``"unetpp"``, ``"attention_unet"``, from MONAI), or a module that
-            maps images to logits of shape ``(N, num_classes, ...)``, to a list of such, or to an output that has them
-            as ``logits`` or ``out``, like those of transformers and torchvision. What else is in it, such as ``aux``,
-            is not trained: make such a network with ``aux_loss=False``, or DDP waits for gradients that never come.
+            maps images to logits of shape ``(N, num_classes, ...)``, to a list of these, or to an output that has them
+            as ``logits`` or ``out``, as in transformers and torchvision. Its other entries, such as ``aux``, are not
+            trained: make such a network with ``aux_loss=False``, or DDP waits for gradients that never come.
         num_classes: Width of the output.
         in_chans: Channels of the images, for a network by name.
         spatial_dims: 2 for images, 3 for volumes, for a network by name.
@@ -75,26 +76,26 @@ class SegmentationTask(Task):
         loss: Takes logits and masks; in YAML any loss of MONAI. ``None`` is
             ``DiceCELoss(sigmoid=True, batch=True)``, or ``DiceCELoss(softmax=True, to_onehot_y=True, batch=True)``.
         activation: Turns logits into probabilities.
-        threshold: Probability from which on a pixel belongs to a class, with sigmoid. With softmax it belongs to the
-            most probable class.
+        threshold: With sigmoid, the probability from which on a pixel belongs to a class. With softmax, a pixel belongs
+            to the most probable class.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning rate scheduler from the optimizer; none by default. A
             `lightning.pytorch.cli.ReduceLROnPlateau` follows the metric that it names as its ``monitor``, torch's own
-            follows ``val/loss``. One that counts the steps of the training and was not told how many there are, such as
-            `torch.optim.lr_scheduler.OneCycleLR` without ``total_steps``, is given the Trainer's number (an infinite
+            follows ``val/loss``. A scheduler that needs the number of training steps and was not given it, such as
+            `torch.optim.lr_scheduler.OneCycleLR` without ``total_steps``, gets the Trainer's number (an infinite
             one is refused) and steps after every optimizer step.
         lr_scheduler_interval: Whether the scheduler steps after every epoch, or after every optimizer step.
         compile: Compile the network with `torch.compile`, in place: names in checkpoints stay as they are.
         lr_scheduler_frequency: The scheduler steps after every so many epochs, or batches; by default after each one,
             and a plateau scheduler that follows a ``val/`` metric after each epoch with a validation
             (``check_val_every_n_epoch`` of the Trainer).
-        lr_scheduler_strict: Whether it is an error if a plateau scheduler's metric is not there when it steps;
+        lr_scheduler_strict: Whether it is an error if a plateau scheduler's metric is missing when it steps;
             otherwise there is a warning, and the learning rate stays.
 
     Raises:
         ValueError: If no network has the name, if ``model_kwargs`` come with a module or hold anything but plain
-            values, if ``num_classes``, ``activation`` or ``threshold`` cannot be, or if the network's output or a mask
-            has another shape or other values than these say.
+            values, if ``num_classes``, ``activation`` or ``threshold`` is out of range, or if the network's output or a
+            mask has another shape or other values than these say.
         TypeError: If a batch does not begin with images and masks.
 
     Example:
@@ -132,12 +133,12 @@ class SegmentationTask(Task):
         model_kwargs = plain_value("model_kwargs", model_kwargs, remedy=BUILD_IT)
         self.save_hyperparameters()
         if activation not in ("sigmoid", "softmax"):
-            raise ValueError(f"activation must be 'sigmoid' or 'softmax', got {activation!r}.")
+            raise ZNormValueError(f"activation must be 'sigmoid' or 'softmax', got {activation!r}.")
         least = 1 if activation == "sigmoid" else 2
         if num_classes < least:
-            raise ValueError(f"num_classes must be at least {least} with {activation}, got {num_classes}.")
+            raise ZNormValueError(f"num_classes must be at least {least} with {activation}, got {num_classes}.")
         if not 0 < threshold < 1:
-            raise ValueError(f"threshold is a probability, in (0, 1), got {threshold}.")
+            raise ZNormValueError(f"threshold is a probability, in (0, 1), got {threshold}.")
         self._stopping_checked_finite: list[EarlyStopping] = []
         self.num_classes = num_classes
         self.activation = activation
@@ -175,13 +176,13 @@ class SegmentationTask(Task):
 
     @override
     def setup(self, stage: str) -> None:
-        """Let early stopping go on where a score is NaN: no mask was there to score, and nothing diverged."""
+        """Let early stopping go on at a NaN score: there was no mask to score, and nothing diverged."""
         super().setup(stage)
         if stage != "fit":
             return
         metrics = self.val_metrics.items(keep_base=False, copy_state=False)
         names = {name for name, metric in metrics if isinstance(metric, MaskMetric)}
-        callbacks: Any = self.trainer  # of which Lightning declares none
+        callbacks: Any = self.trainer  # Lightning does not declare its callbacks
         for callback in callbacks.callbacks:
             if not isinstance(callback, EarlyStopping) or not callback.check_finite:
                 continue
@@ -189,13 +190,13 @@ class SegmentationTask(Task):
                 callback.check_finite = False
                 self._stopping_checked_finite.append(callback)
                 rank_zero_info(
-                    f"EarlyStopping(monitor={callback.monitor!r}) takes NaN for no improvement (check_finite=False), "
-                    "because it says that no mask was there to score."
+                    f"EarlyStopping(monitor={callback.monitor!r}) counts NaN as no improvement (check_finite=False), "
+                    "because it means that there was no mask to score."
                 )
 
     @override
     def teardown(self, stage: str) -> None:
-        """Give early stopping its setting back; Lightning calls this only after a training without an error."""
+        """Restore the setting of early stopping. Lightning does not call this after an error."""
         super().teardown(stage)
         for callback in self._stopping_checked_finite:
             callback.check_finite = True
@@ -255,7 +256,7 @@ class SegmentationTask(Task):
         return orderable(masks) >= 0.5 if self.activation == "sigmoid" else self._one_hot(masks.long())
 
     def _loss(self, logits: Tensor, masks: Tensor, misfit: Tensor | None) -> Tensor:
-        # In half precision the sum over the pixels of a batch, which Dice takes, is infinite or has two digits.
+        # Dice sums over the pixels of a batch. In half precision, the sum is infinite or has two digits.
         if masks.is_floating_point():
             masks = at_least_float32(masks)
         else:
@@ -267,15 +268,15 @@ class SegmentationTask(Task):
         return classes == numbers.view(-1, *[1] * (classes.ndim - 2))
 
     def _outputs(self, images: Tensor) -> list[Tensor]:
-        """The logits of all of the network's outputs, of which the last is the prediction."""
+        """Return the logits of all outputs of the network. The last one is the prediction."""
         self.check_channels(images)
-        made = logits_of(self.model(images))
-        outputs = list(made) if isinstance(made, (list, tuple)) and made else [made]
+        returned = logits_of(self.model(images))
+        outputs = list(returned) if isinstance(returned, (list, tuple)) and returned else [returned]
         expected = (len(images), self.num_classes, *images.shape[2:])
         for output in outputs:
             if not isinstance(output, Tensor) or output.shape != expected:
-                found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else described(output)
-                raise ValueError(
+                found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else kind_of(output)
+                raise ZNormValueError(
                     f"{type(self.model).__name__} turned images of shape {tuple(images.shape)} into {found}, and "
                     f"num_classes={self.num_classes} asks for logits of shape {expected}."
                 )
@@ -290,7 +291,7 @@ class SegmentationTask(Task):
         self.log_loss(loss_name, self._loss(logits, masks, misfit), len(images))
         probabilities, target = self.probabilities(logits), self.truth(masks)
         preds = _worst_where_nan(self.marked(probabilities), probabilities, target)
-        if self.activation == "softmax":  # without the background
+        if self.activation == "softmax":  # leave out the background
             preds, target = preds[:, 1:], target[:, 1:]
         metrics.update(preds, target)
         self.log_metrics(metrics, len(images))
@@ -302,13 +303,13 @@ class SegmentationTask(Task):
         channels = self.num_classes if self.activation == "sigmoid" else 1
         expected = (len(images), channels, *images.shape[2:])
         if masks.shape != expected:
-            raise ValueError(
+            raise ZNormValueError(
                 f"Masks have shape {tuple(masks.shape)}, and images of shape {tuple(images.shape)} with "
                 f"activation={self.activation!r} and num_classes={self.num_classes} ask for {expected}."
             )
         last = self.num_classes - 1
         if self.activation == "softmax" and masks.is_floating_point() and last > 2 / torch.finfo(masks.dtype).eps:
-            raise TypeError(
+            raise ZNormTypeError(
                 f"Masks are {masks.dtype}, which cannot tell all classes from 0 to {last} apart: pass masks.long(), "
                 "which no precision of the Trainer rounds."
             )
@@ -316,7 +317,7 @@ class SegmentationTask(Task):
 
 
 def _worst_where_nan(preds: Tensor, probabilities: Tensor, target: Tensor) -> Tensor:
-    """Masks; those predicted with NaN, which no threshold finds, become empty, or full where the true mask is empty."""
+    """Return predicted masks. A mask with NaN probabilities becomes empty, or full if the true mask is empty."""
     pixels = tuple(range(2, preds.ndim))
     unknown = probabilities.isnan().any(dim=pixels, keepdim=True)
     return torch.where(unknown, ~target.any(dim=pixels, keepdim=True), preds)

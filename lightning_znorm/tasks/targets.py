@@ -1,27 +1,31 @@
-"""Checks the values of masks and labels, in every batch."""
+"""Checks of the values of masks and labels, in every batch."""
 
 import math
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_znorm.metrics.mask_metric import orderable, widest_float
+from lightning_znorm.errors import ZNormValueError
+from lightning_znorm.metrics.mask_metric import at_least_float32, orderable, widest_float
 
 STAGES = ("training", "validation", "test")
+# A number in bfloat16 is off by up to 0.4 %, and Mixup and label smoothing round a few times.
+_SUM_TOLERANCE = 0.02
 
 
 class TargetCheck:
-    """Refuse targets that are out of range, NaN, or between whole numbers where only these will do.
+    """A check that targets are in range, not NaN and, if they must be, whole numbers.
 
-    To read a value makes the program wait for its device. :meth:`require` does so. :meth:`note` does not: it counts on
-    the device, for :meth:`refuse` to read when the program waits anyway.
+    Reading a value makes the program wait for its device. :meth:`require` does so. :meth:`note` does not: it counts
+    wrong batches on the device, and :meth:`refuse` reads the count when the program waits anyway.
 
     Args:
-        name: What the targets are called in messages, such as ``"Masks"``.
-        last: Targets run from 0 to this.
-        only_whole: Whether they must be whole numbers.
-        settings: What of the task's settings says so, for messages.
-        remedy: What to do about it, for messages.
+        name: What messages call the targets, such as ``"Masks"``.
+        last: Targets run from 0 to this value.
+        only_whole: Whether targets must be whole numbers.
+        settings: The settings of the task that say so, for messages.
+        remedy: What to do about wrong targets, for messages.
     """
 
     def __init__(self, name: str, last: int, only_whole: bool, settings: str, remedy: str) -> None:
@@ -33,10 +37,10 @@ class TargetCheck:
         self._notes: dict[str, Tensor] = {}
 
     def require(self, targets: Tensor, stage: str, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Raise if a target of a batch is wrong; waits for the device.
+        """Raise if a target of a batch is wrong. This waits for the device.
 
         Args:
-            targets: Those of a batch.
+            targets: The targets of a batch.
             stage: One of ``STAGES``.
             batch_idx: Number of the batch in its epoch.
             dataloader_idx: Number of the loader, where there are several.
@@ -47,20 +51,20 @@ class TargetCheck:
         if _has_values(targets):
             low, high, misfit = self._bounds(targets)
             if misfit:
-                raise ValueError(self._message(float(low), float(high), _place(stage, batch_idx, dataloader_idx)))
+                raise ZNormValueError(self._message(float(low), float(high), _where(stage, batch_idx, dataloader_idx)))
 
     def note(self, targets: Tensor, stage: str, batch_idx: int, dataloader_idx: int = 0) -> tuple[Tensor, Tensor]:
-        """Count a batch on its device if a target is wrong; waits for nothing.
+        """Count a batch on its device if a target is wrong. This waits for nothing.
 
         Args:
-            targets: Those of the batch.
+            targets: The targets of a batch.
             stage: One of ``STAGES``.
             batch_idx: Number of the batch in its epoch.
             dataloader_idx: Number of the loader, where there are several.
 
         Returns:
-            Targets that a loss can be computed of: zeros if one is wrong, for as the number of a class it would kill a
-            CUDA process. And whether one is, a bool scalar.
+            Targets from which a loss can be computed: zeros if one is wrong, because a wrong class number would kill a
+            CUDA process. And whether a target is wrong, a bool scalar.
         """
         if not _has_values(targets):
             return targets, torch.zeros((), dtype=torch.bool, device=targets.device)
@@ -73,7 +77,14 @@ class TargetCheck:
         return orderable(targets).masked_fill(misfit, 0), misfit
 
     def notes(self, device: torch.device) -> Tensor:
-        """Return, for each stage, the count of wrong batches; of the first its number, loader, minimum and maximum."""
+        """Return the count of wrong batches of each stage, and the first one's number, loader, minimum and maximum.
+
+        Args:
+            device: The device of the result.
+
+        Returns:
+            Shape ``(stages, 5)``.
+        """
         return torch.stack([self._notes.get(stage, _no_notes(device)) for stage in STAGES])
 
     def clear(self) -> None:
@@ -81,10 +92,10 @@ class TargetCheck:
         self._notes.clear()
 
     def refuse(self, notes: Tensor) -> None:
-        """Raise if a batch has been counted, and forget it; waits for the device.
+        """Raise if a wrong batch was counted, and forget the counts. This waits for the device.
 
         Args:
-            notes: Those of each process, shape ``(processes, stages, 5)``.
+            notes: What :meth:`notes` returned in each process, shape ``(processes, stages, 5)``.
 
         Raises:
             ValueError: If a target of any process was wrong.
@@ -95,34 +106,57 @@ class TargetCheck:
             for rank, (batches, batch_idx, dataloader_idx, low, high) in enumerate(of_ranks):
                 if batches:
                     self.clear()
-                    place = _place(stage, int(batch_idx), int(dataloader_idx))
-                    place += f" on rank {rank}" if ranks > 1 else ""
-                    place += f" (one of {total} such batches)" if total > 1 else ""
-                    raise ValueError(self._message(low, high, place))
+                    where = _where(stage, int(batch_idx), int(dataloader_idx))
+                    where += f" on rank {rank}" if ranks > 1 else ""
+                    where += f" (one of {total} such batches)" if total > 1 else ""
+                    raise ZNormValueError(self._message(low, high, where))
 
     def _bounds(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The least and the greatest target, NaN if one is NaN, and whether one is wrong."""
+        """Return the smallest and the greatest target, NaN if one is NaN, and whether one is wrong."""
         values = orderable(targets.detach())
         low, high = values.aminmax()
-        fits = (low >= 0) & (high <= self.last)  # which NaN makes false
+        fits = (low >= 0) & (high <= self.last)  # false for NaN
         if self.only_whole and values.is_floating_point():
             fits = fits & (values == values.trunc()).all()
         return low, high, ~fits
 
-    def _message(self, low: float, high: float, place: str) -> str:
+    def _message(self, low: float, high: float, where: str) -> str:
         if math.isnan(low):
-            return f"{self.name} hold NaN in {place}: correct them, or leave out what holds it."
+            return f"{self.name} hold NaN in {where}: correct them, or leave out the data that hold it."
         fractions = low >= 0 and high <= self.last
         found = "are not whole numbers" if fractions else f"run from {low:g} to {high:g}"
         numbers = "whole numbers from 0" if self.only_whole else "0"
-        return f"{self.name} {found} in {place}, and {self.settings} allows {numbers} to {self.last}: {self.remedy}."
+        return f"{self.name} {found} in {where}, and {self.settings} allows {numbers} to {self.last}: {self.remedy}."
+
+
+class ProbabilitySumCheck(TargetCheck):
+    """A check that class probabilities add up to 1. Those of no class, or of several at once, do not."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Sums of class probabilities",
+            last=1,
+            only_whole=False,
+            settings="cross entropy",
+            remedy="divide those of each image by their sum; labels of no class, or of several at once, do not fit",
+        )
+
+    @override
+    def _bounds(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low, high = at_least_float32(targets.detach()).sum(dim=1).aminmax()
+        fits = (low >= 1 - _SUM_TOLERANCE) & (high <= 1 + _SUM_TOLERANCE)
+        return low, high, ~fits
+
+    @override
+    def _message(self, low: float, high: float, where: str) -> str:
+        return f"{self.name} run from {low:g} to {high:g} in {where}, and for {self.settings} must be 1: {self.remedy}."
 
 
 def _has_values(targets: Tensor) -> bool:
     return targets.dtype != torch.bool and targets.numel() > 0
 
 
-def _place(stage: str, batch_idx: int, dataloader_idx: int) -> str:
+def _where(stage: str, batch_idx: int, dataloader_idx: int) -> str:
     return f"batch {batch_idx} of {stage}" + (f" loader {dataloader_idx}" if dataloader_idx else "")
 
 

@@ -23,7 +23,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_znorm import LastCheckpoint
-from lightning_znorm.cli.last_checkpoint import last_checkpoint
+from lightning_znorm.cli.checkpoints import last_checkpoint
 from tests.callbacks.last_checkpoint_training import Falling, again, fit, refused, resumed, train
 from tests.distributed import run_distributed
 from tests.fsdp import needs_fsdp2_on_cpu

@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from lightning_znorm.cli import main
-from lightning_znorm.cli.errors import sentence
+from lightning_znorm.cli.error_sentences import sentence
 from lightning_znorm.data import CIFAR10DataModule, ImageFolderDataModule
 from lightning_znorm.data.lgg import find_images, find_patients
 from lightning_znorm.data.pcam import read_h5, read_kaggle

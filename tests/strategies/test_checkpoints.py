@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_znorm.cli.checkpoint import check_checkpoint
+from lightning_znorm.cli.checkpoints import check_checkpoint
 from tests.strategies.conftest import Runs
 from tests.strategies.reference import check
 from tests.strategies.scenarios import SCENARIOS, Scenario, selected

@@ -123,7 +123,7 @@ class TestSeveralLoaders:
         self, make: Callable, targets: Tensor, what: str, is_put_off: bool, monkeypatch: pytest.MonkeyPatch
     ):
         if is_put_off:  # as on a GPU
-            monkeypatch.setattr(Task, "_puts_off_checks", lambda *_: True)
+            monkeypatch.setattr(Task, "defers_checks", lambda *_: True)
         loaders = [*self.loaders(targets)[:2], loader_of(IMAGES, targets * 9)]
         with pytest.raises(ValueError, match=f"{what} run from .* of test loader 2, and"):
             trainer().test(make(), loaders, verbose=False)

@@ -104,7 +104,7 @@ def data(name: str, value: float | None = None, wrong_batch: int = 1) -> DataLoa
 def put_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done where a look at values would wait for a device."""
     for task in (ClassificationTask, SegmentationTask):
-        monkeypatch.setattr(task, "_puts_off_checks", lambda self, device: True)
+        monkeypatch.setattr(task, "defers_checks", lambda self, device: True)
 
 
 class Seen(Callback):

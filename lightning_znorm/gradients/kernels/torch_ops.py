@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_znorm.arguments import shown
+from lightning_znorm.errors import ZNormTypeError
 from lightning_znorm.gradients.methods import AffineMethod, Statistics
 from lightning_znorm.gradients.shards import Segment
 
@@ -272,7 +273,7 @@ def _checked(returned: Any, method: AffineMethod, mean: Tensor) -> tuple[Tensor 
     """Return what a method has returned, if it is a shift and a scale for statistics with such means."""
     if isinstance(returned, (tuple, list)) and len(returned) == 2 and all(_fits(part, mean) for part in returned):
         return returned[0], returned[1]
-    raise TypeError(
+    raise ZNormTypeError(
         f"{type(method).__name__}.affine must return a shift and a scale, each None or a "
         f"{'' if mean.is_complex() else 'real '}tensor of shape {tuple(mean.shape)} on {mean.device} like the "
         f"statistics, and returned {shown(returned)}"

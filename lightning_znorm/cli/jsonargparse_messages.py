@@ -1,7 +1,7 @@
-"""What jsonargparse says of a setting that it does not accept, read into its parts.
+"""Reads jsonargparse's message about a setting that it does not accept.
 
-Where a setting may be of several types, the message is an indented tree of all that was tried. The fault is what failed
-in the type that got furthest: a class whose argument is wrong was meant to be that class, and not null.
+If a setting may be of several types, the message is an indented tree of all types that were tried. The fault is the
+failure of the type that got furthest: a class whose argument is wrong was meant to be that class, and not null.
 """
 
 import re
@@ -30,12 +30,12 @@ class Fault:
     """What is wrong with one setting.
 
     Args:
-        keys: The way to it.
-        reason: Why it is refused; empty if it is of no type that is accepted.
-        kinds: What is accepted, as YAML has it, if it is of another type.
-        value: What was given.
-        owner: Class path of the class whose setting it is, or that was given.
-        types: What is accepted, as ``typing`` writes it.
+        keys: The keys that lead to the setting.
+        reason: Why the value is refused; empty if its type is not accepted.
+        kinds: The accepted types, as YAML writes them, if the value is of another type.
+        value: The value.
+        owner: Class path of the class whose setting it is, or that is the value.
+        types: The accepted types, as ``typing`` writes them.
         is_part: Whether the value stands in a list or a mapping that was given.
     """
 
@@ -49,23 +49,23 @@ class Fault:
 
     @property
     def given(self) -> str:
-        """What was given: of a class, its path."""
+        """The value; for a class, its path."""
         if match := _CLASS_PATH.match(self.value):
             return match[1]
         return match[1] if (match := _NESTED.match(self.value)) else self.value
 
     @property
     def class_name(self) -> str | None:
-        """The name for which there is no class, if that is the fault."""
+        """The name, if the fault is that there is no class of this name."""
         return self.reason.removeprefix(_NAME) if self.reason.startswith(_NAME) else None
 
 
 def read_fault(text: str, within: Fault = Fault()) -> Fault:
-    r"""Read a message.
+    r"""Read a message of jsonargparse, or a part of one.
 
     Args:
-        text: What jsonargparse says.
-        within: What is known from around it.
+        text: The message.
+        within: The fault as far as the outer parts of the message tell it.
 
     Example:
         >>> fault = read_fault('Parser key "lr":\n  Expected a <class \'float\'>. Got value: fast')
@@ -73,7 +73,7 @@ def read_fault(text: str, within: Fault = Fault()) -> Fault:
         (('lr',), ('float',), 'fast')
     """
     text = textwrap.dedent(text).strip("\n")
-    if text.startswith(_PATH):  # said of every text that is no file
+    if text.startswith(_PATH):  # jsonargparse says so of every text that is not the name of a file
         text = text.partition("\n")[2].removeprefix("- ")
     if match := _KEY.match(text):
         return read_fault(text[match.end() :], replace(within, keys=(*within.keys, match[1]), types=""))
@@ -81,9 +81,9 @@ def read_fault(text: str, within: Fault = Fault()) -> Fault:
         return read_fault(text[match.end() :], replace(within, owner=match[1], value=within.value or match[1]))
     if match := _CALLABLE.match(text):
         inner, got, value = text[match.end() :].rpartition(_GOT)
-        made = replace(within, types=match[1], value=value) if got else replace(within, types=match[1])
-        owner = made.given if _CLASS_PATH.match(made.value) else within.owner
-        return read_fault(inner if got else value, replace(made, owner=owner))
+        refined = replace(within, types=match[1], value=value) if got else replace(within, types=match[1])
+        owner = refined.given if _CLASS_PATH.match(refined.value) else within.owner
+        return read_fault(inner if got else value, replace(refined, owner=owner))
     if text.startswith(_UNION):
         return _furthest(text, within)
     reason, _, value = text.partition(_GOT)
@@ -94,9 +94,9 @@ def read_fault(text: str, within: Fault = Fault()) -> Fault:
 
 
 def _furthest(text: str, within: Fault) -> Fault:
-    """Of several types that were tried, the fault of the one that was meant, else that it is none of them."""
-    types, _, rest = text.removeprefix(f"{_UNION}Subtypes: ").partition("\nErrors:\n")
-    errors, *given = re.split(r"^Given value type: .*\nGiven value: ", rest, maxsplit=1, flags=re.M)
+    """Return the fault of the type that was meant, of several; or the fault that the value is of none of them."""
+    types, _, details = text.removeprefix(f"{_UNION}Subtypes: ").partition("\nErrors:\n")
+    errors, *given = re.split(r"^Given value type: .*\nGiven value: ", details, maxsplit=1, flags=re.M)
     value = given[0] if given else within.value
     within = replace(within, types=types, value=value)
     tried = [
@@ -123,7 +123,7 @@ def _progress(fault: Fault, within: Fault) -> int:
 
 
 def _kind(expected: re.Match[str]) -> str:
-    """What a setting should be, as YAML has it."""
+    """Return the type that a setting should have, as YAML writes it."""
     if expected["spec"]:
         return "a class or a function (class_path and init_args)"
     if values := expected["values"] or expected["members"]:

@@ -1,6 +1,7 @@
 import os
 import random
 import signal
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,6 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
@@ -17,7 +17,9 @@ from lightning_znorm import ZNormCallback
 from lightning_znorm.data import DigitsDataModule
 from lightning_znorm.data.augmentation import random_crop_and_flip
 from lightning_znorm.tasks import ClassificationTask
-from lightning_znorm.tasks.random_state import random_state, set_random_state
+from lightning_znorm.tasks.random_states import random_state, set_random_state
+from tests.distributed import run_distributed
+from tests.tasks.ddp_requeue import requeue
 from tests.trainers import trainer
 
 pytestmark = [
@@ -146,9 +148,9 @@ class TestTask:
     def test_a_process_whose_random_numbers_were_not_to_be_had(self):
         """The process that warns, the first, is the one that has its own."""
         module = task()
-        module._trainer = SimpleNamespace(world_size=2, global_rank=0)
+        module._trainer = SimpleNamespace(world_size=2, global_rank=0, strategy=None)
         random.seed(1)
-        module._random_states = [random_state(CPU), None]
+        module._loaded_states = [random_state(CPU), None]
         first = draws()
         with pytest.warns(UserWarning, match="random numbers of 1 processes, and 2 go on"):
             module.on_train_start()
@@ -162,18 +164,21 @@ class TestTask:
         module, checkpoint = task(), {}
         module._trainer = SimpleNamespace(world_size=3, global_rank=1, interrupted=case == "interrupted")
 
-        def _slurm_sigusr_handler_fn() -> None:  # the name of Lightning's
-            module.on_save_checkpoint(checkpoint)
-
-        if case == "requeued":
-            _slurm_sigusr_handler_fn()
-        else:
-            module.on_save_checkpoint(checkpoint)
+        module.is_being_requeued = case == "requeued"
+        module.on_save_checkpoint(checkpoint)
         assert len(gathered) == (case == "neither")
         assert [state is not None for state in checkpoint["random_states"]] == [False, True, False]
 
-    def test_the_name_of_the_handler(self):
-        assert hasattr(_SignalConnector, "_slurm_sigusr_handler_fn")
+    @pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
+    @pytest.mark.parametrize(
+        ("change", "moment"),
+        [("as it is", "step"), ("renamed", "step"), ("wrapped", "step"), ("renamed", "sanity check")],
+    )
+    def test_a_signal_that_reaches_one_process(self, change, moment):
+        """It saves alone, does not wait for the other, and trains on, whatever Lightning calls its handler."""
+        first, other = run_distributed(requeue, change, moment)
+        assert first == ([True, False], [True, True], True)
+        assert other == ([], [], True)
 
     def test_older_checkpoints(self, tmp_path):
         fit(tmp_path, every=4)
