@@ -45,6 +45,13 @@ def test_every_config_inside(installed):
     assert (installed / "lightning_znorm/py.typed").is_file()
 
 
+def test_every_template_of_the_report_inside(installed):
+    folder = "lightning_znorm/compare/templates"
+    inside, outside = (sorted(path.name for path in (root / folder).iterdir()) for root in (installed, REPOSITORY))
+    assert inside == outside
+    assert "report.html.j2" in inside
+
+
 def test_first_command_of_the_readme(installed, tmp_path):
     command = re.search(r"python (-m lightning_znorm fit .*)", (REPOSITORY / "README.md").read_text())
     assert command

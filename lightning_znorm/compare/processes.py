@@ -263,7 +263,7 @@ class _Tree:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
         for process in targets:
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.Error):  # it has ended, or belongs to another user
                 process.send_signal(number)
 
     def _find_descendants(self) -> list[psutil.Process]:
@@ -281,7 +281,7 @@ class _Tree:
             ]
             found = list(children)
             for child in children:
-                with suppress(psutil.NoSuchProcess):
+                with suppress(psutil.Error):
                     found += child.children(recursive=True)
         return found
 

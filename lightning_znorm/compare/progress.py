@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from lightning_znorm.compare.engines import LostError
@@ -123,7 +123,7 @@ class Progress:
         def cell(text: str) -> Text:
             return Text(_writable(text, console), no_wrap=True, overflow="crop")
 
-        table = Table()
+        table = RichTable()
         for name in ("method", "seed", "state", self.metric):
             table.add_column(cell(name), no_wrap=True, overflow="crop")
         for row in view.rows:
