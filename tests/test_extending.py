@@ -64,7 +64,7 @@ def one_step(module: Module, callback: GradientTransform, **options: Any) -> tup
     return (before.detach() - module.layer.weight.detach()) / LR, before.grad
 
 
-class RowRange(AffineMethod):
+class HalfCentred(AffineMethod):
     """A method: a class in gradients/methods.py."""
 
     over = "row"
@@ -73,15 +73,15 @@ class RowRange(AffineMethod):
         return stats.mean / 2, 3 * stats.std
 
 
-class RowRangeCallback(GradientTransform):
+class HalfCentredCallback(GradientTransform):
     """Its callback: a class in callbacks/methods.py."""
 
     def __init__(self) -> None:
-        super().__init__(RowRange())
+        super().__init__(HalfCentred())
 
 
 def test_a_method() -> None:
-    change, grad = one_step(Module(), RowRangeCallback())
+    change, grad = one_step(Module(), HalfCentredCallback())
     expected = (grad - grad.mean(1, keepdim=True) / 2) * 3 * grad.std(1, correction=0, keepdim=True)
     torch.testing.assert_close(change, expected, rtol=1e-5, atol=1e-6)
 
@@ -101,9 +101,6 @@ class StashingStrategy(SingleDeviceStrategy):
             self.stash[parameter], parameter.grad = parameter.grad, None
 
 
-StashingStrategy.__module__ = "lightning.pytorch.strategies.stashing"  # as if Lightning had it
-
-
 class StashSlot(GradientSlot):
     """Where that strategy keeps the gradient of a parameter."""
 
@@ -112,8 +109,8 @@ class StashSlot(GradientSlot):
         self.parameter, self.stash = parameter, stash
 
     @property
-    def ndim(self) -> int:
-        return self.parameter.ndim
+    def shape(self) -> torch.Size:
+        return self.parameter.shape
 
     def read(self) -> Tensor | None:
         return self.stash.get(self.parameter)
@@ -154,7 +151,7 @@ def test_a_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
     strategy = StashingStrategy()
     with pytest.raises(MisconfigurationException, match="has not been tested with StashingStrategy"):
         one_step(stash_module(strategy), ZNormCallback(), strategy=strategy)
-    support = Support(StashAdapter, shards_gradients=False)
+    support = Support(StashAdapter, shards_gradients=False, packages=(__name__,))
     monkeypatch.setitem(strategies.SUPPORTED, "StashingStrategy", support)
     strategy = StashingStrategy()
     change, grad = one_step(stash_module(strategy), ZNormCallback(), strategy=strategy)

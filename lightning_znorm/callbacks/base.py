@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_znorm.arguments import checked_flag
-from lightning_znorm.callbacks.step_watch import StepWatch
+from lightning_znorm.callbacks.missed_steps import MissedSteps
 from lightning_znorm.callbacks.steps import Step, StepTracker
 from lightning_znorm.callbacks.strategies import check_strategy, gradient_adapter
 from lightning_znorm.errors import ZNormValueError
@@ -38,7 +38,7 @@ class ModelState:
 
     wrapped: Any
     adapter: GradientAdapter
-    watch: StepWatch
+    watch: MissedSteps
     has_lazy: bool
     is_chosen: dict[GradientSlot, bool] = field(default_factory=dict)
 
@@ -46,8 +46,7 @@ class ModelState:
 class GradientCallback(Callback, ABC):
     """Find the gradients of the stepping optimizer once they are complete, and hand them to :meth:`process_gradients`.
 
-    A subclass implements :meth:`process_gradients` and :attr:`required_method`, and sets :attr:`action` and
-    :attr:`advice`.
+    A subclass implements :meth:`process_gradients`, and sets :attr:`action` and :attr:`advice`.
 
     Args:
         include: Shell-style pattern or patterns; a parameter takes part if its name in the LightningModule matches one.
@@ -91,9 +90,9 @@ class GradientCallback(Callback, ABC):
         return type(self).__name__
 
     @property
-    @abstractmethod
-    def required_method(self) -> GradientMethod:
-        """A method whose gradients a strategy must be able to provide."""
+    def applied_method(self) -> GradientMethod | None:
+        """The method that the strategy must support; ``None`` if the callback applies none."""
+        return None
 
     @abstractmethod
     def process_gradients(self, step: Step) -> Iterable[GradientSlot] | None:
@@ -106,12 +105,12 @@ class GradientCallback(Callback, ABC):
             The slots that have a gradient; ``None`` if the callback has not looked at them.
         """
 
-    def is_served_otherwise(self, optimizer: Optimizer) -> bool:
+    def is_handled_elsewhere(self, optimizer: Optimizer) -> bool:
         """Return whether something else processes an optimizer's gradients as this callback would."""
         return False
 
     def check_slots(self, trainer: pl.Trainer, adapter: GradientAdapter, slots: Iterable[GradientSlot]) -> None:
-        """Check parameters before their first step; those of lazy layers as soon as they exist.
+        """Check parameters before their first step. Parameters of lazy layers are checked once they exist.
 
         Raises:
             ValueError: If there are patterns, and a parameter has no name.
@@ -141,7 +140,7 @@ class GradientCallback(Callback, ABC):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer)  # a step before this may have met the model before a checkpoint was loaded
+        self._begin(trainer)  # a step in `on_fit_start` may have stored the model before its checkpoint was loaded
         self._tracker.start_training()
         model = self.model_of(trainer, pl_module)
         model.watch.start(trainer.optimizers)
@@ -225,26 +224,26 @@ class GradientCallback(Callback, ABC):
                 vars(self).pop(name, None)
 
     def _check_strategy(self, trainer: pl.Trainer) -> None:
-        check_strategy(trainer.strategy, self.label, self.required_method, self.allow_untested_strategy)
+        check_strategy(trainer.strategy, self.label, self.applied_method, self.allow_untested_strategy)
 
     def model_of(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModelState:
-        """Return the model as the strategy has set it up last. Outside a run, it is not kept."""
+        """Return what is known of the model that the strategy has set up. It is stored only during a run."""
         wrapped = trainer.strategy.model
         model = self._model
         if model is not None and model.wrapped is wrapped and model.adapter.module is pl_module:
             return model
         if trainer.state.fn != "fit":
             self._check_strategy(trainer)
-        adapter = gradient_adapter(trainer.strategy, pl_module)
+        adapter = gradient_adapter(pl_module, trainer.strategy)
         has_lazy = self._check_filter(adapter)
         self.check_slots(trainer, adapter, _not_lazy(adapter.slots()))
-        watch = StepWatch(
+        watch = MissedSteps(
             self.label,
             self.action,
             self.advice,
             self.parameter_filter,
             adapter,
-            self.is_served_otherwise,
+            self.is_handled_elsewhere,
             is_finetuned=any(map(_finetunes, getattr(trainer, "callbacks", ()))),
         )
         model = ModelState(wrapped, adapter, watch, has_lazy)
@@ -283,9 +282,9 @@ def _warn_of_old_pytorch_lightning(callback: str) -> None:
     version = getattr(sys.modules.get("pytorch_lightning"), "__version__", "")
     if (numbers := re.match(r"(\d+)\.(\d+)", str(version))) and tuple(map(int, numbers.groups())) < (2, 6):
         rank_zero_warn(
-            f"{callback}: pytorch_lightning {version} is loaded, whose Trainer fails with callbacks of lightning "
-            "(`Expected a parent`) and takes them from 2.6 on: upgrade it (`pip install 'pytorch-lightning>=2.6'`), or "
-            "use the Trainer of lightning.pytorch"
+            f"{callback}: pytorch_lightning {version} is loaded. Before version 2.6, its Trainer fails with callbacks "
+            "of lightning (`Expected a parent`): upgrade it (`pip install 'pytorch-lightning>=2.6'`), or use the "
+            "Trainer of lightning.pytorch"
         )
 
 

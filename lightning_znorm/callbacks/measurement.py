@@ -15,14 +15,14 @@ class Measurement:
     """What was measured of the gradients of one step.
 
     Attributes:
-        step: The number under which Lightning logs what happens in this step.
-        optimizer: The number of the optimizer; ``None`` if there is only one.
+        logged_step: The number under which Lightning logs what happens in this step.
+        optimizer_number: The number of the optimizer; ``None`` if there is only one.
         slots: The slots that have a gradient.
         summary: Statistics of these gradients, one value for each slot.
     """
 
-    step: int
-    optimizer: int | None
+    logged_step: int
+    optimizer_number: int | None
     slots: list[GradientSlot]
     summary: GradientSummary
 
@@ -79,8 +79,8 @@ class GradientMeter:
         )
 
 
-# Lightning has no public names for the two numbers by which its own `self.log` decides when, and under which step, to
-# log. tests/callbacks/test_gradient_monitor.py compares with what `self.log` does.
+# Lightning has no public names for whether `self.log` logs now, and under which step.
+# tests/callbacks/test_gradient_monitor.py compares with what `self.log` does.
 def logs_this_step(trainer: Any) -> bool:
     """Return whether the Trainer logs the current step; a run with ``fast_dev_run`` counts each step as logged."""
     return bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)

@@ -21,7 +21,7 @@ from lightning_znorm.callbacks.measurement import GradientMeter, logged_step
 from lightning_znorm.callbacks.monitor_history import SigmaHistory
 from lightning_znorm.callbacks.steps import Step, unwrapped
 from lightning_znorm.errors import ZNormTypeError, ZNormValueError
-from lightning_znorm.gradients import GradientMethod, ZScore
+from lightning_znorm.gradients import ZScore
 from lightning_znorm.gradients.adapters import GradientAdapter
 from lightning_znorm.gradients.apply import GradientSummary
 from lightning_znorm.gradients.slots import GradientSlot
@@ -162,16 +162,11 @@ class GradientMonitor(GradientCallback):
         self._folder = (
             Path(run_folder(trainer)) / "gradients" if has_folder else None
         )  # in `setup`, because all processes must take part
-        if not has_folder and not _is_trial(trainer):
+        if not has_folder and not _is_fast_dev_run(trainer):
             rank_zero_info(
-                f"{self.label} draws no pictures, as the Trainer has neither a logger nor a default_root_dir of its "
-                "own. Its numbers are in trainer.callback_metrics."
+                f"{self.label} draws no pictures, because the Trainer has neither a logger nor a default_root_dir of "
+                "its own. The numbers are in trainer.callback_metrics."
             )
-
-    @property
-    @override
-    def required_method(self) -> GradientMethod:
-        return ZScore()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -185,7 +180,7 @@ class GradientMonitor(GradientCallback):
                 for number in steppers[slot.names[0]] or [0]:
                     self._history.register(_row(slot, steppers, number), slot.ndim or 0)
         self._steps_before, self._has_warned = logged_step(trainer), False
-        if not self._history.steps and not _is_trial(trainer):
+        if not self._history.steps and not _is_fast_dev_run(trainer):
             self._warn_of_few_steps(trainer)
 
     @override
@@ -224,11 +219,10 @@ class GradientMonitor(GradientCallback):
             return None
         trainer, slots, summary = step.trainer, measurement.slots, measurement.summary
         steppers = _steppers(trainer, step.adapter)
-        rows = [
-            self._history.register(_row(slot, steppers, measurement.optimizer or 0), slot.ndim or 0) for slot in slots
-        ]
-        ratio = self._history.add(measurement.step, rows, summary.sigma, summary.is_finite)
-        infix = "" if measurement.optimizer is None else f"/{measurement.optimizer}"
+        number = measurement.optimizer_number
+        rows = [self._history.register(_row(slot, steppers, number or 0), slot.ndim or 0) for slot in slots]
+        ratio = self._history.add(measurement.logged_step, rows, summary.sigma, summary.is_finite)
+        infix = "" if number is None else f"/{number}"
         metrics = {f"{self.prefix}{infix}/norm": measurement.norm}
         for name, value in self._aggregates(summary, ratio).items():
             metrics[f"{self.prefix}{infix}/{name}"] = value
@@ -242,13 +236,13 @@ class GradientMonitor(GradientCallback):
             {name: torch.tensor(value, dtype=torch.float32) for name, value in metrics.items()}
         )
         for logger in trainer.loggers:
-            logger.log_metrics(metrics=metrics, step=measurement.step)  # by the names that Lightning's own calls use
+            logger.log_metrics(metrics=metrics, step=measurement.logged_step)  # by keyword, as Lightning calls it
         return slots
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        if not self._history.steps and not self._has_warned and not _is_trial(trainer):
+        if not self._history.steps and not self._has_warned and not _is_fast_dev_run(trainer):
             self._warn_of_no_logged_step(trainer)
         self._draw(trainer)
 
@@ -271,15 +265,15 @@ class GradientMonitor(GradientCallback):
         else:
             return
         self._has_warned = True
-        rank_zero_warn(f"{self.label} will measure nothing, as {reason}: set that to {way_out}")
+        rank_zero_warn(f"{self.label} will measure nothing, because {reason}: set it to {way_out}")
 
     def _warn_of_no_logged_step(self, trainer: pl.Trainer) -> None:
         """Warn after training if none of its steps was logged."""
         before, last, every = self._steps_before, logged_step(trainer), _every(trainer)
         if last > before and last // every == before // every:
             rank_zero_warn(
-                f"{self.label} has measured nothing, as log_every_n_steps={every} logs none of the steps {before + 1} "
-                f"to {last}: set that to {last - before} or less"
+                f"{self.label} has measured nothing, because log_every_n_steps={every} logs none of the steps "
+                f"{before + 1} to {last}: set it to {last - before} or less"
             )
 
     def _aggregates(self, summary: GradientSummary, ratio: Tensor) -> dict[str, float]:
@@ -299,7 +293,7 @@ class GradientMonitor(GradientCallback):
         }
 
     def _draw(self, trainer: pl.Trainer) -> None:
-        if self._folder is None or not self._history.steps or not trainer.is_global_zero or _is_trial(trainer):
+        if self._folder is None or not self._history.steps or not trainer.is_global_zero or _is_fast_dev_run(trainer):
             return
         from lightning_znorm.callbacks.monitor_plots import by_depth, heat_map
 
@@ -346,7 +340,7 @@ def _of_each(summary: GradientSummary, ratio: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _is_trial(trainer: Any) -> bool:
+def _is_fast_dev_run(trainer: Any) -> bool:
     """Return whether this is a run of few batches, which logs every step and writes no files."""
     return bool(trainer.fast_dev_run)
 

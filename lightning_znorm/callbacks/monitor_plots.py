@@ -53,8 +53,8 @@ def heat_map(history: SigmaHistory) -> "Image":
     panels[-1].set_xlabel("step")
     mappable: Any = panels[0].collections[0]
     length = min(sum(heights), 3.5)
-    slot = (1 - 0.9 * right / _WIDTH, (size - gap - length) / size, 0.15 / _WIDTH, length / size)
-    bar = figure.colorbar(mappable, cax=figure.add_axes(slot), format=LogFormatterMathtext())
+    position = (1 - 0.9 * right / _WIDTH, (size - gap - length) / size, 0.15 / _WIDTH, length / size)
+    bar = figure.colorbar(mappable, cax=figure.add_axes(position), format=LogFormatterMathtext())
     bar.ax.tick_params(labelsize=7)
     bar.set_label(r"$\sigma$" if length < 2 else _LABEL, fontsize=8)
     _explain(figure, sigma)

@@ -100,7 +100,7 @@ class StepTracker:
         adapter: GradientAdapter,
         slots: Callable[[], list[GradientSlot]],
     ) -> Step | None:
-        """Describe the step that an optimizer is about to take.
+        """Note that an optimizer is about to step, and return what is special about the step.
 
         Args:
             trainer: The Trainer.

@@ -26,19 +26,21 @@ class Support:
     Attributes:
         make_adapter: Makes the adapter from the LightningModule and the strategy, which has set up its model.
         shards_gradients: Whether a process may hold only a part of a gradient.
+        packages: What the names of the modules that define the strategy begin with.
     """
 
     make_adapter: Callable[[LightningModule, Any], GradientAdapter]
     shards_gradients: bool
+    packages: tuple[str, ...] = _PACKAGES
 
 
-def check_strategy(strategy: Any, callback: str, method: GradientMethod, allow_untested: bool) -> None:
+def check_strategy(strategy: Any, callback: str, method: GradientMethod | None, allow_untested: bool) -> None:
     """Refuse an unknown strategy, and a method that cannot work with a strategy's shards.
 
     Args:
         strategy: The Trainer's strategy.
         callback: The name of the callback, for messages.
-        method: The gradient method.
+        method: The gradient method; ``None`` if the callback applies none.
         allow_untested: Whether to trust a strategy that is not one of Lightning's tested ones, with a warning.
 
     Raises:
@@ -46,28 +48,28 @@ def check_strategy(strategy: Any, callback: str, method: GradientMethod, allow_u
             set, or if it shards gradients and the method is a function of whole gradients.
     """
     cls = type(strategy)
-    if not _is_tested(cls):
+    if not is_tested(cls):
         untested = f"{callback} has not been tested with {cls.__name__} ({cls.__module__})"
         if not allow_untested:
             raise MisconfigurationException(
-                f"{untested}: if a strategy keeps gradients elsewhere or in parts, `parameter.grad` does not have the "
-                "statistics of the gradient. Use a single device, 'ddp', 'fsdp', ModelParallelStrategy or 'deepspeed'; "
+                f"{untested}: it may keep gradients elsewhere, or only parts of them in `parameter.grad`, and the "
+                "statistics would be wrong. Use a single device, 'ddp', 'fsdp', ModelParallelStrategy or 'deepspeed'; "
                 "or make sure that it leaves gradients where these do, and set allow_untested_strategy=True."
             )
         rank_zero_warn(f"{untested}: it is trusted to leave gradients where Lightning's strategies do.")
-    if not isinstance(method, AffineMethod) and _support(strategy).shards_gradients:
+    if not isinstance(method, AffineMethod | None) and shards_gradients(strategy):
         raise MisconfigurationException(
             f"{callback}: {describe(method)} is a function of whole gradients, and {cls.__name__} shards them. Write "
             "it as an AffineMethod, which works with statistics of whole gradients, or use a single device or 'ddp'."
         )
 
 
-def gradient_adapter(strategy: Any, module: LightningModule) -> GradientAdapter:
+def gradient_adapter(module: LightningModule, strategy: Any) -> GradientAdapter:
     """Return the adapter for a strategy that has set up its model.
 
     Args:
-        strategy: The Trainer's strategy.
         module: The LightningModule.
+        strategy: The Trainer's strategy.
 
     Raises:
         RuntimeError: If the strategy has not set up its model yet, or has torn it down.
@@ -77,7 +79,8 @@ def gradient_adapter(strategy: Any, module: LightningModule) -> GradientAdapter:
     scaler = getattr(getattr(strategy, "precision_plugin", None), "scaler", None)
     if scaler is not None and scaler.is_enabled():
         check_grad_scaler()
-    return _support(strategy).make_adapter(module, strategy)
+    support = find_support(strategy)
+    return PlainAdapter(module) if support is None else support.make_adapter(module, strategy)
 
 
 def _plain(module: LightningModule, strategy: Any) -> GradientAdapter:
@@ -98,8 +101,8 @@ def _fsdp1(module: LightningModule, strategy: Any) -> GradientAdapter:
 def _deepspeed(module: LightningModule, strategy: Any) -> GradientAdapter:
     if strategy.model is None or strategy.model is module:
         raise ZNormRuntimeError(
-            f"{type(strategy).__name__} has no engine for the model, where its gradients would be, at this "
-            "on_before_optimizer_step: step optimizers between `on_fit_start` and `on_fit_end` only"
+            f"{type(strategy).__name__} keeps gradients in its engine, and has no engine at this "
+            "on_before_optimizer_step: step optimizers only between `on_fit_start` and `on_fit_end`"
         )
     from lightning_znorm.gradients.adapters.deepspeed import DeepSpeedAdapter
 
@@ -120,13 +123,18 @@ By name, because each of the two packages has its own classes. ``isinstance`` wo
 """
 
 
-def _is_tested(cls: type) -> bool:
-    return cls.__name__ in SUPPORTED and cls.__module__.startswith(_PACKAGES)
+def is_tested(cls: type) -> bool:
+    """Return whether a class of strategies is one of the tested ones itself."""
+    support = SUPPORTED.get(cls.__name__)
+    return support is not None and cls.__module__.startswith(support.packages)
 
 
-def _support(strategy: Any) -> Support:
-    """Return how the first of the tested classes that a strategy is or derives from is supported."""
-    for cls in type(strategy).__mro__:
-        if _is_tested(cls):
-            return SUPPORTED[cls.__name__]
-    return Support(_plain, shards_gradients=False)
+def find_support(strategy: Any) -> Support | None:
+    """Return how the first of the tested classes that a strategy is or derives from is supported, if there is one."""
+    return next((SUPPORTED[cls.__name__] for cls in type(strategy).__mro__ if is_tested(cls)), None)
+
+
+def shards_gradients(strategy: Any) -> bool:
+    """Return whether a process may hold only a part of a gradient, as far as a strategy is known."""
+    support = find_support(strategy)
+    return support is not None and support.shards_gradients

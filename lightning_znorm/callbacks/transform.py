@@ -43,8 +43,8 @@ class GradientTransform(GradientCallback):
 
     :class:`~lightning.pytorch.callbacks.StochasticWeightAveraging` updates batch normalization in an extra epoch
     without backward passes. Its steps would use gradients that are transformed already; these gradients are dropped.
-    If two optimizers share a parameter and step after the same backward pass, the second one sees the gradient
-    transformed twice.
+    If two optimizers share a parameter and step after the same backward pass, the second one steps with a gradient that
+    was transformed twice.
 
     Some strategies shard gradients: FSDP, ``ModelParallelStrategy`` with FSDP2 and tensor parallelism, and DeepSpeed.
     There, an :class:`~lightning_znorm.gradients.AffineMethod` works with the statistics of whole gradients, which are
@@ -137,7 +137,7 @@ class GradientTransform(GradientCallback):
 
     @property
     @override
-    def required_method(self) -> GradientMethod:
+    def applied_method(self) -> GradientMethod:
         return self.method
 
     @override
@@ -166,16 +166,15 @@ class GradientTransform(GradientCallback):
                     f"{self.label}: LBFGS searches along the true gradient, and builds its curvature from it. With "
                     f"{self.description} it takes steps that the loss does not confirm, and may diverge."
                 )
-            if takes_two_steps(optimizer) and not self.is_served_otherwise(optimizer):
+            if takes_two_steps(optimizer) and not self.is_handled_elsewhere(optimizer):
                 rank_zero_warn(
-                    f"{self.label}: {type(optimizer).__name__} climbs along one gradient and descends along another, "
-                    "in steps of its own that Lightning does not see, and its `step` climbs along gradients that are "
-                    "transformed already. examples/sam.py shows how to climb along the true gradient and to transform "
-                    "the one of the descent."
+                    f"{self.label}: {type(optimizer).__name__} takes two steps: it climbs along one gradient and "
+                    "descends along another. Lightning sees neither step, and the climb would use transformed "
+                    "gradients. examples/sam.py shows how to transform only the gradient of the descent."
                 )
 
     @override
-    def is_served_otherwise(self, optimizer: Optimizer) -> bool:
+    def is_handled_elsewhere(self, optimizer: Optimizer) -> bool:
         return any(map(is_attached, (optimizer, *wrapped_by(optimizer))))
 
     @override

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -27,13 +26,13 @@ from typing_extensions import override
 from lightning_znorm.callbacks import GradientTransform
 from lightning_znorm.callbacks.measurement import GradientMeter, logged_step
 from lightning_znorm.callbacks.steps import StepTracker
-from lightning_znorm.callbacks.strategies import check_strategy, gradient_adapter
+from lightning_znorm.callbacks.strategies import find_support, gradient_adapter, is_tested, shards_gradients
 from lightning_znorm.compare.checkpoints import STOPPED, BestCheckpoint, monitored_value
 from lightning_znorm.compare.files import read_json, write_json
 from lightning_znorm.compare.results import GRADIENT_NORM, LOGGED_EPOCHS, STEP_SECONDS, TRAIN_SECONDS, count_numbers
 from lightning_znorm.compare.study import Run
 from lightning_znorm.functional import attached_optimizers
-from lightning_znorm.gradients import UnsupportedGradientError, ZScore
+from lightning_znorm.gradients import UnsupportedGradientError
 from lightning_znorm.gradients.adapters import GradientAdapter
 from lightning_znorm.tasks.random_states import random_state, set_random_state
 
@@ -44,9 +43,11 @@ class Recorder(Callback):
     Logged, beside what the experiment logs:
 
     - ``compare/gradient_norm``: the norm of all gradients that an optimizer is about to use, before a gradient method
-      and before clipping, at every ``log_every_n_steps``-th step. It is measured as
-      :class:`~lightning_znorm.GradientMonitor` does. If gradients cannot be measured, because the strategy is unknown
-      or they are sparse, a warning says so.
+      and before ``gradient_clip_val``, at every ``log_every_n_steps``-th step. It is measured as
+      :class:`~lightning_znorm.GradientMonitor` does: of several steps of one optimizer in a batch, the first one
+      counts; it is not finite if the squared deviations of a gradient overflow; and in manual optimization,
+      ``self.clip_gradients`` runs before. If gradients cannot be measured (unknown strategy, sparse gradients, an
+      unsupported feature of DeepSpeed), a warning says why.
     - ``compare/step_seconds``: mean time of the epoch's training batches, with loading and without validation.
     - ``compare/train_seconds``: time of all training batches so far, over all attempts at the run.
 
@@ -72,15 +73,20 @@ class Recorder(Callback):
         self._epoch_seconds = 0.0
         self._epoch_batches = 0
         self._clock: float | None = None
-        self._first_numbers: dict[str, Any] | None = None
+        self._first_random_state: dict[str, Any] | None = None
         self._tracker, self._meter = StepTracker(), GradientMeter()
         self._adapter: GradientAdapter | None = None
+        self._parameters = 0
         self._weights: str | None = None
         self._optimizers: list[str] = []
         self._methods: dict[str, list[str]] = {}
         self._logged: set[str] = set()
         self._logged_epochs: list[int] = []
         self._tested: dict[str, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The Trainer that uses this callback does not use a copy of it.
+        return {**vars(self), "_adapter": None}
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -138,11 +144,12 @@ class Recorder(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._tracker, self._adapter = StepTracker(), self._measurable(trainer, pl_module)
+        self._tracker, self._adapter = StepTracker(), self._find_adapter(trainer, pl_module)
         self._tracker.start_training()
-        # Other strategies keep parts of the weights on each process.
-        has_whole_weights = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
-        if self._epoch == 0 and has_whole_weights and trainer.is_global_zero:
+        # Where gradients are sharded, this process may hold only a part of the weights.
+        support = find_support(trainer.strategy)
+        has_all_weights = support is not None and not support.shards_gradients
+        if self._epoch == 0 and has_all_weights and trainer.is_global_zero:
             self._weights = _fingerprint(pl_module)
         if self._epoch == 0:
             self._optimizers = [_described(optimizer) for optimizer in trainer.optimizers]
@@ -150,15 +157,15 @@ class Recorder(Callback):
             if trainer.is_global_zero and isinstance(logger, CSVLogger):
                 write_json(Path(logger.log_dir) / "attempt.json", {"step": logged_step(trainer)})
         self._write_progress(trainer)
-        self._first_numbers = random_state(pl_module.device)
+        self._first_random_state = random_state(pl_module.device)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._first_numbers is None:
+        if self._first_random_state is None:
             self._reseed()
         else:  # a resumed task has restored the random state of its checkpoint
-            set_random_state(self._first_numbers, pl_module.device)
-            self._first_numbers = None
+            set_random_state(self._first_random_state, pl_module.device)
+            self._first_random_state = None
         self._epoch_seconds, self._epoch_batches = 0.0, 0
 
     @override
@@ -186,12 +193,14 @@ class Recorder(Callback):
         try:
             measurement = self._meter.measure(step)
         except UnsupportedGradientError as error:
+            if shards_gradients(trainer.strategy):
+                raise  # other processes may be waiting for the sums of this one
             self._adapter = None
-            rank_zero_warn(f"The curve of gradient norms ends here, as they cannot be measured: {error}")
+            rank_zero_warn(f"The curve of gradient norms ends here, because they cannot be measured: {error}")
             return
         if measurement is not None and measurement.slots:
-            suffix = "" if measurement.optimizer is None else f"-{measurement.optimizer}"
-            _log(trainer, {f"{GRADIENT_NORM}{suffix}": measurement.norm}, measurement.step)
+            suffix = "" if measurement.optimizer_number is None else f"-{measurement.optimizer_number}"
+            _log(trainer, {f"{GRADIENT_NORM}{suffix}": measurement.norm}, measurement.logged_step)
 
     @override
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
@@ -209,8 +218,20 @@ class Recorder(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._tracker.end_training()
-        self._adapter = None  # so that the callback does not keep the model alive
+        self._parameters = _count_parameters(pl_module, self._adapter)
+        self._forget_run()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._forget_run()  # Lightning calls no `teardown` then
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._forget_run()
+
+    def _forget_run(self) -> None:
+        """Drop what would keep the model alive."""
+        self._tracker, self._adapter = StepTracker(), None
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -234,8 +255,8 @@ class Recorder(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero or trainer.interrupted:
             return
-        callbacks: Any = trainer  # of which Lightning declares no callbacks
-        for callback in callbacks.callbacks:
+        typed: Any = trainer  # Lightning declares no callbacks of it
+        for callback in typed.callbacks:
             if isinstance(callback, BestCheckpoint) and not callback.best_model_path:
                 reason = (
                     f"{callback.monitor} was not logged by the end of any of {self._epoch} epochs. Validate more often "
@@ -244,11 +265,10 @@ class Recorder(Callback):
                     else "Lightning has seen no optimizer step. Step the optimizers that self.optimizers() returns."
                 )
                 raise MisconfigurationException(f"There is no best checkpoint to test: {reason}")
-        parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         content = {
             "epochs": self._epoch,
             "seconds": self._seconds,
-            "parameters": parameters,
+            "parameters": self._parameters,
             "weights": self._weights,
             "optimizers": self._optimizers,
             "methods": self._methods,
@@ -257,7 +277,7 @@ class Recorder(Callback):
             LOGGED_EPOCHS: self._logged_epochs,
             "logged_numbers": count_numbers(Run("", self.seed, self.folder)),
         }
-        write_json(self.folder / "fit.json", {**content, **_surroundings(trainer)})
+        write_json(self.folder / "fit.json", {**content, **_environment(trainer)})
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -274,14 +294,22 @@ class Recorder(Callback):
             }
             write_json(self.folder / "test.json", {"checkpoint": self._tested, "metrics": metrics})
 
-    def _measurable(self, trainer: pl.Trainer, module: pl.LightningModule) -> GradientAdapter | None:
+    def _find_adapter(self, trainer: pl.Trainer, module: pl.LightningModule) -> GradientAdapter | None:
         """Return what knows where the gradients are; ``None``, with a warning, if they cannot be measured."""
         callbacks: Any = getattr(trainer, "callbacks", ())
-        trusted = any(getattr(callback, "allow_untested_strategy", False) for callback in callbacks)
+        support = find_support(trainer.strategy)
+        is_trusted = any(getattr(callback, "allow_untested_strategy", False) for callback in callbacks)
+        is_plain = support is not None and not support.shards_gradients
+        if not (is_trusted or is_plain or is_tested(type(trainer.strategy))):
+            rank_zero_warn(
+                f"There will be no curve of gradient norms, because {type(trainer.strategy).__name__} is not one of "
+                "the tested strategies: if it leaves gradients where Lightning's do, add "
+                "GradientMonitor(allow_untested_strategy=True) to the experiment"
+            )
+            return None
         try:
-            check_strategy(trainer.strategy, "compare", ZScore(), allow_untested=trusted)
-            return gradient_adapter(trainer.strategy, module)
-        except (MisconfigurationException, UnsupportedGradientError) as error:
+            return gradient_adapter(module, trainer.strategy)
+        except UnsupportedGradientError as error:
             rank_zero_warn(f"There will be no curve of gradient norms: {error}")
             return None
 
@@ -362,6 +390,13 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, Tensor) else value
 
 
+def _count_parameters(module: pl.LightningModule, adapter: GradientAdapter | None) -> int:
+    """Return the number of weights of a model, whole ones where a strategy shards them."""
+    if adapter is None:
+        return sum(parameter.numel() for parameter in module.parameters())
+    return sum(slot.shape.numel() for slot in adapter.slots() if slot.shape is not None)
+
+
 def _fingerprint(module: pl.LightningModule) -> str:
     """Return a name for weights by their content, which tells whether methods began with the same weights."""
     digest = hashlib.sha256()
@@ -371,7 +406,7 @@ def _fingerprint(module: pl.LightningModule) -> str:
     return digest.hexdigest()[:12]
 
 
-def _surroundings(trainer: pl.Trainer) -> dict[str, Any]:
+def _environment(trainer: pl.Trainer) -> dict[str, Any]:
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     packages = {}

@@ -33,8 +33,13 @@ class GradientSlot(ABC):
 
     @property
     @abstractmethod
+    def shape(self) -> torch.Size | None:
+        """Shape of the unsharded parameter; ``None`` while a lazy layer waits for its first batch."""
+
+    @property
     def ndim(self) -> int | None:
         """Number of dimensions of the unsharded parameter; ``None`` while a lazy layer waits for its first batch."""
+        return None if self.shape is None else len(self.shape)
 
     @abstractmethod
     def read(self) -> Tensor | Shard | None:
@@ -68,8 +73,8 @@ class ParameterSlot(GradientSlot):
         self.parameter = parameter
 
     @property
-    def ndim(self) -> int | None:  # noqa: D102
-        return None if is_lazy(self.parameter) else self.parameter.ndim
+    def shape(self) -> torch.Size | None:  # noqa: D102
+        return None if is_lazy(self.parameter) else self.parameter.shape
 
     def read(self) -> Tensor | Shard | None:  # noqa: D102
         parameter = self.parameter
@@ -296,8 +301,8 @@ class ParameterFilter:
 
     def matches(self, slot: GradientSlot) -> bool:
         """Whether a parameter is chosen. A shared one is, if one of its names is included and none is excluded."""
-        has_dimensions = slot.ndim is None or slot.ndim >= self.min_ndim
-        return has_dimensions and _any_match(slot.names, self.include) and not _any_match(slot.names, self.exclude)
+        is_large = slot.ndim is None or slot.ndim >= self.min_ndim
+        return is_large and _any_match(slot.names, self.include) and not _any_match(slot.names, self.exclude)
 
     def includes(self, names: Iterable[str], pattern: str) -> bool:
         """Whether one of the names of a parameter matches an ``include`` pattern."""

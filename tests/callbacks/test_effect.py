@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from lightning_znorm import GradientMonitor, GradientTransform, ZNormCallback
-from lightning_znorm.callbacks.step_watch import FIRST_STEPS, StepWatch
+from lightning_znorm.callbacks.missed_steps import FIRST_STEPS, MissedSteps
 from lightning_znorm.functional import attach
 from lightning_znorm.gradients.adapters.plain import PlainAdapter
 from lightning_znorm.gradients.slots import ParameterFilter
@@ -382,7 +382,7 @@ def test_an_optimizer_of_two_steps_is_said_at_once(fit, warned) -> None:
     counting = Counting(warned)
     fit(ManualTraining(in_two_steps, optimizer=SAM), batches(3), ZNormCallback(), counting, max_epochs=2)
     assert counting.counts[0] == 1
-    assert "SAM climbs along one gradient and descends along another" in warned()[0]
+    assert "SAM takes two steps: it climbs along one gradient and descends along another" in warned()[0]
 
 
 def test_an_attached_optimizer_of_two_steps(fit, warned) -> None:
@@ -704,7 +704,7 @@ def test_wrappers_of_the_users_own(fit, tmp_path) -> None:
 def test_nothing_is_counted_once_gradients_have_been_found() -> None:
     net = network()
     optimizer, adapter = SGD(net.parameters(), LR), PlainAdapter(net)
-    watch = StepWatch("Callback", "transformed", "", ParameterFilter(), adapter, lambda _: False, is_finetuned=False)
+    watch = MissedSteps("Callback", "transformed", "", ParameterFilter(), adapter, lambda _: False, is_finetuned=False)
     watch.start([optimizer])
     looks = []
 

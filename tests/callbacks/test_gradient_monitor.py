@@ -369,9 +369,13 @@ def test_one_row_a_step_where_an_optimizer_steps_several_times_in_a_batch(fit) -
             True,
             "will measure nothing, as log_every_n_steps=50 is more than the number of this training's steps, 6: set",
         ),
-        ({"accumulate_grad_batches": 3}, True, "training's steps, 2: set that to 2 or less"),
-        ({"max_steps": 4}, True, "training's steps, 4: set that to 4 or less"),
-        ({"log_every_n_steps": 0}, True, "will measure nothing, as log_every_n_steps=0 logs no step: set that to 1 or"),
+        ({"accumulate_grad_batches": 3}, True, "training's steps, 2: set it to 2 or less"),
+        ({"max_steps": 4}, True, "training's steps, 4: set it to 4 or less"),
+        (
+            {"log_every_n_steps": 0},
+            True,
+            "measure nothing, because log_every_n_steps=0 logs no step: set it to 1 or",
+        ),
         (
             {"max_epochs": -1},
             False,
@@ -421,7 +425,8 @@ def test_resumed_steps_of_which_none_is_logged(fit, trainer, warned, tmp_path: P
     second.fit(Training(), DataLoader(data, batch_size=None), ckpt_path=tmp_path / "two.ckpt")
     (warning,) = warned()
     assert (
-        "has measured nothing, as log_every_n_steps=5 logs none of the steps 7 to 9: set that to 3 or less" in warning
+        "has measured nothing, because log_every_n_steps=5 logs none of the steps 7 to 9: set it to 3 or less"
+        in warning
     )
 
 
@@ -509,8 +514,8 @@ class TestWhereItGoes:
         assert not list(tmp_path.iterdir())
         told = [line for line in said() if "GradientMonitor" in line]
         assert told == [
-            "GradientMonitor draws no pictures, as the Trainer has neither a logger nor a default_root_dir of its "
-            "own. Its numbers are in trainer.callback_metrics."
+            "GradientMonitor draws no pictures, because the Trainer has neither a logger nor a default_root_dir of "
+            "its own. The numbers are in trainer.callback_metrics."
         ]
 
     @pytest.mark.parametrize("folder", [".", "runs"])

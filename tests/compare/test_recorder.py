@@ -1,8 +1,10 @@
 """What a run records, in a Trainer of this process."""
 
+import copy
 import json
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from study_module import NoisyGradients, ScriptedModule, StudyData, StudyModule
 
@@ -166,7 +168,7 @@ def test_gradient_norm_in_any_precision(dtype):
         is_training=True,
     )
     measurement = GradientMeter().measure(step)
-    assert measurement.step == 5
+    assert measurement.logged_step == 5
     assert measurement.norm == pytest.approx(300 * (300 * 300 + 7) ** 0.5, rel=1e-6)
 
 
@@ -190,20 +192,64 @@ def test_a_curve_that_cannot_be_measured_is_said_to_be_missing(tmp_path):
 
 
 class OtherStrategy(SingleDeviceStrategy):
-    """Might do anything with gradients."""
+    """Derives from a strategy that leaves gradients whole."""
 
 
-@pytest.mark.parametrize("trusted", [False, True])
-def test_no_curve_under_a_strategy_that_nobody_trusts(trusted, tmp_path):
-    with pytest.warns(UserWarning, match="OtherStrategy") as caught:
-        run = train(
-            tmp_path,
-            GradientMonitor(allow_untested_strategy=True) if trusted else Callback(),
-            strategy=OtherStrategy(torch.device("cpu")),
-        )
-    said = [one for one in caught if "There will be no curve of gradient norms" in str(one.message)]
-    assert len(said) == (0 if trusted else 1)
-    assert (logged(run, "compare/gradient_norm") != []) == trusted
+class ShardingStrategy(FSDPStrategy):
+    """Might do anything with shards."""
+
+
+class UnknownStrategy:
+    """Does not derive from a strategy of Lightning."""
+
+
+def test_curve_under_a_strategy_that_derives_from_a_plain_one(tmp_path):
+    run = train(tmp_path, strategy=OtherStrategy(torch.device("cpu")))
+    assert logged(run, "compare/gradient_norm") != []
+
+
+@pytest.mark.parametrize("strategy", [ShardingStrategy, UnknownStrategy])
+def test_no_curve_under_a_strategy_that_nobody_trusts(strategy, tmp_path):
+    module = StudyModule()
+    trainer = SimpleNamespace(strategy=object.__new__(strategy), callbacks=[ZNormCallback()])
+    with pytest.warns(UserWarning, match=f"no curve .*{strategy.__name__} is not .*add GradientMonitor"):
+        assert Recorder(str(tmp_path), 0)._find_adapter(trainer, module) is None
+
+
+def test_unknown_strategy_that_is_trusted(tmp_path):
+    module = StudyModule()
+    trusting = GradientMonitor(allow_untested_strategy=True)
+    trainer = SimpleNamespace(strategy=UnknownStrategy(), callbacks=[trusting])
+    adapter = Recorder(str(tmp_path), 0)._find_adapter(trainer, module)
+    assert [slot.names for slot in adapter.slots()] == [(name,) for name, _ in module.named_parameters()]
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_recorder_does_not_keep_the_model(dies, tmp_path):
+    """Nor a copy of it, in the middle of a training."""
+
+    class Looks(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            copies.append(copy.deepcopy(recorder))
+            assert recorder._adapter is not None
+            if dies and trainer.global_step == 2:
+                raise ValueError("dies")
+
+    recorder, copies = Recorder(str(tmp_path), 0), []
+    module = StudyModule()
+    trainer = Trainer(
+        accelerator="cpu",
+        callbacks=[recorder, Looks()],
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.raises(ValueError, match="dies") if dies else nullcontext():
+        trainer.fit(module, StudyData())
+    assert recorder._adapter is None
+    assert all(each._adapter is None for each in copies)
 
 
 def test_times(tmp_path, monkeypatch):

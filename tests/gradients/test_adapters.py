@@ -19,8 +19,8 @@ class MainGradSlot(GradientSlot):
         self.parameter = parameter
 
     @property
-    def ndim(self) -> int:
-        return self.parameter.ndim
+    def shape(self) -> torch.Size:
+        return self.parameter.shape
 
     def read(self) -> Tensor | None:
         return getattr(self.parameter, "main_grad", None)

@@ -83,10 +83,6 @@ class _UnsteppedSlot(GradientSlot):
         shape: torch.Size = getattr(self._parameter, "ds_shape", self._parameter.shape)
         return shape
 
-    @property
-    def ndim(self) -> int | None:
-        return len(self.shape)
-
     def read(self) -> Tensor | Shard | None:
         return None
 

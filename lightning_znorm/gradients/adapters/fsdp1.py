@@ -6,6 +6,7 @@ are checked by :meth:`FSDP1Adapter._handles`, which names those that a release o
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -49,8 +50,8 @@ class FSDP1Slot(GradientSlot):
         self._parameter: Tensor | None = None if flat._params is None else flat._params[number]
 
     @property
-    def ndim(self) -> int | None:  # noqa: D102
-        return len(self._shape)
+    def shape(self) -> torch.Size:  # noqa: D102
+        return self._shape
 
     def read(self) -> Tensor | Shard | None:  # noqa: D102
         if self._parameter is not None and self._is_unsharded:

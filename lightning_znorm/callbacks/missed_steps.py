@@ -17,7 +17,7 @@ from lightning_znorm.gradients.optimizers import is_nested_step
 from lightning_znorm.gradients.slots import GradientSlot, ParameterFilter, ParameterSlot, clean_name
 
 FIRST_STEPS = 10
-"""After this many steps of an optimizer without an effect there is a warning; earlier if the epoch ends before."""
+"""A warning comes after this many steps without an effect, or at the end of an epoch with fewer."""
 
 _OUT_OF_REACH = (
     "An optimizer that steps inside the backward pass, or computes its gradients in `step`, leaves none for "
@@ -28,7 +28,7 @@ _MAX_NAMED = 3  # optimizers that a message names
 
 
 @dataclass(eq=False)
-class _Steps:
+class _StepCounts:
     """What is known about the steps of one optimizer.
 
     Attributes:
@@ -58,7 +58,7 @@ class _Steps:
     is_reported: bool = False
 
 
-class StepWatch:
+class MissedSteps:
     """Count the steps of a training's optimizers, and warn once of each optimizer on which a callback has no effect.
 
     Steps are counted until every optimizer and every ``include`` pattern has met a gradient, which is normally the
@@ -72,7 +72,7 @@ class StepWatch:
         advice: What to do about steps that bypass Lightning.
         parameter_filter: Chooses the parameters that take part.
         adapter: Knows where the strategy keeps gradients.
-        is_served_otherwise: Returns whether something else processes the gradients of an optimizer as the callback
+        is_handled_elsewhere: Returns whether something else processes the gradients of an optimizer as the callback
             would.
         is_finetuned: Whether parameters that do not train now will train later.
     """
@@ -84,7 +84,7 @@ class StepWatch:
         advice: str,
         parameter_filter: ParameterFilter,
         adapter: GradientAdapter,
-        is_served_otherwise: Callable[[Optimizer], bool],
+        is_handled_elsewhere: Callable[[Optimizer], bool],
         is_finetuned: bool,
     ) -> None:
         self.backwards = 0
@@ -93,9 +93,9 @@ class StepWatch:
         self._advice = advice
         self._filter = parameter_filter
         self._adapter = adapter
-        self._is_served_otherwise = is_served_otherwise
+        self._is_handled_elsewhere = is_handled_elsewhere
         self._is_finetuned = is_finetuned
-        self._steps: dict[Any, _Steps] = {}
+        self._steps: dict[Any, _StepCounts] = {}
         self._handles: list[RemovableHandle] = []
         self._unmet = list(parameter_filter.include)
         # Of this epoch, by the parameter's id: parameters for which Lightning's hook has not been called; those of them
@@ -123,7 +123,7 @@ class StepWatch:
             if optimizer in self._steps:
                 continue
             name = f"optimizer {number} ({type(optimizer).__name__})"
-            steps = self._steps[optimizer] = _Steps(name)
+            steps = self._steps[optimizer] = _StepCounts(name)
             # An optimizer that wraps another one may not have called torch's __init__, or not be one of torch's.
             if hasattr(optimizer, "_optimizer_step_post_hooks"):
                 enter, leave = map(
@@ -154,7 +154,7 @@ class StepWatch:
                     self._unstepped[id(slot.parameter)] = slot
 
     def start_batch(self) -> None:
-        """Begin a batch. Not only optimizers may have written parameters before it."""
+        """Begin a batch. Earlier writes do not count, because they may not be an optimizer's."""
         self._versions = {number: slot.parameter._version for number, slot in self._unstepped.items()}
 
     def end_batch(self) -> None:
@@ -177,7 +177,7 @@ class StepWatch:
         missed = self._had_gradient & self._written
         known = [optimizer for optimizer, steps in self._steps.items() if steps.is_ever_hooked or steps.missed]
         attached = (*self._steps, *attached_optimizers())
-        served = [optimizer for optimizer in attached if self._is_served_otherwise(optimizer)]
+        served = [optimizer for optimizer in attached if self._is_handled_elsewhere(optimizer)]
         for optimizer in (*known, *served):
             missed -= {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         slots = [slot for number, slot in self._unstepped.items() if number in missed]
@@ -185,8 +185,8 @@ class StepWatch:
             self._looks_for_written = False
             self._warn(
                 f"{_count(len(slots), 'parameter')} ({_listed([slot.names[0] for slot in slots], 1)}) changed in "
-                "this epoch without a step that Lightning knows of. That is right if they are bounded, averaged or "
-                "copied from others; but if an optimizer changed them, it did so with gradients that were not "
+                "this epoch without a step that Lightning knows of. This is fine if they are clamped, averaged or "
+                "copied from others. If an optimizer changed them, it did so with gradients that were not "
                 f"{self._action}. {self._advice}"
             )
 
@@ -233,11 +233,11 @@ class StepWatch:
             steps.next_check *= 2
             self._check(FIRST_STEPS)
 
-    def _enter(self, optimizer: Any, steps: _Steps, *_: Any) -> None:
+    def _enter(self, optimizer: Any, steps: _StepCounts, *_: Any) -> None:
         if not is_nested_step(optimizer):
             steps.had_gradients = self._is_missed(steps) and self._has_chosen_gradients(optimizer)
 
-    def _leave(self, optimizer: Any, steps: _Steps, *_: Any) -> None:
+    def _leave(self, optimizer: Any, steps: _StepCounts, *_: Any) -> None:
         if is_nested_step(optimizer):
             return
         # A closure computes gradients in the step.
@@ -247,7 +247,7 @@ class StepWatch:
                 self._check(FIRST_STEPS)
         steps.is_hooked = False
 
-    def _is_missed(self, steps: _Steps) -> bool:
+    def _is_missed(self, steps: _StepCounts) -> bool:
         """Return whether the running step bypasses Lightning, and no warning has said so yet."""
         return not steps.is_hooked and not steps.is_reported
 
@@ -272,7 +272,7 @@ class StepWatch:
         for optimizer, steps in self._steps.items():
             if steps.missed and not steps.is_reported:
                 steps.is_reported = True
-                if self._slots_of(optimizer) and not self._is_served_otherwise(optimizer):
+                if self._slots_of(optimizer) and not self._is_handled_elsewhere(optimizer):
                     names.append(steps.name)
                     times = max(times, steps.missed)
         if names:
@@ -282,7 +282,7 @@ class StepWatch:
                 f"{self._action}. {self._advice}"
             )
 
-    def _check_optimizer(self, optimizer: Any, steps: _Steps) -> None:
+    def _check_optimizer(self, optimizer: Any, steps: _StepCounts) -> None:
         chosen = self._slots_of(optimizer)
         reason = self._reason(chosen)
         if reason is not None:
@@ -332,8 +332,8 @@ class StepWatch:
         else:
             what = f"{frozen_text} or {left_out_text}"
         if all(are_left_out) and self._adapter.unnamed:
-            return f"They are {what}, but others are that the LightningModule does not register. {_OUT_OF_REACH}"
-        return f"They are {what}: choose parameters that train, unless these do later."
+            return f"They are {what}. Others, which the LightningModule does not register, are stepped. {_OUT_OF_REACH}"
+        return f"They are {what}: choose parameters that train. Ignore this if these train later."
 
     def _has_gradients(self) -> bool:
         """Return whether any parameter of the model has a gradient."""
