@@ -168,7 +168,7 @@ def test_names_lead_to_where_they_are_defined() -> None:
     assert found.resolve("lightning_znorm.gradients", "ZScore") == "lightning_znorm.gradients.methods"
     assert found.resolve("lightning_znorm.cli", "main") == "lightning_znorm.cli"
     # By a class path, by what it patches, and by a program that it starts.
-    assert "lightning_znorm.callbacks.last_checkpoint" in found.tests["tests/compare/test_study.py"]
+    assert "lightning_znorm.callbacks.last_checkpoint" in found.tests["tests/compare/test_settings.py"]
     assert "lightning_znorm.compare.report" in found.tests["tests/compare/test_report.py"]
     assert "lightning_znorm.cli" in found.tests["tests/compare/test_paper.py"]
     assert "tests/processes.py" in found.helpers["tests/test_package.py"]

@@ -269,7 +269,7 @@ def _report(plan: Plan, resources: Resources, failures: list[Outcome], console: 
         # Commands of a dry run may have run side by side, so nothing is known about runs that no study started.
         alone = (read_record(study.output) or {}).get("alone", False)
         command = command_line(study, resources)
-        write_report(build_report(plan, measurements, failures, command, alone), study.output)
+        write_report(build_report(plan, measurements, table, command, alone), study.output)
 
     if study.output.is_dir():
         attempt(lambda: write_results(study.output / "results.csv", measurements))

@@ -267,22 +267,20 @@ class _Tree:
                 process.send_signal(number)
 
     def _find_descendants(self) -> list[psutil.Process]:
-        try:
-            found: list[psutil.Process] = self._root.children(recursive=True)
-        except psutil.NoSuchProcess:  # the root has ended
-            if _HAS_GROUPS:
-                return []
+        parents = [self._root]
+        found: list[psutil.Process] = []
+        if not _HAS_GROUPS and not self._root.is_running():
             # On Windows its children keep its id, which is not reused as long as `Popen` has a handle of it.
             started = self._root.create_time()
-            children = [
+            parents = [
                 process
                 for process in psutil.process_iter(["ppid", "create_time"])
                 if process.info["ppid"] == self._root.pid and process.info["create_time"] >= started
             ]
-            found = list(children)
-            for child in children:
-                with suppress(psutil.Error):
-                    found += child.children(recursive=True)
+            found += parents
+        for parent in parents:
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                found += parent.children(recursive=True)
         return found
 
     def _is_in_group(self, process: psutil.Process) -> bool:

@@ -62,8 +62,8 @@ from lightning_znorm.compare.settings import (
 from lightning_znorm.compare.statistics import (
     Reach,
     Row,
+    Table,
     first_and_last,
-    make_rows,
     overheads,
     paired_interval,
     reaches,
@@ -195,24 +195,23 @@ class ReportData:
 
 
 def build_report(
-    plan: Plan, measurements: Sequence[Measurement], failures: Sequence[Outcome], command: str, alone: bool
+    plan: Plan, measurements: Sequence[Measurement], table: Table, command: str, alone: bool
 ) -> ReportData:
     """Collect what the report of a study shows.
 
     Args:
         plan: The study.
         measurements: Everything that was logged by the runs that are done.
-        failures: Runs that failed.
+        table: Every metric under every method, and the runs that failed.
         command: Command that runs the study.
         alone: Whether each run had the machine to itself, as far as the study knows.
     """
     study, methods = plan.study, list(plan.study.files)
     first, *others = methods
-    failed = {outcome.run for outcome in failures}
+    failed = {outcome.run for outcome in table.failures}
     done = [run for run in study.runs if run.is_done and run not in failed]
     fits = {run: fit for run in done if (fit := read_fit(run)) is not None}
     tests = {run: tested for run in done if (tested := read_test(run)) is not None}
-    rows = list(make_rows(plan, measurements))
     changes = {method: changed_settings(plan.settings[first], plan.settings[method]) for method in others}
     name_files = _FileNames()
     versions = sorted({", ".join(f"{k} {v}" for k, v in fit["versions"].items()) for fit in fits.values()})
@@ -228,12 +227,12 @@ def build_report(
         alone=alone,
         other_weights=[method for method in others if _starts_elsewhere(plan, fits, method)],
         other_data=[method for method in others if any(key.startswith("data.") for key, *_ in changes[method])],
-        verdicts=_verdicts(plan.metric, rows),
+        verdicts=_verdicts(table),
         setups=[_setup(plan, fits, method) for method in methods],
         same_settings=same_settings(plan.settings),
         missing_callbacks=_missing_callbacks(plan),
-        failures=failures,
-        metrics=_metric_sections(rows, {name for tested in tests.values() for name in tested.metrics}),
+        failures=table.failures,
+        metrics=_metric_sections(table.rows, {name for tested in tests.values() for name in tested.metrics}),
         reaches=_reaches(plan, measurements),
         step_times=_step_times(step_seconds(measurements), methods, alone),
         curves=[name_files(figure) for figure in curve_figures(plan, measurements)],
@@ -312,11 +311,9 @@ def _templates(kind: Format, loader: BaseLoader) -> Environment:
     }[kind]
 
     def inline(value: Any) -> Markup:
-        return (
-            value
-            if isinstance(value, Markup)
-            else Markup(write(value if isinstance(value, tuple | str) else str(value)))
-        )
+        if isinstance(value, Markup):
+            return value
+        return Markup(write(value if isinstance(value, tuple | str) else str(value)))
 
     @pass_context  # otherwise Jinja escapes constants such as `"results.csv" | code` when it compiles the template
     def code(context: Context, text: str) -> Code:
@@ -430,11 +427,11 @@ def _other_callbacks(settings: dict[str, Any]) -> set[str]:
     return {class_name(entry) for entry in kept_callbacks(settings) if entry not in transforms}
 
 
-def _verdicts(metric: str, rows: Sequence[Row]) -> list[tuple[str, str]]:
-    digits = _decimals(rows, metric)
+def _verdicts(table: Table) -> list[tuple[str, str]]:
+    digits = _decimals(table.rows, table.metric)
     found = []
-    for row in rows:
-        if row.metric == metric and row.verdict:
+    for row in table.rows:
+        if row.metric == table.metric and row.verdict:
             interval = "" if row.interval is None else f" ({interval_text(row.interval, digits)})"
             difference = "" if row.difference is None else f"{signed(row.difference, digits)}{interval}. "
             found.append((row.method, f"{difference}{row.verdict}"))

@@ -16,6 +16,7 @@ from lightning_znorm.compare.formatting import Code
 from lightning_znorm.compare.plots import plot
 from lightning_znorm.compare.report import Figure, ReportData, build_report, write_report
 from lightning_znorm.compare.results import Measurement
+from lightning_znorm.compare.statistics import Table, make_rows
 from lightning_znorm.compare.study import Outcome, Plan, Study
 
 NASTY = [
@@ -320,8 +321,9 @@ def a_study(folder: Path, name: str, **kept: object) -> ReportData:
         run.test_file.write_text(json.dumps(tested))
         for metric in (f"val/{name}", f"test/{name}", "train/loss", f"compare/gradient_norm-{name}"):
             found.append(Measurement(run.name, run.seed, run.method, 0, metric, 1.0 + i))
-    failures = [Outcome(study.runs[0], f"fit failed\n{name}\nthe end")]
-    return build_report(plan, found, failures, f"compare {name}", True)
+    failures = (Outcome(study.runs[0], f"fit failed\n{name}\nthe end"),)
+    table = Table(plan.metric, tuple(make_rows(plan, found)), failures, folder)
+    return build_report(plan, found, table, f"compare {name}", True)
 
 
 @pytest.mark.parametrize("name", HARD)

@@ -20,9 +20,14 @@ from lightning_znorm.compare.statistics import Table, first_and_last, make_rows
 from lightning_znorm.compare.study import Outcome, Plan
 
 
+def data(plan: Plan, measurements: list[Measurement], failures: tuple[Outcome, ...], alone: bool) -> ReportData:
+    table = Table(plan.metric, tuple(make_rows(plan, measurements)), failures, plan.study.output)
+    return build_report(plan, measurements, table, "the command", alone)
+
+
 def report(plan: Plan, measurements: list[Measurement], failures: tuple[Outcome, ...] = (), alone: bool = True) -> str:
     plan.study.output.mkdir(parents=True, exist_ok=True)
-    write_report(build_report(plan, measurements, failures, "the command", alone), plan.study.output)
+    write_report(data(plan, measurements, failures, alone), plan.study.output)
     return (plan.study.output / "report.md").read_text()
 
 
@@ -311,15 +316,15 @@ class TestNewSection:
         monkeypatch.setattr("lightning_znorm.compare.report.plot", lambda *args: {"png": b"", "svg": b""})
         the_plan = plan(tmp_path, methods=("base_line_", "z<norm>"))
         found = done(the_plan)
-        known = build_report(the_plan, found, (), "the command", True)
+        known = data(the_plan, found, (), True)
         ends = first_and_last(found, "train/loss", known.methods)
-        data = self.Extended(**{field.name: getattr(known, field.name) for field in fields(known)}, ends=ends)
+        extended = self.Extended(**{field.name: getattr(known, field.name) for field in fields(known)}, ends=ends)
         sections = (TEMPLATES / "sections.j2").read_text(encoding="utf-8") + self.BLOCK
         loader = ChoiceLoader([DictLoader({"sections.j2": sections}), FileSystemLoader(TEMPLATES)])
-        before, text = render(known, "md"), render(data, "md", loader=loader)
+        before, text = render(known, "md"), render(extended, "md", loader=loader)
         assert text.startswith(before)
         assert text.removeprefix(before).startswith("\n## Final `train/loss`\n\nbase_line\\_ ends at 0.0")
         assert "\n\nz\\<norm> ends at " in text
-        html = render(data, "html", loader=loader)
+        html = render(extended, "html", loader=loader)
         assert "<h2>Final <code>train/loss</code></h2>\n<p>base_line_ ends at 0.0" in html
         assert "<p>z&lt;norm&gt; ends at " in html
