@@ -1,8 +1,9 @@
 """The errors that this package raises on purpose.
 
 Each derives from `ZNormError` and from the built-in exception that the documentation names, so ``except ValueError``
-catches a `ZNormValueError`. The command line prints a `ZNormError` as one sentence. Any other exception of this package
-is a bug and keeps its traceback. This module imports nothing, because every other module may import it.
+catches a `ZNormValueError`. The command line prints a `ZNormError` as one sentence, and so Lightning's
+`MisconfigurationException`, which callbacks raise. Any other exception of this package is a bug and keeps its
+traceback. This module imports nothing, because every other module may import it.
 """
 
 

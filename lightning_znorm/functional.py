@@ -19,7 +19,7 @@ from lightning_znorm.gradients import (
     GradientMethod,
     UnsupportedGradientError,
     ZScore,
-    transform_gradients_,
+    transform_slots_,
 )
 from lightning_znorm.gradients.amp import check_grad_scaler, scale_of, unscales_in_step
 from lightning_znorm.gradients.apply import check_finite
@@ -182,7 +182,7 @@ def transform_grads_(
         raise ZNormTypeError(f"give a parameter, or several such as model.parameters(), got {shown(parameters)}")
     error_if_nonfinite = checked_flag("error_if_nonfinite", error_if_nonfinite)
     slots = UnnamedSlots([parameters] if isinstance(parameters, Tensor) else parameters)
-    transform_gradients_(slots, method)
+    transform_slots_(slots, method)
     if error_if_nonfinite:
         check_finite(slots)
 
@@ -263,7 +263,7 @@ def attach(
             return
         slots = optimizer_slots(optimizer)
         _check_parameters(optimizer, known, slots.parameters)
-        transform_gradients_(slots, method, _loss_scale(optimizer, kwargs))
+        transform_slots_(slots, method, _loss_scale(optimizer, kwargs))
         if not warned_of_no_gradient and all(parameter.grad is None for parameter in slots.parameters):
             warned_of_no_gradient = True
             warnings.warn(
@@ -310,7 +310,7 @@ def attached_optimizers() -> list[Optimizer]:
 
 
 def is_attached(optimizer: Optimizer) -> bool:
-    """Whether a method is attached to an optimizer."""
+    """Return whether a method is attached to an optimizer."""
     hooks = (step_pre_hooks(optimizer) or {}).values()
     return any(getattr(hook, "__module__", None) == attach.__module__ for hook in hooks)
 

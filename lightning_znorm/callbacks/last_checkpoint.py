@@ -195,7 +195,7 @@ class LastCheckpoint(ModelCheckpoint):
         return None
 
     def _is_name(self, name: str | None, other: ModelCheckpoint) -> bool:
-        """Whether this callback may give the name to a file. It adds a number only if it counts versions."""
+        """Return whether this callback may give the name to a file. It adds a number only if it counts versions."""
         pattern = _NAME if self._counts_versions else "last"
         return other.FILE_EXTENSION == ".ckpt" and bool(re.fullmatch(pattern, name or ""))
 

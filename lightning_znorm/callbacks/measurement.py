@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lightning_znorm.callbacks.steps import Step, unwrapped
-from lightning_znorm.gradients.apply import GradientSummary, measure_gradients
+from lightning_znorm.gradients.apply import GradientSummary, measure_slots
 from lightning_znorm.gradients.slots import GradientSlot
 
 
@@ -70,7 +70,7 @@ class GradientMeter:
         if number in self._measured:
             return None
         self._measured.add(number)
-        with_gradient, statistics = measure_gradients(step.slots(), step.loss_scale())
+        with_gradient, statistics = measure_slots(step.slots(), step.loss_scale())
         return Measurement(
             logged_step(step.trainer),
             number if len(optimizers) > 1 else None,

@@ -45,7 +45,7 @@ def check_strategy(strategy: Any, callback: str, method: GradientMethod | None, 
 
     Raises:
         MisconfigurationException: If the strategy is not one of Lightning's tested ones and ``allow_untested`` is not
-            set, or if it shards gradients and the method is a function of whole gradients.
+            set, or if it shards gradients and the method is a function of unsharded gradients.
     """
     cls = type(strategy)
     if not is_tested(cls):
@@ -59,8 +59,8 @@ def check_strategy(strategy: Any, callback: str, method: GradientMethod | None, 
         rank_zero_warn(f"{untested}: it is trusted to leave gradients where Lightning's strategies do.")
     if not isinstance(method, AffineMethod | None) and shards_gradients(strategy):
         raise MisconfigurationException(
-            f"{callback}: {describe(method)} is a function of whole gradients, and {cls.__name__} shards them. Write "
-            "it as an AffineMethod, which works with statistics of whole gradients, or use a single device or 'ddp'."
+            f"{callback}: {describe(method)} is a function of unsharded gradients, and {cls.__name__} shards them. "
+            "Write it as an AffineMethod, which works with their statistics, or use a single device or 'ddp'."
         )
 
 

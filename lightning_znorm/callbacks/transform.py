@@ -18,7 +18,7 @@ from lightning_znorm.callbacks.folders import short_key
 from lightning_znorm.callbacks.monitor import GradientMonitor
 from lightning_znorm.callbacks.steps import Step
 from lightning_znorm.functional import is_attached
-from lightning_znorm.gradients import AffineMethod, GradientMethod, transform_gradients_
+from lightning_znorm.gradients import AffineMethod, GradientMethod, transform_slots_
 from lightning_znorm.gradients.adapters import GradientAdapter
 from lightning_znorm.gradients.amp import found_inf
 from lightning_znorm.gradients.apply import check_finite
@@ -215,7 +215,7 @@ class GradientTransform(GradientCallback):
             for slot in slots:
                 slot.clear()
             return None
-        grads = transform_gradients_(slots, self.method, loss_scale)
+        grads = transform_slots_(slots, self.method, loss_scale)
         # Where the optimizer divides by a scale itself, it also looks for inf and NaN itself, and skips the step.
         if self.error_if_nonfinite and loss_scale is None:
             scaler = getattr(step.trainer.precision_plugin, "scaler", None)

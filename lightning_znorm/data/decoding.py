@@ -141,7 +141,7 @@ def _refuse_what_would_be_altered(image: Any) -> None:
 
 
 def _is_deep(image: Any) -> bool:
-    """Whether a channel has more than 8 bits."""
+    """Return whether a channel has more than 8 bits."""
     from PIL.ExifTags import Base
 
     if image.mode[0] in "IF":
@@ -157,7 +157,7 @@ def _is_deep(image: Any) -> bool:
 
 
 def _has_further_image(image: Any) -> bool:
-    """Whether another image follows the first, which Pillow does not tell for Netpbm's formats."""
+    """Return whether another image follows the first, which Pillow does not tell for Netpbm's formats."""
     decoder, _, start, _ = image.tile[0]
     if decoder == "ppm_plain":  # numbers and comments
         image.fp.seek(start)
@@ -168,7 +168,7 @@ def _has_further_image(image: Any) -> bool:
 
 
 def _is_divided(image: Any) -> bool:
-    """Whether Pillow has divided the colours of a TIFF file by their transparency."""
+    """Return whether Pillow has divided the colours of a TIFF file by their transparency."""
     from PIL.ExifTags import Base
 
     if image.format != "TIFF" or _TIFF_PREMULTIPLIED not in image.tag_v2.get(Base.ExtraSamples, ()):
@@ -178,7 +178,7 @@ def _is_divided(image: Any) -> bool:
 
 
 def _hides_transparency(image: Any) -> bool:
-    """Whether Pillow, which reads 24 bits of a BMP file of 32, leaves out more than 0 or 255 everywhere."""
+    """Return whether Pillow, which reads 24 bits of a BMP file of 32, leaves out more than 0 or 255 everywhere."""
     if image.format != "BMP" or image.info["compression"] or image.tile[0][3][0] != "BGRX":
         return False
     image.fp.seek(image.tile[0][2])

@@ -87,7 +87,7 @@ class SliceFiles:
         return len(self.slices), 4 if any(each.mask for each in self.slices) else 3, *size
 
     def fits(self, max_memory: float) -> bool:
-        """Whether the decoded slices take at most ``max_memory`` bytes."""
+        """Return whether the decoded slices take at most ``max_memory`` bytes."""
         return math.prod(self.shape) <= max_memory
 
     def decode(self, max_memory: float, cache: Path) -> NDArray[np.uint8]:

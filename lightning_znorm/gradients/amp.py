@@ -41,7 +41,7 @@ def check_grad_scaler() -> None:
         raise untested_torch(f"GradScaler: {type(error).__name__}: {error}") from error
     for what, is_so in expected.items():
         if not is_so:
-            raise untested_torch(f"GradScaler does not tell as before {what}")
+            raise untested_torch(f"GradScaler no longer tells {what}")
 
 
 class _Trial:
@@ -63,12 +63,12 @@ class _FusedTrial(_Trial):
 
 
 def is_unscaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
-    """Whether ``scaler.unscale_`` has been called on the optimizer since its last step."""
+    """Return whether ``scaler.unscale_`` has been called on the optimizer since its last step."""
     return scaler._per_optimizer_states[id(optimizer)]["stage"] is not OptState.READY
 
 
 def unscales_in_step(optimizer: Optimizer) -> bool:
-    """Whether the optimizer divides by the loss scale in its own ``step``, as fused ones do."""
+    """Return whether the optimizer divides by the loss scale in its own ``step``, as fused ones do."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 

@@ -33,7 +33,7 @@ _MAX_NAMED = 5  # parameters that a message names
 
 
 @torch.no_grad()
-def transform_gradients_(
+def transform_slots_(
     slots: Iterable[GradientSlot], method: GradientMethod, loss_scale: Tensor | None = None
 ) -> list[Tensor | Shard | None]:
     """Replace the gradients of some slots by what a method makes of them, in place.
@@ -51,9 +51,9 @@ def transform_gradients_(
 
     Raises:
         TypeError: If ``method`` is not a method.
-        UnsupportedGradientError: Before any gradient is changed, if one is sparse, of 8 bits, or cannot be put together
-            from the processes, or is sharded and the method is a function, or if gradients overlap in memory. Also if a
-            function returns anything but a tensor of its argument's shape.
+        UnsupportedGradientError: Before any gradient is changed, if one is sparse, of 8 bits, or sharded in an unknown
+            way; if one is sharded and the method is a function; or if gradients overlap in memory. Also if a function
+            returns anything but a tensor of its argument's shape.
     """
     name = describe(method)
     if not isinstance(slots, UnnamedSlots):
@@ -101,7 +101,7 @@ def _replace_(grad: Tensor, method: Callable[[Tensor], Tensor], name: str, loss_
 
 
 @torch.no_grad()
-def measure_gradients(
+def measure_slots(
     slots: Iterable[GradientSlot], loss_scale: Tensor | None = None
 ) -> tuple[list[GradientSlot], Statistics]:
     """Take the statistics of the unsharded gradients of some slots, and bring them to the host in one copy.
@@ -120,7 +120,7 @@ def measure_gradients(
         that overflow in the gradient's type, leave a mean or a deviation that is not finite.
 
     Raises:
-        UnsupportedGradientError: If a gradient is sparse, of 8 bits, or cannot be put together from the processes.
+        UnsupportedGradientError: If a gradient is sparse, of 8 bits, or is sharded in an unknown way.
     """
     slots = list(slots)
     slot_of: dict[Shard, GradientSlot] = {}
@@ -149,7 +149,7 @@ def measure_gradients(
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """Copy a tensor to the CPU: the only step of a measurement that waits for a device."""
+    """Copy a tensor to the CPU. Only this step of a measurement waits for a device, and DeepSpeed's offloading."""
     return tensor.cpu()
 
 

@@ -18,7 +18,7 @@ class NonFiniteGradientError(ZNormRuntimeError):
 def untested_torch(what: str) -> UnsupportedGradientError:
     """Return an error for a PyTorch that does not tell where gradients are kept."""
     return UnsupportedGradientError(
-        f"PyTorch {torch.__version__} keeps gradients otherwise than the releases that were tested: {what}. Use an "
+        f"PyTorch {torch.__version__} does not keep gradients as the tested releases do: {what}. Use an "
         "older release of it, or a newer one of lightning-znorm"
     )
 

@@ -107,7 +107,7 @@ class AffineMethod(ABC):
         definer = next(base for base in cls.__mro__ if "pooled" in vars(base))
         pooled = vars(definer)["pooled"]
         if not isinstance(pooled, _Pooled):
-            _warn_of_pooled(cls.__name__, stacklevel=4)  # 3 is the metaclass of abstract classes
+            _warn_of_pooled(cls.__name__, stacklevel=4)  # 3 would point into ABCMeta.__new__
             if pooled and cls.over != "row":
                 raise ZNormTypeError(f"{cls.__name__}.pooled is about deviations of rows: it needs over = 'row'")
             cls.std_over = "tensor" if pooled else None
@@ -124,14 +124,14 @@ class AffineMethod(ABC):
 
 
 def rows_share_std(method: AffineMethod | type[AffineMethod]) -> bool:
-    """Whether each row has its own mean, and the deviation of its whole tensor."""
+    """Return whether each row has its own mean, and the deviation of its whole tensor."""
     return method.over == "row" and method.std_over == "tensor"
 
 
 def _warn_of_pooled(name: str, stacklevel: int) -> None:
     warnings.warn(
-        f'{name}.pooled is now called std_over: write `std_over = "tensor"` in place of `pooled = True`. Version 0.2 '
-        "removes the old name",
+        f'{name}.pooled is now called std_over: write `std_over = "tensor"` in place of `pooled = True`, and nothing '
+        "in place of `pooled = False`. Version 0.2 removes the old name",
         FutureWarning,
         stacklevel=stacklevel,
     )

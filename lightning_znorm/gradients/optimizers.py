@@ -10,13 +10,13 @@ from torch.optim import Optimizer
 
 
 def runs_hooks(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's step is still the function that torch puts around it to run hooks."""
+    """Return whether the optimizer's step is still the function that torch puts around it to run hooks."""
     function, owner = (getattr(optimizer.step, name, None) for name in ("__func__", "__self__"))
     return owner is optimizer and getattr(function, "__code__", None) is _around_step()
 
 
 def is_nested_step(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's hooks, from one of which this is called, run inside a step that has run them already.
+    """Return whether the optimizer's hooks, one of which calls this, run inside a step that has run them already.
 
     This happens if a step calls that of a base class, if a step that replaced the original one calls it, or if an
     optimizer wraps another one and shares its hooks. It is read from the call stack, in microseconds: a counter would
@@ -28,7 +28,7 @@ def is_nested_step(optimizer: Optimizer) -> bool:
 
 
 def marks_steps() -> bool:
-    """Whether this release of torch puts a function around each step that can be recognized."""
+    """Return whether this release of torch puts a function around each step that can be recognized."""
     return _around_step() is not None
 
 
@@ -42,12 +42,12 @@ def step_pre_hooks(optimizer: object) -> dict[int, Any] | None:
 
 
 def steps_in_backward(optimizer: object) -> bool:
-    """Whether an optimizer steps in the backward pass, as ``ZeroRedundancyOptimizer(overlap_with_ddp=True)`` does."""
+    """Return whether an optimizer steps in the backward pass: ``ZeroRedundancyOptimizer(overlap_with_ddp=True)``."""
     return bool(getattr(optimizer, "_overlap_with_ddp", False))  # torch has no public name for it
 
 
 def takes_two_steps(optimizer: object) -> bool:
-    """Whether an optimizer has the two steps of SAM, of which the first one climbs."""
+    """Return whether an optimizer has the two steps of SAM, of which the first one climbs."""
     return hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")
 
 

@@ -39,7 +39,7 @@ def unsharded_segments(grads: Iterable[Tensor], over: Over) -> list[Segment]:
 
 
 def _has_deviation(shape: torch.Size, over: Over) -> bool:
-    """Whether a tensor, or its rows, have several elements; all processes agree, because they know the full shape."""
+    """Return whether a tensor, or its rows, have several elements. All processes agree: they know the whole shape."""
     return len(shape) > 1 and shape[1:].numel() > 1 if over == "row" else shape.numel() > 1
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def may_share_memory(unsharded: Sequence[Tensor], shards: Sequence[Shard]) -> bool:
-    """Whether any two gradients may have elements in common. It is fast, because every step asks it."""
+    """Return whether any two gradients may have elements in common. It is fast, because every step asks it."""
     tensors = [*unsharded, *(shard.local for shard in shards if shard.local is not None)] if shards else unsharded
     try:
         storages = set(map(_identity, map(Tensor.untyped_storage, tensors)))
@@ -76,7 +76,7 @@ def without_duplicates(
 
 
 def has_internal_overlap(tensor: Tensor) -> bool:
-    """Whether elements of a tensor share memory, as in an expanded one. If strides cannot tell, it says yes."""
+    """Return whether elements of a tensor share memory, as in an expanded one. If strides cannot tell, it says yes."""
     if tensor.is_contiguous():
         return False
     verdict = torch._debug_has_internal_overlap(tensor)  # torch has no public function: 0 no, 1 yes, 2 unknown
@@ -152,7 +152,7 @@ def _span(tensor: Tensor) -> int:
 
 
 def _are_the_same(first: Tensor | Shard | None, second: Tensor | Shard | None) -> bool:
-    """Whether two gradients in the same memory are one: both unsharded, or the same part of a gradient."""
+    """Return whether two gradients in the same memory are one: both unsharded, or the same part of a gradient."""
     if not isinstance(first, Shard) or not isinstance(second, Shard):
         return isinstance(first, Tensor) and isinstance(second, Tensor)
     return type(first) is type(second) and all(

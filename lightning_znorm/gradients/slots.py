@@ -223,7 +223,7 @@ _ORDINARY_TYPES = {Parameter, Tensor}
 
 
 def _is_sharded(parameter: Tensor) -> bool:
-    """Whether DeepSpeed or the first version of FSDP keeps a parameter's gradient. Their own functions tell.
+    """Return whether DeepSpeed or the first version of FSDP keeps a parameter's gradient. Their own functions tell.
 
     A program that has parameters of theirs has loaded them, so nothing is imported for others.
 
@@ -254,7 +254,7 @@ def _is_sharded(parameter: Tensor) -> bool:
 
 
 def _is_distributed(tensor: Tensor | None) -> bool:
-    """Whether a tensor is of one of the classes of torch's distributed package, such as DTensor."""
+    """Return whether a tensor is of one of the classes of torch's distributed package, such as DTensor."""
     kind = type(tensor)
     return kind not in _LOCAL_TYPES and any(cls.__module__.startswith("torch.distributed.") for cls in kind.__mro__)
 
@@ -270,7 +270,7 @@ def dtensor_support() -> ModuleType:
         UnsupportedGradientError: If this release of torch lacks what the module needs.
     """
     try:
-        from lightning_znorm.gradients.adapters import dtensor
+        from lightning_znorm.gradients import dtensor
     except ImportError as error:
         raise untested_torch(str(error)) from error
     dtensor.check_dtensors()
@@ -300,12 +300,12 @@ class ParameterFilter:
         self.min_ndim = checked_integer("min_ndim", min_ndim, minimum=0)
 
     def matches(self, slot: GradientSlot) -> bool:
-        """Whether a parameter is chosen. A shared one is, if one of its names is included and none is excluded."""
+        """Return whether a parameter is chosen. A shared one needs one name that is included, and none excluded."""
         is_large = slot.ndim is None or slot.ndim >= self.min_ndim
         return is_large and _any_match(slot.names, self.include) and not _any_match(slot.names, self.exclude)
 
     def includes(self, names: Iterable[str], pattern: str) -> bool:
-        """Whether one of the names of a parameter matches an ``include`` pattern."""
+        """Return whether one of the names of a parameter matches an ``include`` pattern."""
         return _any_match(names, [pattern])
 
     @property

@@ -321,7 +321,7 @@ def test_parameters_that_change_without_a_step_of_lightnings(fit, warned, make, 
     fit(make(), batches(3), GradientMonitor(), ZNormCallback(), max_epochs=3, log_every_n_steps=1)
     for warning, verb in zip(warned(), ["shown", "transformed"], strict=True):
         assert f"({names}) changed in this epoch without a step that Lightning knows of" in warning
-        assert f"if an optimizer changed them, it did so with gradients that were not {verb}. " in warning
+        assert f"If an optimizer changed them, it did so with gradients that were not {verb}. " in warning
 
 
 def test_an_optimizer_of_its_own_with_an_attached_method(fit, warned) -> None:

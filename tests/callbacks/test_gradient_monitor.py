@@ -164,7 +164,7 @@ def test_share_below_the_threshold(fit) -> None:
 
 
 def test_nothing_is_measured_at_other_steps(fit) -> None:
-    with patch.object(measurement, "measure_gradients", wraps=measurement.measure_gradients) as calls:
+    with patch.object(measurement, "measure_slots", wraps=measurement.measure_slots) as calls:
         fit(Training(), batches(7), GradientMonitor(), log_every_n_steps=3)
         assert calls.call_count == 2
         with pytest.warns(UserWarning, match="log_every_n_steps=0 logs no step"):
@@ -201,7 +201,7 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 def test_shows_gradients_as_they_were_wherever_it_stands(fit, order: str) -> None:
     data, collected, module, own = batches(4), Collected(), Training(), ORDERS[order]()
-    with patch.object(measurement, "measure_gradients", wraps=measurement.measure_gradients) as calls:
+    with patch.object(measurement, "measure_slots", wraps=measurement.measure_slots) as calls:
         made = fit(module, data, *own, collected, **QUIET)
     assert calls.call_count == len(data)
     assert [callback for callback in made.callbacks if callback in own] == own
@@ -367,7 +367,7 @@ def test_one_row_a_step_where_an_optimizer_steps_several_times_in_a_batch(fit) -
         (
             {},
             True,
-            "will measure nothing, as log_every_n_steps=50 is more than the number of this training's steps, 6: set",
+            "measure nothing, because log_every_n_steps=50 is more than the number of this training's steps, 6: set",
         ),
         ({"accumulate_grad_batches": 3}, True, "training's steps, 2: set it to 2 or less"),
         ({"max_steps": 4}, True, "training's steps, 4: set it to 4 or less"),
@@ -379,7 +379,7 @@ def test_one_row_a_step_where_an_optimizer_steps_several_times_in_a_batch(fit) -
         (
             {"max_epochs": -1},
             False,
-            "has measured nothing, as log_every_n_steps=50 logs none of the steps 1 to 5: set ",
+            "has measured nothing, because log_every_n_steps=50 logs none of the steps 1 to 5: set ",
         ),
     ],
     ids=["few steps", "accumulation", "max_steps", "never", "stopped"],

@@ -56,7 +56,7 @@ def test_function_needs_whole_gradients(cls: type) -> None:
     if cls.__name__ in WHOLE:
         check(cls, torch.sign)
     elif cls.__name__ in SHARDED:
-        message = rf"sign is a function of whole gradients, and {cls.__name__} shards them.*AffineMethod.*'ddp'"
+        message = rf"sign is a function of unsharded gradients, and {cls.__name__} shards them.*AffineMethod.*'ddp'"
         with pytest.raises(MisconfigurationException, match=message):
             check(cls, torch.sign)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_znorm.gradients import NonFiniteGradientError, ZScore, transform_gradients_
+from lightning_znorm.gradients import NonFiniteGradientError, ZScore, transform_slots_
 from lightning_znorm.gradients.adapters.plain import PlainAdapter
-from lightning_znorm.gradients.apply import check_finite, measure_gradients
+from lightning_znorm.gradients.apply import check_finite, measure_slots
 from lightning_znorm.gradients.slots import GradientSlot
 from tests.gradients.reference import wide, zscore
 
@@ -50,10 +50,10 @@ def test_strategy_with_gradients_of_its_own() -> None:
     assert adapter.is_complete()
     assert adapter.loss_scale() is None
 
-    measured, stats = measure_gradients(slots)
+    measured, stats = measure_slots(slots)
     assert measured == slots
     torch.testing.assert_close(stats.mean, torch.stack([wide(grad).mean() for grad in grads]), rtol=0, atol=1e-6)
-    transform_gradients_(slots, ZScore())
+    transform_slots_(slots, ZScore())
     for parameter, grad in zip(model.parameters(), grads, strict=True):
         torch.testing.assert_close(wide(parameter.main_grad), zscore(grad), rtol=0, atol=1e-5)
 

@@ -89,7 +89,7 @@ def test_change_is_refused(monkeypatch: pytest.MonkeyPatch, change: str) -> None
     patch, message = CHANGES[change]
     patch(monkeypatch)
     with pytest.raises(
-        UnsupportedGradientError, match=f"PyTorch .* keeps gradients otherwise .*GradScaler.*({message})"
+        UnsupportedGradientError, match=f"PyTorch .* does not keep gradients as .*GradScaler.*({message})"
     ):
         check_grad_scaler()
 

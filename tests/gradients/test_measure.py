@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_znorm.functional import centralize_grads_, transform_grads_, zscore_grads_
 from lightning_znorm.gradients import SING, NonFiniteGradientError, Statistics, apply
-from lightning_znorm.gradients.apply import GradientSummary, check_finite, measure_gradients
+from lightning_znorm.gradients.apply import GradientSummary, check_finite, measure_slots
 from lightning_znorm.gradients.kernels import measure_shards
 from lightning_znorm.gradients.slots import UnnamedSlots
 from tests.dtypes import default_is_never_read
@@ -37,7 +37,7 @@ def parameters(dtype: torch.dtype = torch.float32, shift: float = 0.3) -> list[n
 
 
 def measured(params: list[nn.Parameter], loss_scale: Tensor | None = None) -> Statistics:
-    slots, stats = measure_gradients(UnnamedSlots(params), loss_scale)
+    slots, stats = measure_slots(UnnamedSlots(params), loss_scale)
     assert [int(slot.names[0].removeprefix("parameter ")) for slot in slots] == [
         i for i, p in enumerate(params) if p.grad is not None and p.grad.numel() > 0
     ]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_znorm.functional import attach, transform_grads_, zscore_grads_
-from lightning_znorm.gradients import SING, Centralization, UnsupportedGradientError, ZScore, transform_gradients_
-from lightning_znorm.gradients.apply import measure_gradients
+from lightning_znorm.gradients import SING, Centralization, UnsupportedGradientError, ZScore, transform_slots_
+from lightning_znorm.gradients.apply import measure_slots
 from lightning_znorm.gradients.shards import BoxShard, FlatShard, Shard
 from lightning_znorm.gradients.shared_memory import has_internal_overlap, may_share_memory
 from lightning_znorm.gradients.slots import GradientSlot, ParameterSlot, UnnamedSlots
@@ -108,7 +108,7 @@ def test_the_same_memory_is_transformed_once(
         scale = torch.tensor(loss_scale)
         grad *= scale
         expected = expected * loss_scale
-    transform_gradients_(UnnamedSlots(params), given, scale)
+    transform_slots_(UnnamedSlots(params), given, scale)
     for param in params:
         assert param.grad is not None
         assert param.grad.data_ptr() == grad.data_ptr()
@@ -185,13 +185,13 @@ def test_tensors_without_storage_share_nothing() -> None:
 def test_measuring_leaves_overlapping_gradients_as_they_are() -> None:
     flat = BUFFER.clone()
     params = params_of(flat[:7], flat[6:])
-    _, stats = measure_gradients(UnnamedSlots(params))
+    _, stats = measure_slots(UnnamedSlots(params))
     assert torch.equal(flat, BUFFER)
     torch.testing.assert_close(stats.mean, torch.stack([flat[:7].double().mean(), flat[6:].double().mean()]))
 
 
-class ShardPlace(GradientSlot):
-    ndim = 1
+class ShardSlot(GradientSlot):
+    shape = torch.Size([6])
 
     def __init__(self, name: str, shard: Shard) -> None:
         super().__init__((name,))
@@ -221,7 +221,7 @@ def test_shards_of_the_same_memory() -> None:
             )
             for _ in range(2)
         ]
-        transform_gradients_([ShardPlace(f"layer{number}", shard) for number, shard in enumerate(shards)], ZScore(EPS))
+        transform_slots_([ShardSlot(f"layer{number}", shard) for number, shard in enumerate(shards)], ZScore(EPS))
 
     on_ranks(3, [group], run)
     # In float32, sums over so many elements are off by more the fewer threads share them.
@@ -232,11 +232,11 @@ def test_shards_of_the_same_memory() -> None:
 def test_shard_that_overlaps_is_refused(other: str) -> None:
     flat = BUFFER.clone()
     shard = FlatShard(local=flat[:7], shape=torch.Size([20]), device=flat.device, offset=3, group=None)
-    second: GradientSlot = ShardPlace(
+    second: GradientSlot = ShardSlot(
         "layer1", FlatShard(local=flat[:7], shape=torch.Size([20]), device=flat.device, offset=4, group=None)
     )
     if other == "whole":
         second = ParameterSlot(("layer1",), params_of(flat[:7])[0])
     with pytest.raises(UnsupportedGradientError, match="gradients of layer0 and layer1 overlap"):
-        transform_gradients_([ShardPlace("layer0", shard), second], ZScore())
+        transform_slots_([ShardSlot("layer0", shard), second], ZScore())
     assert torch.equal(flat, BUFFER)

@@ -13,7 +13,8 @@ from torch.distributed.fsdp import FlatParameter
 from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
 from torch.distributed.tensor import DTensor, Placement
 
-from lightning_znorm.gradients import ZScore, adapters, transform_gradients_, transform_places_
+from lightning_znorm import gradients
+from lightning_znorm.gradients import ZScore, transform_places_, transform_slots_
 from lightning_znorm.gradients.errors import UnsupportedGradientError
 from lightning_znorm.gradients.slots import ParameterSlot, UnnamedSlots, dtensor_support, read_gradients
 
@@ -66,7 +67,7 @@ def test_a_place_of_its_own_kind_finds_for_itself() -> None:
 
 def test_places_may_come_one_by_one() -> None:
     params = [param(torch.tensor([[1.0, 1, 1], [3, 3, 3]])), param(None)]
-    transform_gradients_((slot for slot in named(params)), ZScore())
+    transform_slots_((slot for slot in named(params)), ZScore())
     assert params[0].grad is not None
     assert params[0].grad.tolist() == [[-1, -1, -1], [1, 1, 1]]
 
@@ -167,13 +168,13 @@ def untried_dtensors() -> Iterator[None]:
 )
 def test_what_is_missing_of_dtensors_is_named(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> None:
     """Before anything is changed. Otherwise such a release of torch would have shards taken for gradients."""
-    monkeypatch.delitem(sys.modules, "lightning_znorm.gradients.adapters.dtensor", raising=False)
-    monkeypatch.delattr(adapters, "dtensor", raising=False)
+    monkeypatch.delitem(sys.modules, "lightning_znorm.gradients.dtensor", raising=False)
+    monkeypatch.delattr(gradients, "dtensor", raising=False)
     params = [param(torch.tensor([1.0, 5.0]), (2,)), param(torch.zeros(2, 3).as_subclass(ShardedTensor))]
     with monkeypatch.context() as patch:
         patch.delattr(owner, name)
-        with pytest.raises(UnsupportedGradientError, match=f"PyTorch .* keeps gradients otherwise .*{name}"):
-            transform_gradients_(named(params), ZScore())
+        with pytest.raises(UnsupportedGradientError, match=f"PyTorch .* does not keep gradients as .*{name}"):
+            transform_slots_(named(params), ZScore())
     assert params[0].grad is not None
     assert params[0].grad.tolist() == [1, 5]
 
@@ -190,7 +191,7 @@ def test_placements_tell_what_they_stand_for(monkeypatch: pytest.MonkeyPatch, ki
 
 def test_former_name_warns_and_works() -> None:
     weight = param(torch.tensor([2.0, 6.0]), (2,))
-    with pytest.warns(FutureWarning, match="transform_places_ is now called transform_gradients_: version 0.2 removes"):
+    with pytest.warns(FutureWarning, match="transform_places_ is now called transform_slots_: version 0.2 removes"):
         transform_places_(named([weight]), ZScore())
     assert weight.grad is not None
     assert weight.grad.tolist() == [-1, 1]

@@ -124,7 +124,7 @@ def test_what_is_needed_and_missing_is_named(monkeypatch: pytest.MonkeyPatch, ow
     flat = Without(handle.flat_param, lacking["flat"], _shard_param_infos=intervals)
     wrapper = Without(wrapped, lacking["wrapper"], _handle=Without(handle, lacking["handle"], flat_param=flat))
     monkeypatch.setattr(FullyShardedDataParallel, "fsdp_modules", lambda module: [wrapper])
-    with pytest.raises(UnsupportedGradientError, match=f"PyTorch .* keeps gradients otherwise .* has no {name}"):
+    with pytest.raises(UnsupportedGradientError, match=f"PyTorch .* does not keep gradients as .* has no {name}"):
         FSDP1Adapter(model, wrapped)
 
 

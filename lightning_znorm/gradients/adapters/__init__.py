@@ -1,7 +1,6 @@
 """How strategies keep gradients: one file for each way.
 
 - ``plain.py``: in the ``grad`` of each parameter (a single device, DDP; FSDP2 and tensor parallelism, as DTensors).
-- ``dtensor.py``: what a ``grad`` that is a DTensor holds. Slots of plain parameters use it.
 - ``fsdp1.py``: in flattened layers (``FullyShardedDataParallel``).
 - ``deepspeed.py``: in DeepSpeed's optimizers (ZeRO stages 0 to 3).
 
@@ -51,7 +50,7 @@ class GradientAdapter(ABC):
         """Yield the slots of the parameters that an optimizer steps, each once and the same objects each time."""
 
     def is_complete(self) -> bool:
-        """Whether gradients are complete, and the optimizer is about to take its step."""
+        """Return whether gradients are complete, and the optimizer is about to take its step."""
         return True
 
     def loss_scale(self) -> Tensor | None:

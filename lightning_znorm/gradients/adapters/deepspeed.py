@@ -386,7 +386,7 @@ def _check(owner: object, *names: str) -> None:
 
 def _unknown_layout(what: str) -> UnsupportedGradientError:
     return UnsupportedGradientError(
-        f"DeepSpeed {version('deepspeed')} keeps gradients otherwise than the releases that were tested: {what}. Use "
+        f"DeepSpeed {version('deepspeed')} does not keep gradients as the tested releases do: {what}. Use "
         "one that lightning-znorm names in its extra `deepspeed`"
     )
 
@@ -454,5 +454,6 @@ def _check_features(engine: Any) -> None:
     for feature, is_on in features.items():
         if is_on:
             raise UnsupportedGradientError(
-                f"gradients cannot be normalized under DeepSpeed with {feature}. Turn it off, or leave the callback out"
+                f"gradients cannot be normalized under DeepSpeed with {feature}. Turn it off, or do without gradient "
+                "callbacks"
             )

@@ -106,7 +106,7 @@ def transform_supported_rows_(
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's elements lie in the memory of a CPU, one after the other, as they are."""
+    """Return whether a tensor's elements lie in the memory of a CPU, one after the other, as they are."""
     # A subclass of Tensor may not work in inference mode.
     return type(tensor) is Tensor and tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()
 

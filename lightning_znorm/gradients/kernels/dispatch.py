@@ -36,7 +36,7 @@ def transform_segments_(segments: Iterable[Segment], method: AffineMethod, loss_
     """Replace each tensor or row ``g`` of the segments by ``(g - shift) * scale``, in place.
 
     Args:
-        segments: Memory of complete tensors or rows, on any devices, of floating-point or complex types.
+        segments: Memory of unsharded tensors or rows, on any devices, of floating-point or complex types.
         method: Returns shift and scale from the statistics of each tensor or row.
         loss_scale: Factor by which the gradients are larger than the true ones because the optimizer will divide by it,
             a scalar tensor. The method sees the true gradients, and its result is multiplied by the factor.
@@ -80,7 +80,7 @@ DEVICE_TYPES: frozenset[str] = frozenset()
 
 @lru_cache(maxsize=64)
 def runs_triton(device: torch.device) -> bool:
-    """Whether Triton is installed and runs on the device. Small gradients are tried: a tensor, and one by row."""
+    """Return whether Triton is installed and runs on the device. Two small gradients are tried, one of them by row."""
     try:
         from lightning_znorm.gradients.kernels.triton import PointerTable
 

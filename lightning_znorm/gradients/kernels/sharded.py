@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def transform_shards_(shards: Iterable[Shard], method: AffineMethod, loss_scale: Tensor | None = None) -> None:
-    """Replace this process' shards of gradients by the method's, in place, with the statistics of the full gradients.
+    """Replace this process' shards of gradients by the method's, in place, with statistics of the unsharded gradients.
 
     Sums of what each process holds are reduced first, and then the squared deviations from the common mean: two
     collectives for each process group, or one if the method needs no deviation, however many gradients there are.
@@ -39,7 +39,7 @@ def transform_shards_(shards: Iterable[Shard], method: AffineMethod, loss_scale:
             a scalar tensor. The method sees the true gradients, and its result is multiplied by the factor.
     """
     if rows_share_std(method):
-        all_stats = _of_rows_and_tensors(shards)
+        batches = _batches_by_row_and_tensor(shards)
     else:
         local_segments: list[Segment] = []
         by_groups: defaultdict[tuple[ProcessGroup, ...], list[Shard]] = defaultdict(list)
@@ -49,18 +49,18 @@ def transform_shards_(shards: Iterable[Shard], method: AffineMethod, loss_scale:
             else:
                 local_segments += shard.segments(method.over)
         transform_segments_(local_segments, method, loss_scale)
-        all_stats = [
-            ShardedStatistics(members, method.over, groups, needs_std=method.needs_std)
+        batches = [
+            ShardBatch(members, method.over, groups, needs_std=method.needs_std)
             for groups, members in by_groups.items()
         ]
-    _reduce_(all_stats, method.needs_std)
-    for stats in all_stats:
-        stats.transform_(method, loss_scale)
+    _reduce_(batches, method.needs_std)
+    for batch in batches:
+        batch.transform_(method, loss_scale)
 
 
 @torch.no_grad()
 def measure_shards(shards: Iterable[Shard]) -> tuple[list[Shard], Tensor, Tensor]:
-    """Take statistics of full gradients, in as many collectives as normalizing them would take, without changing them.
+    """Take statistics of unsharded gradients without changing them, in as many collectives as a method would take.
 
     Args:
         shards: The same gradients in the same order on all processes, whatever each holds of them; none is empty.
@@ -73,21 +73,20 @@ def measure_shards(shards: Iterable[Shard]) -> tuple[list[Shard], Tensor, Tensor
     by_groups: defaultdict[tuple[ProcessGroup, ...], list[Shard]] = defaultdict(list)
     for shard in shards:
         by_groups[shard.reduce_groups("tensor", include_single=True)].append(shard)
-    all_stats = [
-        ShardedStatistics(members, "tensor", groups, needs_std=True, read_only=True)
-        for groups, members in by_groups.items()
+    batches = [
+        ShardBatch(members, "tensor", groups, needs_std=True, read_only=True) for groups, members in by_groups.items()
     ]
-    _reduce_(all_stats, needs_std=True)
-    device = all_stats[0].m2.device
+    _reduce_(batches, needs_std=True)
+    device = batches[0].m2.device
     return (
         [shard for members in by_groups.values() for shard in members],
-        torch.cat([stats.mean.to(device) for stats in all_stats]),
-        torch.cat([stats.m2.to(device) for stats in all_stats]),
+        torch.cat([batch.mean.to(device) for batch in batches]),
+        torch.cat([batch.m2.to(device) for batch in batches]),
     )
 
 
-def _of_rows_and_tensors(shards: Iterable[Shard]) -> list["ShardedStatistics"]:
-    """Return statistics with a mean for each row, and a squared deviation for each tensor.
+def _batches_by_row_and_tensor(shards: Iterable[Shard]) -> list["ShardBatch"]:
+    """Return batches with a mean for each row, and a squared deviation for each tensor.
 
     Only sums are reduced between the ranks that share rows, and after them only one number for each tensor.
     """
@@ -98,24 +97,24 @@ def _of_rows_and_tensors(shards: Iterable[Shard]) -> list["ShardedStatistics"]:
             sum_groups = shard.reduce_groups("row") if shard.has_rows else ()
             by_groups[sum_groups, shard.reduce_groups("tensor"), shard.has_rows].append(shard)
     return [
-        ShardedStatistics(members, "row" if has_rows else "tensor", sum_groups, m2_groups, needs_std=True)
+        ShardBatch(members, "row" if has_rows else "tensor", sum_groups, m2_groups, needs_std=True)
         for (sum_groups, m2_groups, has_rows), members in by_groups.items()
     ]
 
 
-def _reduce_(all_stats: list["ShardedStatistics"], needs_std: bool) -> None:
-    """Add to statistics what other ranks hold."""
-    _all_reduce_([(stats.sum_groups, stats.sums) for stats in all_stats])
+def _reduce_(batches: list["ShardBatch"], needs_std: bool) -> None:
+    """Add to the statistics of batches what other ranks hold."""
+    _all_reduce_([(batch.sum_groups, batch.sums) for batch in batches])
     if needs_std:
-        for stats in all_stats:
-            stats.fill_m2_()
-        _all_reduce_([(stats.m2_groups, stats.m2) for stats in all_stats])
+        for batch in batches:
+            batch.fill_m2_()
+        _all_reduce_([(batch.m2_groups, batch.m2) for batch in batches])
 
 
-class ShardedStatistics:
-    """Statistics of gradients that are sharded over the same process groups, of each tensor or of each row.
+class ShardBatch:
+    """Shards over the same process groups, with the statistics of each tensor or row.
 
-    In float64, whose sums neither overflow nor lose a digit of float32 ones.
+    Statistics are in float64, whose sums neither overflow nor lose a digit of float32 ones.
 
     Args:
         shards: This process' parts of the gradients.

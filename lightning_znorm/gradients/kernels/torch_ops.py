@@ -47,7 +47,7 @@ def transform_any_segments_(
     large mean costs no digits.
 
     Args:
-        segments: Memory of complete tensors or rows, on any devices, of floating-point or complex types.
+        segments: Memory of unsharded tensors or rows, on any devices, of floating-point or complex types.
         method: Returns shift and scale from the statistics of each tensor or row.
         loss_scale: Factor by which the gradients are larger than the true ones because the optimizer will divide by it,
             a scalar tensor. The method sees the true gradients, and its result is multiplied by the factor.
@@ -281,7 +281,7 @@ def _checked(returned: Any, method: AffineMethod, mean: Tensor) -> tuple[Tensor 
 
 
 def _fits(part: Any, mean: Tensor) -> bool:
-    """Whether a shift or a scale is of the shape, device and kind of the statistics."""
+    """Return whether a shift or a scale is of the shape, device and kind of the statistics."""
     if part is None:
         return True
     fits_in = isinstance(part, Tensor) and part.shape == mean.shape and part.device == mean.device

@@ -66,7 +66,7 @@ def group_by_table(segments: Iterable[Segment]) -> tuple[list[list[Segment]], li
 
 
 def _is_dense(tensor: Tensor, by_row: bool) -> bool:
-    """Whether a tensor fills an interval of memory, row by row if need be."""
+    """Return whether a tensor fills an interval of memory, row by row if need be."""
     memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
     if memory_format is not None and tensor.is_contiguous(memory_format=memory_format):
         return True

@@ -180,7 +180,7 @@ def second_pass(
 
 @triton.jit
 def _is_of_step(length, step: tl.constexpr):
-    """Whether rows are as narrow as this step takes them, and too wide for the next, which takes four times as many."""
+    """Return whether rows are narrow enough for this step and too wide for the next, which takes four times as many."""
     WIDTH: tl.constexpr = NARROW // 4**step
     NEXT: tl.constexpr = WIDTH // 4 if step + 1 < STEPS else 0
     return (length <= WIDTH) & (length > NEXT)

@@ -36,12 +36,12 @@ def check_dtensors() -> None:
 
 
 def is_async(tensor: Tensor) -> bool:
-    """Whether a tensor is the result of a collective that may still be running. Reading the tensor waits for it."""
+    """Return whether a tensor is the result of a collective that may still be running. Reading it waits for that."""
     return isinstance(tensor, AsyncCollectiveTensor)
 
 
 def is_dtensor(tensor: Tensor | None) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor."""
+    """Return whether a tensor is a DTensor."""
     return isinstance(tensor, DTensor)
 
 
@@ -131,7 +131,7 @@ def replicate_partial_grads_(parameters: Iterable[Tensor]) -> None:
 
 
 def _is_reducible(placement: Placement) -> bool:
-    """Whether a placement is not ``Partial``, or is by a sum or a mean."""
+    """Return whether a placement is not ``Partial``, or is by a sum or a mean."""
     return not placement.is_partial() or (type(placement) is Partial and placement.reduce_op in ("sum", "avg"))
 
 
