@@ -137,6 +137,7 @@ class ReportData:
         monitor: Metric that chose the best checkpoints, and its mode; ``None`` if the last ones were tested.
         alone: Whether each run had the machine to itself, as far as the study knows.
         other_weights: Methods whose runs start from other weights than the first method's.
+        knows_weights: Whether all runs have told which weights they started from. Sharded runs cannot.
         other_data: Methods whose settings of the data are not the first method's.
         verdicts: For each method, what the metric that decides tells.
         setups: For each method, what it does with gradients, and its optimizers.
@@ -168,6 +169,7 @@ class ReportData:
     monitor: tuple[str, str] | None
     alone: bool
     other_weights: list[str]
+    knows_weights: bool
     other_data: list[str]
     verdicts: list[tuple[str, str]]
     setups: list[Cells]
@@ -226,6 +228,7 @@ def build_report(
         monitor=plan.monitor,
         alone=alone,
         other_weights=[method for method in others if _starts_elsewhere(plan, fits, method)],
+        knows_weights=all(fit.get("weights") is not None for fit in fits.values()),
         other_data=[method for method in others if any(key.startswith("data.") for key, *_ in changes[method])],
         verdicts=_verdicts(table),
         setups=[_setup(plan, fits, method) for method in methods],
