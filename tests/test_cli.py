@@ -210,6 +210,13 @@ class TestNoMethodIsLost:
         assert (config["trainer"]["max_epochs"], config["trainer"]["gradient_clip_val"]) == (1, 0.1)
         assert callbacks(config)[-1] == "ZNormCallback"
 
+    def test_method_that_names_a_model(self, capsys):
+        """It is a method all the same, because of its folder."""
+        big = write("methods/big.yaml", "model: {class_path: ClassificationTask, init_args: {model: resnet56}}")
+        assert moves(capsys, big, DIGITS) == f"{big} is applied after {DIGITS}, because methods go last.\n"
+        ordered = in_order([read_config(name) for name in (DIGITS, ZNORM, big)])
+        assert [file.name for file in ordered] == [DIGITS, ZNORM, big]
+
     def test_the_order_among_experiments_stays(self, capsys):
         whole = yaml.safe_load(read_config(DIGITS).path.read_text())
         fewer = write("fewer.yaml", yaml.safe_dump({**whole, "trainer": {"max_epochs": 7}}))

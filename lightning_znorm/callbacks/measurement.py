@@ -11,7 +11,7 @@ from lightning_znorm.gradients.slots import GradientSlot
 
 
 @dataclass(frozen=True, eq=False)
-class Measurement:
+class GradientMeasurement:
     """What was measured of the gradients of one step.
 
     Attributes:
@@ -51,7 +51,7 @@ class GradientMeter:
         """Note that a training batch begins."""
         self._measured.clear()
 
-    def measure(self, step: Step) -> Measurement | None:
+    def measure(self, step: Step) -> GradientMeasurement | None:
         """Measure the gradients of a step, if it is one to measure.
 
         Args:
@@ -71,7 +71,7 @@ class GradientMeter:
             return None
         self._measured.add(number)
         with_gradient, statistics = measure_slots(step.slots(), step.loss_scale())
-        return Measurement(
+        return GradientMeasurement(
             logged_step(step.trainer),
             number if len(optimizers) > 1 else None,
             with_gradient,

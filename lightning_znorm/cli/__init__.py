@@ -18,7 +18,7 @@ from typing import NoReturn
 from lightning_znorm import __version__
 from lightning_znorm.cli.config_files import (
     check_streams,
-    described_moves,
+    describe_moves,
     in_order,
     is_stream,
     read_config,
@@ -41,7 +41,7 @@ usage: python -m lightning_znorm {fit,validate,test,predict,compare} [--config F
   predict   save the predictions for the test set
   compare   run several methods with several seeds, and report whether they differ (`compare --help`)
 
-Name an experiment and a method, which is applied to it; a flag overrides any setting in them:
+Name an experiment and a method. The method changes the experiment, and flags override both:
 
   python -m lightning_znorm fit --config configs/digits/resnet20.yaml --config configs/methods/znorm.yaml
   python -m lightning_znorm fit --config configs/digits/resnet20.yaml --trainer.max_epochs 2
@@ -104,7 +104,7 @@ def _run(args: list[str]) -> None:
     check_streams(streams, started_processes(os.environ))
     files = [read_config(name) for name in named.config]
     ordered = in_order(files)
-    if (moves := described_moves(files)) and is_first_process(os.environ):
+    if (moves := describe_moves(files)) and is_first_process(os.environ):
         print(moves, file=sys.stderr)  # stdout may be a config file, with --print_config
 
     from lightning_znorm.cli.run import RunCLI

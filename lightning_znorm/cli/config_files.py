@@ -38,8 +38,13 @@ class ConfigFile:
 
     @property
     def is_experiment(self) -> bool:
-        """Whether the file says what is trained or on what: it names the class of the model or of the data."""
-        return any(self.settings.get(key) for key in ("model", "model.class_path", "data", "data.class_path"))
+        """Whether the file says what is trained or on what: it names the class of the model or of the data.
+
+        A method may do so too, and is no experiment.
+        """
+        return not self.is_method and any(
+            self.settings.get(key) for key in ("model", "model.class_path", "data", "data.class_path")
+        )
 
     @property
     def is_method(self) -> bool:
@@ -184,7 +189,7 @@ def in_order(files: Sequence[ConfigFile]) -> list[ConfigFile]:
     return ordered
 
 
-def described_moves(files: Sequence[ConfigFile]) -> str:
+def describe_moves(files: Sequence[ConfigFile]) -> str:
     """Return a sentence that says which files `in_order` moves behind experiments; empty if it moves none.
 
     Args:
@@ -200,7 +205,7 @@ def described_moves(files: Sequence[ConfigFile]) -> str:
 
 
 def check_callbacks(files: Iterable[ConfigFile], callbacks: Sequence[dict[str, Any]], methods: Iterable[str]) -> None:
-    """Refuse a run that has lost a gradient method which a file names, or that applies one twice.
+    """Refuse a run that has lost a gradient method named in a file, or that applies one twice.
 
     Args:
         files: All config files.
@@ -224,7 +229,7 @@ def check_callbacks(files: Iterable[ConfigFile], callbacks: Sequence[dict[str, A
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping: YAML forbids it, and PyYAML drops the first without a word."""
+    """A loader that refuses a key that stands twice in one mapping: YAML forbids it, and PyYAML drops the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -285,7 +290,9 @@ def _refuse_override(method: ConfigFile, later: ConfigFile) -> None:
             way_out = "name one of the two"
         else:
             way_out = f"leave it out there, and override it by --{key} if you mean to"
-        raise ZNormValueError(f"{later.name} sets {key} and so undoes {method.name}, named before it: {way_out}.")
+        raise ZNormValueError(
+            f"{later.name} sets {key} and so undoes {method.name}, which is applied before it: {way_out}."
+        )
 
 
 def _overrides(key: str, earlier: str) -> bool:

@@ -15,7 +15,7 @@ _PASSED = {"lightning_znorm", "lightning", "contextlib", "jsonargparse", "torch"
 _SYSTEM = _PASSED | {"fsspec", "lightning_fabric", "torchvision"} | sys.stdlib_module_names
 # The built-in exceptions by which Lightning refuses settings. They are compared exactly: their subclasses, and others
 # such as TypeError, AttributeError and KeyError, also come from bugs in the code that Lightning calls.
-_REFUSALS = (FileNotFoundError, ModuleNotFoundError, NotImplementedError, RuntimeError, ValueError)
+_REFUSALS = (FileNotFoundError, ImportError, ModuleNotFoundError, NotImplementedError, RuntimeError, ValueError)
 # Folders of installed packages: no user's code lies there.
 _INSTALLED = ("site-packages", "dist-packages")
 _STDLIB = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
@@ -47,14 +47,14 @@ def sentence(error: BaseException) -> str | None:
     return None
 
 
-def described_error(error: BaseException) -> str:
-    """Return an error's type and message, with file and line if the user's own code raised it or called what did.
+def describe_error(error: BaseException) -> str:
+    """Return an error's type and message. If it passed through the user's own code, add the last file and line there.
 
     Args:
         error: The error.
 
     Example:
-        >>> described_error(ZeroDivisionError("a bug"))
+        >>> describe_error(ZeroDivisionError("a bug"))
         'ZeroDivisionError: a bug'
     """
     message = " ".join(str(error).split())
@@ -68,7 +68,7 @@ def described_error(error: BaseException) -> str:
 
 
 def users_traceback(error: BaseException) -> str:
-    """Format the traceback of an error and of its causes, the user's own code alone; empty if there is none of it.
+    """Format the user's own frames in the traceback of an error and of its causes; return "" if there are none.
 
     Args:
         error: The error.
@@ -84,7 +84,7 @@ def users_traceback(error: BaseException) -> str:
 
 
 def is_bug(error: BaseException) -> bool:
-    """Return whether this package's own code has failed by mistake, and the user's code did not call it.
+    """Return whether an error is a bug of this package: its own code failed, and no code of the user called it.
 
     Args:
         error: The error.

@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from lightning_znorm.cli.config_files import ConfigFile
-from lightning_znorm.cli.error_sentences import described_error
+from lightning_znorm.cli.error_sentences import describe_error
 from lightning_znorm.cli.jsonargparse_messages import Fault, read_fault
 
 _OF_CLASSES = ("class_path", "init_args")
@@ -232,7 +232,7 @@ def _failed_import(class_path: str, reason: str) -> str | None:
             folders = getattr(_resolved(parent), "__path__", ()) if parent else None
             known = [each.name for each in pkgutil.iter_modules(folders)]
             return f"cannot be made: {error}{_did_you_mean(name, known, parent) or '.'}"
-        return f"is {class_path}, and {module} cannot be imported: {described_error(error)}."
+        return f"is {class_path}, and {module} cannot be imported: {describe_error(error)}."
     return None
 
 

@@ -32,7 +32,7 @@ from lightning_znorm.cli.checkpoints import (
 )
 from lightning_znorm.cli.components import CommandTrainer, Parser, SaveConfig, check_encoding, stand_in
 from lightning_znorm.cli.config_files import ConfigFile, check_callbacks, check_streams
-from lightning_znorm.cli.error_sentences import described_error, is_bug, sentence, users_traceback
+from lightning_znorm.cli.error_sentences import describe_error, is_bug, sentence, users_traceback
 from lightning_znorm.cli.parse_errors import class_settings, where
 from lightning_znorm.cli.processes import check_processes
 from lightning_znorm.errors import ZNormFileExistsError, ZNormValueError
@@ -180,9 +180,9 @@ class RunCLI(LightningCLI):
                 if checkpoint.save_last and checkpoint.monitor and checkpoint.save_top_k != -1:
                     rank_zero_warn(
                         f"ModelCheckpoint(monitor={checkpoint.monitor!r}, save_last={checkpoint.save_last!r}) writes "
-                        "the last checkpoint only in epochs that are among the best: a training that is resumed from "
-                        "it repeats those since. Put LastCheckpoint among the callbacks in place of save_last, for one "
-                        "of every epoch."
+                        "the last checkpoint only in epochs that are among the best, so a training that is resumed "
+                        "from it repeats all later epochs. Use LastCheckpoint in place of save_last: it saves one "
+                        "after every epoch."
                     )
 
     def after_fit(self) -> None:
@@ -239,7 +239,7 @@ class RunCLI(LightningCLI):
         which = " or ".join(f"{key}{where(key, name, self.files)}" for key, name in named) or "a setting"
         name = next((name for _, name in named), f"{class_type.__module__}.{class_type.__qualname__}")
         sys.stderr.write(users_traceback(failure))
-        raise ZNormValueError(f"{which} cannot be made: {name} raises {described_error(failure)}.") from failure
+        raise ZNormValueError(f"{which} cannot be made: {name} raises {describe_error(failure)}.") from failure
 
     def _misfit(self, error: Exception) -> str | None:
         """Return a sentence on what in the checkpoint does not fit, if that is the error."""
@@ -304,7 +304,7 @@ class RunCLI(LightningCLI):
             path.unlink(missing_ok=True)  # half a file would be in the way of the next predictions
             if isinstance(error, (AttributeError, TypeError, pickle.PicklingError)):  # pickle raises one of these
                 raise ZNormValueError(
-                    f"the predictions cannot be saved: {described_error(error)}. Let predict_step return tensors, "
+                    f"the predictions cannot be saved: {describe_error(error)}. Let predict_step return tensors, "
                     "numbers, texts, or lists and dicts of these."
                 ) from error
             raise

@@ -21,7 +21,7 @@ from lightning_znorm.compare.runner import fit_and_test
 from lightning_znorm.compare.study import Outcome, Plan, Run, StudyError
 from lightning_znorm.errors import ZNormRuntimeError
 
-_SECONDS_TO_END = 10
+_SECONDS_FOR_RAY = 10
 """How long an interrupted study waits for its Ray tasks to end."""
 _KILL_AT_END_OF_INPUT = """\
 import contextlib, os, psutil, sys
@@ -152,7 +152,7 @@ class RayEngine:
         for reference in self._references:
             self._ray.cancel(reference, force=False)  # interrupts the task, so that it ends its processes
         if self._references:
-            self._ray.wait(self._references, num_returns=len(self._references), timeout=_SECONDS_TO_END)
+            self._ray.wait(self._references, num_returns=len(self._references), timeout=_SECONDS_FOR_RAY)
 
 
 def open_engine(

@@ -55,7 +55,9 @@ class Processes:
     def run(
         self, args: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, lock: int | None = None
     ) -> int:
-        """Run a command and wait for it. Nothing that it started outlives it.
+        """Run a command and wait for it. What it started ends with it.
+
+        These are its process group, and all of its descendants that can still be found.
 
         Args:
             args: Arguments of ``python -m lightning_znorm``.
@@ -247,8 +249,11 @@ class _Tree:
 
     def __init__(self, process: "subprocess.Popen[bytes]") -> None:
         self.process = process
-        self._root = psutil.Process(process.pid)
         self._descendants: set[psutil.Process] = set()
+        try:
+            self._root: psutil.Process | None = psutil.Process(process.pid)
+        except psutil.NoSuchProcess:  # on Windows, if it has ended already
+            self._root = None
 
     def send_signal(self, number: int) -> None:
         """Send a signal to all processes of the tree that still run; on Windows, end them.
@@ -256,7 +261,7 @@ class _Tree:
         psutil compares start times, so a process that has reused the id of an earlier one gets no signal.
         """
         self._descendants.update(self._find_descendants())
-        targets = [self._root, *self._descendants]
+        targets = [process for process in (self._root, *self._descendants) if process is not None]
         if _HAS_GROUPS:
             # Besides psutil, because the group also holds processes whose parent has ended.
             targets = [process for process in targets if not self._is_in_group(process)]
@@ -267,6 +272,8 @@ class _Tree:
                 process.send_signal(number)
 
     def _find_descendants(self) -> list[psutil.Process]:
+        if self._root is None:
+            return []
         parents = [self._root]
         found: list[psutil.Process] = []
         if not _HAS_GROUPS and not self._root.is_running():

@@ -1,6 +1,6 @@
 """What the runs logged, as one tidy table: one number a row, joined over the attempts at each run.
 
-Metric names are those of the experiment. What they mean is told from their words, such as ``val/loss``.
+Metric names are those of the experiment. Their meaning is read from words in them, such as ``val/loss``.
 """
 
 import csv
@@ -256,12 +256,12 @@ def write_results(path: Path, measurements: Iterable[Measurement]) -> None:
 
 
 @dataclass(frozen=True)
-class _Row:
+class _LogRow:
     epoch: int | None
     numbers: dict[str, float]
 
 
-def _rows(run: Run, has_ended: bool) -> Iterator[_Row]:
+def _rows(run: Run, has_ended: bool) -> Iterator[_LogRow]:
     """Yield the rows of all attempts at training. Where an attempt repeats steps, its rows replace the earlier ones."""
     attempts = []
     for folder in run.logs.glob("version_*"):
@@ -278,7 +278,7 @@ def _rows(run: Run, has_ended: bool) -> Iterator[_Row]:
             if _count(path, row["step"]) < end:
                 epoch = _count(path, row["epoch"]) if row.get("epoch") else None
                 items = ((metric, _number(text)) for metric, text in row.items() if metric not in ("epoch", "step"))
-                yield _Row(epoch, {metric: value for metric, value in items if value is not None})
+                yield _LogRow(epoch, {metric: value for metric, value in items if value is not None})
 
 
 def _read_csv(path: Path, is_whole: bool) -> list[dict[str, str]]:
@@ -310,7 +310,7 @@ def _read_csv(path: Path, is_whole: bool) -> list[dict[str, str]]:
     return rows
 
 
-def _check_epochs(run: Run, rows: Iterable[_Row], expected: Iterable[int]) -> None:
+def _check_epochs(run: Run, rows: Iterable[_LogRow], expected: Iterable[int]) -> None:
     missing = sorted(set(expected) - {row.epoch for row in rows if TRAIN_SECONDS in row.numbers})
     if missing:
         raise DamagedError(run.logs, f"it lacks epoch {', '.join(map(str, missing[:5]))}")

@@ -10,7 +10,7 @@ import os
 import pkgutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -281,15 +281,23 @@ def _working_directory_importable() -> Iterator[None]:
         sys.path.remove(folder)
 
 
+def note_on_order(files: Sequence[str]) -> list[str]:
+    """Return a sentence for the user if config files are applied in another order than they were named."""
+    from lightning_znorm.cli.config_files import describe_moves, read_config
+
+    moves = describe_moves([read_config(file) for file in files])
+    return [moves] if moves else []
+
+
 def _sets_model(file: str) -> bool:
     """Return whether a file sets anything of the model, such as its optimizer."""
-    from lightning_znorm.cli.config_files import read_config
+    from lightning_znorm.cli.config_files import read_config  # imported here, because `cli` imports `compare`
 
     return any(key.partition(".")[0] == "model" for key in read_config(file).settings)
 
 
 def _callback_names(file: str) -> Counter[str]:
     """Count the class names of the callbacks that a file adds."""
-    from lightning_znorm.cli.config_files import read_config  # the room above: a study runs its commands
+    from lightning_znorm.cli.config_files import read_config
 
     return Counter(name.rpartition(".")[2] for name in read_config(file).callbacks)

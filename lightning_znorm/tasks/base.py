@@ -226,7 +226,8 @@ class Task(PlainHyperparameters, SavesRandomStates):
 
     def _modules_of_loss(self) -> list[nn.Module]:
         """Return the modules of the loss that are not part of the network."""
-        criterion, model = getattr(self, "criterion", None), getattr(self, "model", None)  # set by subclasses
+        # Subclasses set them, and a loss may be a function.
+        criterion, model = self._modules.get("criterion"), self._modules.get("model")
         network = set() if model is None else set(model.modules())
         return [] if criterion is None else [module for module in criterion.modules() if module not in network]
 

@@ -89,7 +89,9 @@ class SavesRandomStates(LightningModule):
         """Put a handler around the one of the requeue signal. Lightning restores all handlers when it ends."""
         strategy = None if self.attached_trainer is None else self.attached_trainer.strategy
         environment = getattr(strategy, "cluster_environment", None)
-        if not isinstance(environment, SLURMEnvironment) or environment.requeue_signal is None:
+        if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
+            return
+        if environment.requeue_signal is None:
             return
         handler = signal.getsignal(environment.requeue_signal)
         is_watched = isinstance(handler, _RequeueHandler) and handler.module is self

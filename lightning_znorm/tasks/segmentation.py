@@ -21,9 +21,6 @@ from lightning_znorm.tasks.batches import images_and_targets, images_of, kind_of
 from lightning_znorm.tasks.networks import create_segmenter
 from lightning_znorm.tasks.targets import TargetCheck
 
-Batch = Sequence[Any]
-"""A batch begins with images of shape ``(N, C, H, W)`` or ``(N, C, D, H, W)``, and masks of the same size."""
-
 
 class SegmentationTask(Task):
     """Train a network to mark regions in images or volumes.
@@ -208,7 +205,7 @@ class SegmentationTask(Task):
         return self._outputs(images)[-1]
 
     @override
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """Return the loss of a batch: the mean over the network's outputs."""
         images, masks = images_and_targets(batch, "masks")
         masks, misfit = self._checked_masks(images, masks, "training", batch_idx)
@@ -218,13 +215,13 @@ class SegmentationTask(Task):
         return loss
 
     @override
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def validation_step(self, batch: Sequence[Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Log loss and scores of validation images; return their masks (``preds``) and the true ones (``target``)."""
         metrics = self.metrics_of_loader("validation", self.val_metrics, dataloader_idx)
         return self._evaluation_step("validation", "val/loss", metrics, batch, batch_idx, dataloader_idx)
 
     @override
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def test_step(self, batch: Sequence[Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Log loss and scores of test images; return their masks (``preds``) and the true ones (``target``)."""
         metrics = self.metrics_of_loader("test", self.test_metrics, dataloader_idx)
         return self._evaluation_step("test", "test/loss", metrics, batch, batch_idx, dataloader_idx)
@@ -283,7 +280,13 @@ class SegmentationTask(Task):
         return outputs
 
     def _evaluation_step(
-        self, stage: str, loss_name: str, metrics: MetricCollection, batch: Batch, batch_idx: int, dataloader_idx: int
+        self,
+        stage: str,
+        loss_name: str,
+        metrics: MetricCollection,
+        batch: Sequence[Any],
+        batch_idx: int,
+        dataloader_idx: int,
     ) -> dict[str, Tensor]:
         images, masks = images_and_targets(batch, "masks")
         masks, misfit = self._checked_masks(images, masks, stage, batch_idx, dataloader_idx)
