@@ -160,7 +160,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="method files; the others are compared with the first",
     )
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="seeds, each for every method (default: 0 1 2)")
+    add(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[0, 1, 2],
+        metavar="N",
+        help="seeds, each for every method (default: 0 1 2)",
+    )
     add("--output", required=True, metavar="DIR", help="folder of the study")
     add(
         "--metric",
@@ -182,7 +189,13 @@ def _parser() -> argparse.ArgumentParser:
         "ended and counts as failed, and the same command resumes it from its last checkpoint (default: none)",
     )
     add("--dry-run", action="store_true", help="try every method on one batch, and print a command for each run")
-    add("--ray", nargs="?", const="auto", metavar="ADDRESS", help="run on a Ray cluster; without ADDRESS, on the one that this machine belongs to")
+    add(
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="run on a Ray cluster; without ADDRESS, on the one that this machine belongs to",
+    )
     add("--cpus", type=float, default=1, metavar="N", help="CPU cores of each run on Ray (default: 1)")
     add("--gpus", type=float, default=0, metavar="N", help="GPUs of each run on Ray, or a fraction (default: 0)")
     return parser

@@ -109,7 +109,7 @@ def _add_legend(figure: Any, lines: Mapping[str, Any]) -> None:
         return
     names = [_shortened(method) for method in lines]
     loc = "outside right upper" if max(map(len, names)) <= _LONGEST_BESIDE else "outside upper left"
-    # matplotlib leaves names out that begin with an underscore, and reads a $ as a formula, so names are set later.
+    # matplotlib leaves out names that begin with an underscore, and reads $ as a formula. Names are set afterwards.
     labels = ["method"] * len(names)
     legend = figure.legend(
         list(lines.values()), labels, loc=loc, frameon=False, handlelength=4, labelspacing=0.25, borderaxespad=0

@@ -1,4 +1,4 @@
-"""Differences between methods with their intervals, the seeds that would tell them apart, and speed.
+"""Differences between methods with their intervals, the number of seeds that would suffice, and speed.
 
 Every method is compared with the first one, seed by seed.
 """

@@ -97,7 +97,7 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
             loader, sampler = ResumableLoader[Any], self.sampler(dataset, **self._processes(), seed=seed)
             self._sampler = sampler
             generator.manual_seed(seed)
-        # By keyword, else Lightning cannot replace the sampler (for several processes, and to predict).
+        # By keyword, because Lightning replaces the sampler by its name (for several processes, and to predict).
         made = loader(
             dataset,
             batch_size=self.batch_size,
@@ -169,7 +169,7 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
     def normalized(self, images: Tensor) -> Tensor:
         """Normalize uint8 images, in the precision of the network's input."""
         mean, std = _mean_and_std(self.mean, self.std, self.max_value, images.device)
-        # In place: on a CPU, to allocate memory costs more than the sums.
+        # In place, because on a CPU allocating memory costs more than the arithmetic.
         images = images.float().sub_(mean).div_(std)
         return self.in_precision(images)
 
@@ -216,7 +216,7 @@ class InMemoryDataModule(ImageDataModule):
             self.test_set = InMemoryImages(*self.load(train=False))
 
 
-# Cached on the device: to copy them with every batch, as torchvision's normalize does, would make the CPU wait for it.
+# Cached on the device. Copying them with every batch, as torchvision's normalize does, would make the CPU wait.
 @lru_cache
 def _mean_and_std(
     mean: tuple[float, ...], std: tuple[float, ...], max_value: int, device: torch.device

@@ -15,7 +15,7 @@ WINDOW = 256 * BLOCK
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """Shuffle all images, in an order that follows from numbers and not from a generator's state.
+    """A sampler that shuffles all images, in an order that follows from numbers, not from a generator's state.
 
     The numbers are ``seed``, the epoch, which Lightning sets, and the pass within the epoch. So a resumed training has
     the order that it would have had. Every process gets the same number of images: a few images are given twice if the

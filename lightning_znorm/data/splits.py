@@ -13,9 +13,9 @@ def stratified_indices(labels: Labels, fraction: float, seed: int) -> tuple[Indi
     """Split the indices of images in two, with the same share of every class in each part.
 
     Args:
-        labels: Of the images.
+        labels: Labels of the images.
         fraction: Share of the images in the second part.
-        seed: Draws them.
+        seed: Seed of the split.
 
     Returns:
         The indices of both parts.
@@ -46,15 +46,15 @@ def stratified_split(
 def split_patients(
     shares: Mapping[str, float], val_fraction: float, test_fraction: float, seed: int
 ) -> dict[str, list[str]]:
-    """Split patients in three, with little and much tumour alike in each part.
+    """Split patients into three parts with similar amounts of tumour.
 
-    scikit-learn stratifies by classes, of which a share of tumour has none.
+    scikit-learn cannot stratify by a continuous share.
 
     Args:
         shares: How much tumour each patient has, in any measure.
         val_fraction: Share of the patients to validate on; at least one.
         test_fraction: Share of the patients to test on; at least one.
-        seed: Draws them. The patients of the test set do not depend on ``val_fraction``.
+        seed: Seed of the split. The patients of the test set do not depend on ``val_fraction``.
 
     Returns:
         The patients of ``"train"``, ``"val"`` and ``"test"``, each list sorted.
