@@ -28,6 +28,7 @@ from tests.processes import run_forked, run_python
 DIGITS = "configs/digits/resnet20.yaml"
 ZNORM = "configs/methods/znorm.yaml"
 CLIP = "configs/methods/clip.yaml"
+CENTRALIZATION = "configs/methods/gc.yaml"
 WEIGHT_DECAY = "configs/methods/wd-1e-3.yaml"
 METHODS = [name for name in shipped_configs() if name.startswith("configs/methods/")]
 # Two optimizer steps, and one validation batch.
@@ -202,13 +203,19 @@ class TestNoMethodIsLost:
 
     def test_the_order_of_many(self, capsys):
         mine = write("my settings.yaml", "trainer: {max_epochs: 1}")
-        said = f"{mine} and {ZNORM} are applied after {DIGITS}, because experiments go first.\n"
-        assert moves(capsys, mine, ZNORM, DIGITS, CLIP) == said
-        ordered = in_order([read_config(name) for name in (mine, ZNORM, DIGITS, CLIP)])
-        assert [file.name for file in ordered] == [DIGITS, mine, ZNORM, CLIP]
-        config = resolved(capsys, "fit", *configs(mine, ZNORM, DIGITS, CLIP))
+        said = f"{ZNORM} and {CENTRALIZATION} are applied after {DIGITS}, because methods go last.\n"
+        assert moves(capsys, ZNORM, CENTRALIZATION, DIGITS, mine, CLIP) == said
+        ordered = in_order([read_config(name) for name in (ZNORM, CENTRALIZATION, DIGITS, mine, CLIP)])
+        assert [file.name for file in ordered] == [DIGITS, ZNORM, CENTRALIZATION, mine, CLIP]
+        config = resolved(capsys, "fit", *configs(ZNORM, DIGITS, mine, CLIP))
         assert (config["trainer"]["max_epochs"], config["trainer"]["gradient_clip_val"]) == (1, 0.1)
         assert callbacks(config)[-1] == "ZNormCallback"
+
+    def test_the_right_order_of_many(self):
+        """A file that is no method is not moved: whether an experiment is to override it, only the user knows."""
+        mine = write("my settings.yaml", "trainer: {max_epochs: 1}")
+        message = refusal("fit", *configs(mine, DIGITS, ZNORM))
+        assert message.endswith(f"--config {DIGITS} --config 'my settings.yaml' --config {ZNORM}")
 
     def test_method_that_names_a_model(self, capsys):
         """It is a method all the same, because of its folder."""
@@ -226,9 +233,10 @@ class TestNoMethodIsLost:
         assert config["trainer"]["max_epochs"] == whole["trainer"]["max_epochs"]
 
     def test_an_override_is_refused_in_any_order(self):
-        """Files that are no experiments keep their order, so one that overrides a method before it is refused."""
+        """A method that is moved goes behind the experiment, and a file behind that may override it."""
         mine = write("mine.yaml", "trainer: {callbacks: [LearningRateMonitor]}")
-        assert f"so undoes {ZNORM}" in refusal("fit", *configs(ZNORM, mine, DIGITS))
+        for order in (ZNORM, DIGITS, mine), (DIGITS, ZNORM, mine):
+            assert f"so undoes {ZNORM}" in refusal("fit", *configs(*order))
 
     @pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
     def test_one_process_of_many_speaks(self, variable, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -84,7 +85,7 @@ class GradientCallback(Callback, ABC):
         # The Trainer that uses this callback does not use a copy of it.
         return {**vars(self), "_trainer": None, "_model": None}
 
-    @property
+    @cached_property  # and not a property, so that a subclass of a user's may have a label of its own
     def label(self) -> str:
         """The name of the callback in messages."""
         return type(self).__name__

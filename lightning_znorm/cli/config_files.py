@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ def dotted(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def in_order(files: Sequence[ConfigFile]) -> list[ConfigFile]:
-    """Return files in the order in which they are applied: experiments first, then all others.
+    """Return files in the order in which they are applied: methods that are named before an experiment go behind it.
 
     A later file overrides an earlier one, and a plain ``callbacks:`` replaces the callbacks of earlier files. A method
     must not get lost without a word in this way, so a file that overrides one is refused.
@@ -174,12 +175,23 @@ def in_order(files: Sequence[ConfigFile]) -> list[ConfigFile]:
         files: All config files, as the user named them.
 
     Returns:
-        The same files. The order among experiments stays, and so does the order among the others.
+        The same files. All others keep their order, and so do the methods.
 
     Raises:
-        ValueError: If a file is named twice, or if a file overrides a method that is named before it.
+        ValueError: If a file is named twice, if a file that is neither an experiment nor a method is named before an
+            experiment, or if a file overrides a method that is applied before it.
     """
-    ordered = sorted(files, key=lambda file: not file.is_experiment)
+    count = _count_to_last_experiment(files)
+    first = list(files[:count])
+    for i, file in enumerate(first):
+        if not (file.is_experiment or file.is_method):
+            experiment = next(later for later in first[i:] if later.is_experiment)
+            right = sorted(files, key=lambda file: not file.is_experiment)
+            raise ZNormValueError(
+                f"{experiment.name} is an experiment and overrides what is named before it, {file.name}: name "
+                f"experiments first, as in {' '.join(f'--config {shlex.quote(file.name)}' for file in right)}"
+            )
+    ordered = [*sorted(first, key=lambda file: file.is_method), *files[count:]]
     for i, later in enumerate(ordered):
         for earlier in ordered[:i]:
             if later.path == earlier.path:
@@ -190,18 +202,21 @@ def in_order(files: Sequence[ConfigFile]) -> list[ConfigFile]:
 
 
 def describe_moves(files: Sequence[ConfigFile]) -> str:
-    """Return a sentence that says which files `in_order` moves behind experiments; empty if it moves none.
+    """Return a sentence that says which methods `in_order` moves behind experiments; empty if it moves none.
 
     Args:
         files: All config files, as the user named them.
     """
-    last = max((i for i, file in enumerate(files) if file.is_experiment), default=0)
-    others = [file for file in files[:last] if not file.is_experiment]
-    if not others:
+    count = _count_to_last_experiment(files)
+    methods = [file.name for file in files[:count] if file.is_method]
+    if not methods:
         return ""
-    names = " and ".join(file.name for file in others)
-    reason = "methods go last" if all(file.is_method for file in others) else "experiments go first"
-    return f"{names} {'is' if len(others) == 1 else 'are'} applied after {files[last].name}, because {reason}."
+    verb = "is" if len(methods) == 1 else "are"
+    return f"{' and '.join(methods)} {verb} applied after {files[count - 1].name}, because methods go last."
+
+
+def _count_to_last_experiment(files: Sequence[ConfigFile]) -> int:
+    return max((number for number, file in enumerate(files, start=1) if file.is_experiment), default=0)
 
 
 def check_callbacks(files: Iterable[ConfigFile], callbacks: Sequence[dict[str, Any]], methods: Iterable[str]) -> None:

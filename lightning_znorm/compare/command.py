@@ -18,7 +18,7 @@ from lightning_znorm.compare.progress import Progress, watch
 from lightning_znorm.compare.report import build_report, write_report
 from lightning_znorm.compare.results import Measurement, read_run, write_results
 from lightning_znorm.compare.runner import repair_if_idle, shell_line
-from lightning_znorm.compare.settings import same_settings
+from lightning_znorm.compare.settings import note_on_order, same_settings
 from lightning_znorm.compare.statistics import Table, make_rows
 from lightning_znorm.compare.study import Outcome, Plan, Study, StudyError, parse_timeout
 
@@ -230,7 +230,7 @@ def _make_plan(study: Study, resources: Resources, processes: Processes, console
     _say(console, ["Reading settings, and trying new methods on one batch ..."])
     with _os_errors_refuse():
         plan = make_plan(study, processes, min(cores(), max(resources.jobs, 2)))
-    _say(console, plan.notes)
+    _say(console, [*note_on_order(study.configs), *plan.notes])
     _say(console, (f"{' and '.join(methods)} have the same settings." for methods in same_settings(plan.settings)))
     return plan
 

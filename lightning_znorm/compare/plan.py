@@ -41,7 +41,6 @@ from lightning_znorm.compare.settings import (
     class_name,
     comparable_settings,
     monitored_metric,
-    note_on_order,
     reaches_validation,
     run_config,
     settings_hash,
@@ -84,7 +83,7 @@ def make_plan(study: Study, processes: Processes, jobs: int) -> Plan:
             f"{study.output} holds runs whose best checkpoint was chosen by {record['monitor']}, and now it would be "
             f"{chosen}: choose another --output."
         )
-    notes = [*note_on_order(study.configs), *([damage] if damage else [])]
+    notes = [damage] if damage else []
     notes += [note for run in study.runs for note in repair_if_idle(run, monitor is not None, resumes=False)]
     _refuse_other_tests(study, monitored=monitor is not None)
     methods = record.get("methods", {}) | {

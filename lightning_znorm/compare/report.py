@@ -40,7 +40,6 @@ from lightning_znorm.compare.formatting import (
 from lightning_znorm.compare.plots import Curves, plot
 from lightning_znorm.compare.results import (
     GRADIENT_NORM,
-    STUDY_PREFIX,
     Evaluation,
     Measurement,
     curves,
@@ -114,10 +113,12 @@ class NormSection:
     """The table and the figure of a gradient norm.
 
     Args:
+        optimizer: The number of the optimizer whose gradients these are; empty if there is only one.
         rows: A row for each method.
         figure: The norm by epoch.
     """
 
+    optimizer: str
     rows: list[Cells]
     figure: Figure
 
@@ -507,9 +508,10 @@ def _gradient_norms(measurements: Sequence[Measurement], methods: Sequence[str])
     for name in names:
         ends = first_and_last(measurements, name, methods)
         rows: list[Cells] = [(method, f"{first:.4g}", f"{last:.4g}") for method, (first, last) in ends.items()]
-        label = name.removeprefix(STUDY_PREFIX).replace("_", " ")
+        optimizer = name.removeprefix(GRADIENT_NORM).removeprefix("-")
+        label = f"gradient norm of optimizer {optimizer}" if optimizer else "gradient norm"
         caption = f"{label.capitalize()} by epoch, before the method"
-        sections.append(NormSection(rows, _figure(label, (caption,), curves(measurements, name), methods)))
+        sections.append(NormSection(optimizer, rows, _figure(label, (caption,), curves(measurements, name), methods)))
     return sections
 
 

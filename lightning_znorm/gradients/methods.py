@@ -104,14 +104,7 @@ class AffineMethod(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        definer = next(base for base in cls.__mro__ if "pooled" in vars(base))
-        pooled = vars(definer)["pooled"]
-        if not isinstance(pooled, _Pooled):
-            _warn_of_pooled(cls.__name__, stacklevel=4)  # 3 would point into ABCMeta.__new__
-            if pooled and cls.over != "row":
-                raise ZNormTypeError(f"{cls.__name__}.pooled is about deviations of rows: it needs over = 'row'")
-            cls.std_over = "tensor" if pooled else None
-            cls.pooled = vars(AffineMethod)["pooled"]
+        _adopt_pooled(cls, stacklevel=5)  # 4 would point into ABCMeta.__new__
         _check_over(cls, cls.__name__)
 
     @abstractmethod
@@ -126,6 +119,20 @@ class AffineMethod(ABC):
 def rows_share_std(method: AffineMethod | type[AffineMethod]) -> bool:
     """Return whether each row has its own mean, and the deviation of its whole tensor."""
     return method.over == "row" and method.std_over == "tensor"
+
+
+def _adopt_pooled(cls: type[AffineMethod], stacklevel: int) -> None:
+    """Take ``std_over`` of a class from its ``pooled``, if its author or somebody later has set that."""
+    pooled = next(vars(base)["pooled"] for base in cls.__mro__ if "pooled" in vars(base))
+    if isinstance(pooled, _Pooled):
+        return
+    _warn_of_pooled(cls.__name__, stacklevel)
+    if not isinstance(pooled, bool):
+        raise ZNormTypeError(f"{cls.__name__}.pooled must be True or False, got {shown(pooled)}: set std_over instead")
+    if pooled and cls.over != "row":
+        raise ZNormTypeError(f"{cls.__name__}.pooled is about deviations of rows: it needs over = 'row'")
+    cls.std_over = "tensor" if pooled else None
+    cls.pooled = vars(AffineMethod)["pooled"]
 
 
 def _warn_of_pooled(name: str, stacklevel: int) -> None:
@@ -251,6 +258,7 @@ def describe(method: GradientMethod) -> str:
             or if its statistics are over something other than tensors and rows.
     """
     if isinstance(method, AffineMethod):
+        _adopt_pooled(type(method), stacklevel=4)
         _check_over(method, type(method).__name__)
         return repr(method)
     if isinstance(method, type) or not callable(method):

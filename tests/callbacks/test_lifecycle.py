@@ -207,3 +207,16 @@ def test_twice_the_same_method_is_refused(trainer) -> None:
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `ZNormCallback`"):
         trainer(ZNormCallback(), ZNormCallback())
     trainer(ZNormCallback(include="net.0.*"), ZNormCallback(include="net.1.*"))
+
+
+def test_subclass_with_attributes_of_its_own(fit) -> None:
+    """Names that a user may choose for them are no properties without setters."""
+
+    class Own(ZNormCallback):
+        def __init__(self) -> None:
+            super().__init__()
+            self.label, self.name, self.action, self.advice, self.description = "mine", 1, 2, 3, 4
+
+    callback = Own()
+    fit(Training(), batches(2), callback)
+    assert (callback.label, callback.name, callback.description) == ("mine", 1, 4)

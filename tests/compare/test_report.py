@@ -5,7 +5,7 @@ import errno
 import json
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -181,6 +181,17 @@ class TestReport:
         assert "Runs went on side by side and slowed one another" in text
         assert "| znorm | 200 |\n" in text
         assert "more than baseline" not in text
+
+    def test_norms_of_several_optimizers_are_told_apart(self, tmp_path):
+        found = done(plan(tmp_path))
+        norms = [one for one in found if one.metric == "compare/gradient_norm"]
+        two = [replace(one, metric=f"{one.metric}-{number}") for one in norms for number in (0, 1)]
+        assert "Optimizer" not in report(plan(tmp_path), found)
+        text = report(plan(tmp_path), [*(one for one in found if one not in norms), *two])
+        for number in (0, 1):
+            table = text.split(f"\nOptimizer {number}:\n")[1]
+            assert table.strip().startswith("| method | first epoch | last epoch |")
+            assert f"Gradient norm of optimizer {number} by epoch" in table
 
     def test_what_methods_have_in_common(self, tmp_path):
         found = done(plan(tmp_path))

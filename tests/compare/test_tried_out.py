@@ -9,6 +9,7 @@ from forked import fork_processes
 
 from lightning_znorm import compare
 from lightning_znorm.compare.files import read_json
+from lightning_znorm.compare.settings import note_on_order
 from lightning_znorm.compare.study import StudyError
 
 pytestmark = [
@@ -46,6 +47,15 @@ def check_refused(message: str, *methods: str, **options: object) -> None:
     with pytest.raises(StudyError, match=message):
         study(*methods, **options)
     assert not Path("out/runs").exists()
+
+
+def test_files_in_another_order_are_said():
+    write_experiment()
+    Path("methods").mkdir()
+    Path("methods/clip.yaml").write_text("trainer: {gradient_clip_val: 1}")
+    said = "methods/clip.yaml is applied after exp.yaml, because methods go last."
+    assert note_on_order(["methods/clip.yaml", "exp.yaml"]) == [said]
+    assert note_on_order(["exp.yaml", "methods/clip.yaml"]) == []
 
 
 def test_method_that_the_model_adds():

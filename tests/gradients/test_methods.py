@@ -163,6 +163,29 @@ class TestPooled:
         assert {warning.filename for warning in caught} == {__file__}
         assert method.std_over == "tensor"
 
+    def test_set_on_the_class_later(self) -> None:
+        class Late(RowZScore):
+            pass
+
+        Late.pooled = True
+        weight = nn.Parameter(torch.zeros(2, 2))
+        weight.grad = torch.tensor([[1.0, 3.0], [5.0, 25.0]])
+        centred = torch.tensor([[-1.0, 1.0], [-10.0, 10.0]])
+        with pytest.warns(FutureWarning, match=FORMER_NAME):
+            transform_grads_(weight, Late())
+        torch.testing.assert_close(weight.grad, centred / centred.square().mean().sqrt())
+
+    def test_property_is_refused(self) -> None:
+        with (
+            pytest.warns(FutureWarning),
+            pytest.raises(TypeError, match=r"Asked\.pooled must be True or False.*std_over"),
+        ):
+
+            class Asked(RowZScore):
+                @property
+                def pooled(self) -> bool:
+                    return False
+
     def test_is_about_rows(self) -> None:
         with pytest.warns(FutureWarning), pytest.raises(TypeError, match=r"Whole\.pooled is about deviations of rows"):
 

@@ -164,6 +164,16 @@ def test_layers_that_a_loss_shares_with_the_network_are_the_networks() -> None:
     assert task.criterion.features.weight.dtype == torch.float32
 
 
+def test_a_loss_that_a_subclass_makes_a_function() -> None:
+    class OwnLoss(ClassificationTask):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(4, 3), 3)
+            del self.criterion
+            self.criterion = nn.functional.cross_entropy
+
+    assert OwnLoss().half().model.weight.dtype == torch.float16
+
+
 def test_weights_of_a_loss_go_where_the_task_goes() -> None:
     task = SegmentationTask(nn.Conv2d(3, 3, 1), 3, activation="softmax", loss=LOSSES["focal with weights"]())
     weights = {name: buffer.clone() for name, buffer in task.criterion.named_buffers()}

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -168,6 +169,24 @@ class TestTask:
         module.on_save_checkpoint(checkpoint)
         assert len(gathered) == (case == "neither")
         assert [state is not None for state in checkpoint["random_states"]] == [False, True, False]
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
+    @pytest.mark.parametrize("auto_requeue", [False, True])
+    def test_whose_handler_is_watched(self, monkeypatch, auto_requeue):
+        """Without Lightning's requeueing, a handler of the signal is the user's own."""
+        environment = SLURMEnvironment(auto_requeue=auto_requeue, requeue_signal=signal.SIGUSR1)
+        module = task()
+        module._trainer = SimpleNamespace(strategy=SimpleNamespace(cluster_environment=environment))
+
+        def handler(*_):
+            pass
+
+        former = signal.signal(signal.SIGUSR1, handler)
+        try:
+            module._watch_requeue_signal()
+            assert (signal.getsignal(signal.SIGUSR1) is handler) == (not auto_requeue)
+        finally:
+            signal.signal(signal.SIGUSR1, former)
 
     @pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
     @pytest.mark.parametrize(
