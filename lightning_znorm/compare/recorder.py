@@ -7,6 +7,7 @@ import random
 import shlex
 import shutil
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,6 @@ class Recorder(Callback):
         self._first_random_state: dict[str, Any] | None = None
         self._tracker, self._meter = StepTracker(), GradientMeter()
         self._adapter: GradientAdapter | None = None
-        self._parameters = 0
         self._weights: str | None = None
         self._optimizers: list[str] = []
         self._methods: dict[str, list[str]] = {}
@@ -218,7 +218,6 @@ class Recorder(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._parameters = _count_parameters(pl_module, self._adapter)
         self._forget_run()
 
     @override
@@ -268,7 +267,7 @@ class Recorder(Callback):
         content = {
             "epochs": self._epoch,
             "seconds": self._seconds,
-            "parameters": self._parameters,
+            "parameters": _count_parameters(trainer, pl_module),
             "weights": self._weights,
             "optimizers": self._optimizers,
             "methods": self._methods,
@@ -390,11 +389,13 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, Tensor) else value
 
 
-def _count_parameters(module: pl.LightningModule, adapter: GradientAdapter | None) -> int:
-    """Return the number of weights of a model, whole ones where a strategy shards them."""
-    if adapter is None:
-        return sum(parameter.numel() for parameter in module.parameters())
-    return sum(slot.shape.numel() for slot in adapter.slots() if slot.shape is not None)
+def _count_parameters(trainer: pl.Trainer, module: pl.LightningModule) -> int:
+    """Return the number of weights of a model, with all parts of those that a strategy shards."""
+    if shards_gradients(trainer.strategy):
+        with suppress(UnsupportedGradientError):
+            shapes = [slot.shape for slot in gradient_adapter(module, trainer.strategy).slots()]
+            return sum(shape.numel() for shape in shapes if shape is not None)
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _fingerprint(module: pl.LightningModule) -> str:

@@ -127,6 +127,7 @@ def test_monitor_shows_whole_true_gradients(runs: Runs, name: str) -> None:
 def test_a_study_records_the_norm_of_whole_gradients(runs: Runs, name: str) -> None:
     scenario = SCENARIOS[name]
     first = runs(name)[0]
+    assert first["parameters"] == sum(parameter.numel() for parameter in scenario.make_network().parameters())
     assert len(first["norms"]) == len(first["weights"]) - 1
     for step, (weights, recorded) in enumerate(zip(first["weights"], first["norms"], strict=False)):
         if step == scenario.overflowing_batch:

@@ -4,6 +4,7 @@ python -m tests.strategies.training DIRECTORY SCENARIO [SCENARIO ...]    one aft
 """
 
 import csv
+import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -276,6 +277,7 @@ def train(name: str, directory: Path, module: Training | None = None, strategy: 
             record["refused"] = str(error)
         if scenario.monitored and trainer.is_global_zero:
             record["norms"] = recorded_norms(directory / f"{name}-logs")
+            record["parameters"] = json.loads((directory / f"{name}-run/fit.json").read_text())["parameters"]
         if scenario.saves:
             trainer.save_checkpoint(directory / f"{name}.ckpt")
     record |= module.record
