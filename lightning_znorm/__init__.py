@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-_MODULES = ["callbacks", "compare", "data", "functional", "gradients", "metrics", "models", "tasks"]
+_MODULES = ["callbacks", "compare", "data", "errors", "functional", "gradients", "metrics", "models", "tasks"]
 
 
 # Resolved on first use, so that `lightning_znorm.functional` works in a program that never loads Lightning.

@@ -6,6 +6,18 @@ catches a `ZNormValueError`. The command line prints a `ZNormError` as one sente
 traceback. This module imports nothing, because every other module may import it.
 """
 
+__all__ = [
+    "ZNormError",
+    "ZNormFileExistsError",
+    "ZNormFileNotFoundError",
+    "ZNormImportError",
+    "ZNormOSError",
+    "ZNormPermissionError",
+    "ZNormRuntimeError",
+    "ZNormTypeError",
+    "ZNormValueError",
+]
+
 
 class ZNormError(Exception):
     """Base of all errors that this package raises on purpose. The message says what is wrong and what to do."""

@@ -102,7 +102,7 @@ class TestSentences:
         assert sentence(error) == str(error)
 
     def test_a_bug_under_lightning(self) -> None:
-        """Lightning raises TypeError too, but so does Python, of whatever a user's hook returns."""
+        """Lightning raises TypeError too, but so does Python, about what a user's hook returns."""
         error = caught(Trainer, accelerator="cpu", limit_val_batches="many")
         assert isinstance(error, TypeError)
         assert sentence(error) is None

@@ -93,6 +93,7 @@ def test_functional_needs_torch_alone() -> None:
 
 PUBLIC = {
     "lightning_znorm": ["GradientCentralizationCallback", "GradientTransform", "ZNormCallback", "__version__"],
+    "lightning_znorm.errors": ["ZNormError", "ZNormTypeError", "ZNormValueError"],
     "lightning_znorm.functional": ["attach", "centralize_grads_", "transform_grads_", "zscore_grads_"],
     "lightning_znorm.gradients": ["AffineMethod", "Statistics", "UnsupportedGradientError", "ZScore"],
     "lightning_znorm.tasks": ["ClassificationTask"],

@@ -17,6 +17,7 @@ MODULES = [
     "lightning_znorm.cli",
     "lightning_znorm.compare",
     "lightning_znorm.data",
+    "lightning_znorm.errors",
     "lightning_znorm.functional",
     "lightning_znorm.gradients",
     "lightning_znorm.metrics",

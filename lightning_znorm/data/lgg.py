@@ -141,7 +141,7 @@ class LGGDataModule(ImageDataModule):
     Files are read as they are stored, or refused by name: RGB images and grey masks of 8 bits for each channel, one in
     each file. Volumes of several pages are refused, and so are images that EXIF says to rotate. Of a camera's JPEG file
     of several views (MPO) the first is read. Links are followed, broken links are refused by name, and no file counts
-    twice. One warning names what is left out, except hidden files, what operating systems leave in folders, and texts.
+    twice. One warning names the files that are skipped, except hidden files, texts, and files of operating systems.
 
     No patient is in two sets, because the slices of one brain are alike. Each set gets its share of the patients with
     little tumour and of those with much (measured by the share of their slices whose mask is not empty). The lists of
@@ -316,7 +316,7 @@ class LGGDataModule(ImageDataModule):
 def find_patients(root: Path) -> SliceFiles:
     """Find the slices of all patients: each folder in ``kaggle_3m`` is one, whatever its name.
 
-    A patient's folder holds an image and a mask beside it for each slice. A warning names what is left out.
+    A patient's folder holds an image and a mask beside it for each slice. A warning names what is skipped.
 
     Args:
         root: ``kaggle_3m``, or a folder that holds ``kaggle_3m`` or ``lgg-mri-segmentation/kaggle_3m``. Kaggle's

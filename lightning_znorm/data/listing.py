@@ -176,7 +176,7 @@ def file_identity(path: str | Path) -> object:
 
 
 def warn_of_skipped(folder: Path, listing: Listing) -> None:
-    """Warn once of what is left out of a folder, unless it has faults: these are to be mended first."""
+    """Warn once of what is skipped in a folder, unless it has faults, which must be mended first."""
     if listing.faults:
         return
     reasons = [

@@ -1,4 +1,4 @@
-"""Steps before, beside and after training, several Trainers, and what is left of a run that is over."""
+"""Steps before, beside and after training, several Trainers, and what remains after a run."""
 
 import gc
 import weakref

@@ -284,7 +284,7 @@ def test_sparse_adam_beside_a_dense_optimizer(fit) -> None:
     )
     fit(module, data, ZNormCallback(include="net.last.*"))
     net.words.sparse = False
-    gradient_step = stepped(net, module.weights[0], data, method=torch.sign)  # Adam's first, but for its eps
+    gradient_step = stepped(net, module.weights[0], data, method=torch.sign)  # Adam's first step, if its eps is ignored
     assert_weights(
         module.weights[1],
         {

@@ -35,7 +35,7 @@ compare/train_seconds,epoch,step,train/loss,val/accuracy
 
 
 def write_run(run: Run) -> None:
-    """Write all that a run leaves which is done, but for checkpoints."""
+    """Write all files of a finished run, except checkpoints."""
     attempt = run.logs / "version_0"
     attempt.mkdir(parents=True)
     (attempt / "metrics.csv").write_bytes(LOG.replace("\n", "\r\n").encode())

@@ -211,7 +211,7 @@ def test_log_may_hold_more_than_was_counted(study):
 
 @pytest.mark.parametrize("kind", [kind for kind in LOGS if kind != "a text as a value"])
 def test_damaged_log_of_a_run_that_goes_on(kind, pretended):
-    """It is found before the run is trained to its end, but for what was cut off of the epoch that is done again."""
+    """It is found before the run is trained to its end. Only the epoch that was cut off is repeated."""
     run = pretended.interrupt(NAME)
     LOGS[kind](run.logs / "version_0" / "metrics.csv")
     outcome = fit_and_test(run, True)
@@ -392,7 +392,7 @@ def test_damaged_record(kind, tmp_path):
 
 @pytest.mark.parametrize("damage", [cut, make_folder, Path.unlink])
 def test_study_with_a_damaged_record(damage, study, capsys):
-    """Runs say what it said, but for whether they were alone."""
+    """Runs say what it said, except whether they were alone."""
     before, path = study.run(), study.output / "study.json"
     record = json.loads(path.read_text())
     damage(path)

@@ -89,7 +89,7 @@ def test_only_seeds_of_both_are_paired():
         ([0.0], "max", "The same on the one seed."),
         ([0.0, 0.0], "max", "The same on each of 2 seeds."),
         ([0.5, 0.5], "max", "Better, by the same amount on each of 2 seeds: too few different values for an interval."),
-        # The same, but for the rounding of float32.
+        # The same, apart from the rounding of float32.
         (
             [float(np.float32(0.8)) - float(np.float32(0.7)), float(np.float32(0.9)) - float(np.float32(0.8))],
             "max",

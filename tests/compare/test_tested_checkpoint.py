@@ -143,7 +143,7 @@ def test_a_test_by_hand_is_the_same():
 
 
 def other_settings() -> Path:
-    """Of the run, but for one, in a file of their own."""
+    """All settings of the run except one, in a file of their own."""
     settings = yaml.safe_load(Path("out/runs/baseline-5/run.yaml").read_text())
     settings["trainer"]["log_every_n_steps"] = 1
     Path("other.yaml").write_text(yaml.safe_dump(settings))

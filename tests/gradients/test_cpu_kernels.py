@@ -93,7 +93,7 @@ class TestRows:
 @pytest.mark.parametrize("mean", [0.0, 0.9, 1.1, 1e3, 1e6])
 @pytest.mark.parametrize("numel", [100, 5_000, torch_ops.CPU_BLOCK + 1])
 def test_mean_of_the_result_is_zero_whatever_the_mean_was(mean: float, numel: int) -> None:
-    # The mean itself is rounded: at 1e6, of what is left after its subtraction a tenth of the deviation is mean.
+    # The mean itself is rounded: at 1e6, a tenth of the deviation is still mean after the subtraction.
     grad = randn(numel) + mean
     expected = zscore(grad)
     transform_segments_(unsharded_segments([grad], "tensor"), ZScore())

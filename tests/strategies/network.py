@@ -57,7 +57,7 @@ class Head(nn.Linear):
 
 
 class Network(nn.Module):
-    """A network whose sizes 2, 3 and 4 processes cannot share evenly, but for `up` and `down`: tensor parallelism must.
+    """A network whose sizes 2, 3 and 4 processes cannot share evenly, except `up` and `down`: tensor parallelism must.
 
     No bias stands in front of the normalization: its gradient would be rounding noise.
 

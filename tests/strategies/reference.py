@@ -93,8 +93,8 @@ def tolerance(scenario: Scenario, weight: Tensor, change: Tensor, learning_rate:
     Of float64 and float32 runs, some units of rounding of the largest change. In half precision, the reference rounds
     the gradients of each process as the run does, which under autocast leaves the rounding of float32 alone; FSDP1 also
     adds gradients up in half precision, tensor parallelism activations, FSDP2 over it both, and weights of half
-    precision are rounded too. Under DeepSpeed, a step from the gradients that the callback saw is exact, but for the
-    rounding of what becomes of them.
+    precision are rounded too. Under DeepSpeed, a step from the gradients that the callback saw is exact, apart from the
+    rounding of its result.
     """
     if scenario.kind == "DeepSpeed":
         relative = 1e-6 if scenario.steps_in is torch.float32 else 2.0**-8
