@@ -23,7 +23,7 @@ from lightning_znorm.gradients import (
 )
 from lightning_znorm.gradients.amp import check_grad_scaler, scale_of, unscales_in_step
 from lightning_znorm.gradients.apply import check_finite
-from lightning_znorm.gradients.errors import untested_torch
+from lightning_znorm.gradients.exceptions import untested_torch
 from lightning_znorm.gradients.methods import describe
 from lightning_znorm.gradients.optimizers import (
     is_nested_step,

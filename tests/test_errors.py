@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import lightning_znorm
 from lightning_znorm import errors
 from lightning_znorm.cli.error_sentences import is_bug, sentence
-from lightning_znorm.cli.processes import check_processes
+from lightning_znorm.cli.launchers import check_processes
 from lightning_znorm.gradients import UnsupportedGradientError
 
 PACKAGE = Path(lightning_znorm.__file__).parent

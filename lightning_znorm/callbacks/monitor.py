@@ -256,7 +256,7 @@ class GradientMonitor(GradientCallback):
 
     def _warn_of_few_steps(self, trainer: pl.Trainer) -> None:
         """Warn before training if it is known that none of its steps will be logged."""
-        every, steps = _every(trainer), trainer.estimated_stepping_batches
+        every, steps = _log_interval(trainer), trainer.estimated_stepping_batches
         if every == 0:
             reason, way_out = "log_every_n_steps=0 logs no step", "1 or more"
         elif 0 < steps < every:
@@ -269,7 +269,7 @@ class GradientMonitor(GradientCallback):
 
     def _warn_of_no_logged_step(self, trainer: pl.Trainer) -> None:
         """Warn after training if none of its steps was logged."""
-        before, last, every = self._steps_before, logged_step(trainer), _every(trainer)
+        before, last, every = self._steps_before, logged_step(trainer), _log_interval(trainer)
         if last > before and last // every == before // every:
             rank_zero_warn(
                 f"{self.label} has measured nothing, because log_every_n_steps={every} logs none of the steps "
@@ -324,7 +324,7 @@ def _row(slot: GradientSlot, steppers: defaultdict[str, list[int]], number: int)
     return f"{name} (optimizer {number})" if len(steppers[name]) > 1 else name
 
 
-def _every(trainer: Any) -> int:
+def _log_interval(trainer: Any) -> int:
     """Return the number of steps of which the Trainer logs one."""
     return int(trainer.log_every_n_steps)
 

@@ -85,7 +85,7 @@ def by_depth(history: SigmaHistory) -> "Image":
     if bool(sigma.isfinite().any()):
         axes.set_yscale("log")
     axes.set_xlim(0.5, len(rows) + 0.5)
-    shown = _every(len(rows), 30)
+    shown = _evenly_spaced(len(rows), 30)
     axes.set_xticks([depth[number] for number in shown])
     axes.set_xticklabels([_short(history.names[rows[number]]) for number in shown], rotation=90, fontsize=6)
     axes.set_xlabel("weights, from the input to the output")
@@ -132,12 +132,12 @@ def _edges(steps: Sequence[int]) -> list[float]:
 
 
 def _name_rows(axes: Any, names: Sequence[str], height: float) -> None:
-    shown = _every(len(names), int(height / (0.8 * _ROW)) or 1)
+    shown = _evenly_spaced(len(names), int(height / (0.8 * _ROW)) or 1)
     axes.set_yticks(shown)
     axes.set_yticklabels([_short(names[number]) for number in shown], fontsize=6)
 
 
-def _every(count: int, most: int) -> list[int]:
+def _evenly_spaced(count: int, most: int) -> list[int]:
     """Return evenly spaced numbers below ``count``, at most ``most`` of them."""
     return list(range(0, count, -(-count // most)))
 

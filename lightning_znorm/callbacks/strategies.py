@@ -83,22 +83,22 @@ def gradient_adapter(module: LightningModule, strategy: Any) -> GradientAdapter:
     return PlainAdapter(module) if support is None else support.make_adapter(module, strategy)
 
 
-def _plain(module: LightningModule, strategy: Any) -> GradientAdapter:
+def _make_plain(module: LightningModule, strategy: Any) -> GradientAdapter:
     return PlainAdapter(module)
 
 
-def _dtensor(module: LightningModule, strategy: Any) -> GradientAdapter:
+def _make_dtensor(module: LightningModule, strategy: Any) -> GradientAdapter:
     dtensor_support()
     return PlainAdapter(module)
 
 
-def _fsdp1(module: LightningModule, strategy: Any) -> GradientAdapter:
+def _make_fsdp1(module: LightningModule, strategy: Any) -> GradientAdapter:
     from lightning_znorm.gradients.adapters.fsdp1 import FSDP1Adapter
 
     return FSDP1Adapter(module, strategy.model)
 
 
-def _deepspeed(module: LightningModule, strategy: Any) -> GradientAdapter:
+def _make_deepspeed(module: LightningModule, strategy: Any) -> GradientAdapter:
     if strategy.model is None or strategy.model is module:
         raise ZNormRuntimeError(
             f"{type(strategy).__name__} keeps gradients in its engine, and has no engine at this "
@@ -110,11 +110,11 @@ def _deepspeed(module: LightningModule, strategy: Any) -> GradientAdapter:
 
 
 SUPPORTED = {
-    "SingleDeviceStrategy": Support(_plain, shards_gradients=False),
-    "DDPStrategy": Support(_plain, shards_gradients=False),
-    "FSDPStrategy": Support(_fsdp1, shards_gradients=True),
-    "ModelParallelStrategy": Support(_dtensor, shards_gradients=True),
-    "DeepSpeedStrategy": Support(_deepspeed, shards_gradients=True),
+    "SingleDeviceStrategy": Support(_make_plain, shards_gradients=False),
+    "DDPStrategy": Support(_make_plain, shards_gradients=False),
+    "FSDPStrategy": Support(_make_fsdp1, shards_gradients=True),
+    "ModelParallelStrategy": Support(_make_dtensor, shards_gradients=True),
+    "DeepSpeedStrategy": Support(_make_deepspeed, shards_gradients=True),
 }
 """The strategies of ``lightning.pytorch`` and ``pytorch_lightning`` that are tested, by the names of their classes.
 

@@ -26,7 +26,7 @@ from lightning_znorm.cli.config_files import (
     shipped_configs,
 )
 from lightning_znorm.cli.error_sentences import sentence
-from lightning_znorm.cli.processes import is_first_process, started_processes
+from lightning_znorm.cli.launchers import is_first_process, started_processes
 from lightning_znorm.errors import ZNormValueError
 
 __all__ = ["main"]

@@ -33,8 +33,8 @@ from lightning_znorm.cli.checkpoints import (
 from lightning_znorm.cli.components import CommandTrainer, Parser, SaveConfig, check_encoding, stand_in
 from lightning_znorm.cli.config_files import ConfigFile, check_callbacks, check_streams
 from lightning_znorm.cli.error_sentences import describe_error, is_bug, sentence, users_traceback
+from lightning_znorm.cli.launchers import check_processes
 from lightning_znorm.cli.parse_errors import class_settings, where
-from lightning_znorm.cli.processes import check_processes
 from lightning_znorm.errors import ZNormFileExistsError, ZNormValueError
 from lightning_znorm.hyperparameters import not_loadable
 

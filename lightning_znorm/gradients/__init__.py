@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from lightning_znorm.gradients.apply import transform_slots_
-from lightning_znorm.gradients.errors import NonFiniteGradientError, UnsupportedGradientError
+from lightning_znorm.gradients.exceptions import NonFiniteGradientError, UnsupportedGradientError
 from lightning_znorm.gradients.methods import SING, AffineMethod, Centralization, GradientMethod, Statistics, ZScore
 from lightning_znorm.gradients.shards import Shard
 from lightning_znorm.gradients.slots import GradientSlot

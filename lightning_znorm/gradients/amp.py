@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
-from lightning_znorm.gradients.errors import untested_torch
+from lightning_znorm.gradients.exceptions import untested_torch
 
 
 @lru_cache(maxsize=1)

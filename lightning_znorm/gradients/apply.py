@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_znorm.gradients.errors import NonFiniteGradientError, UnsupportedGradientError
+from lightning_znorm.gradients.exceptions import NonFiniteGradientError, UnsupportedGradientError
 from lightning_znorm.gradients.kernels import (
     measure_shards,
     reachable_device,

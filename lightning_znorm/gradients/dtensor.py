@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
-from lightning_znorm.gradients.errors import UnsupportedGradientError, missing_attributes, untested_torch
+from lightning_znorm.gradients.exceptions import UnsupportedGradientError, missing_attributes, untested_torch
 from lightning_znorm.gradients.shards import BoxShard, Shard
 from lightning_znorm.gradients.shared_memory import has_internal_overlap
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_znorm.gradients.errors import UnsupportedGradientError
+from lightning_znorm.gradients.exceptions import UnsupportedGradientError
 from lightning_znorm.gradients.shards import Shard
 
 if TYPE_CHECKING:

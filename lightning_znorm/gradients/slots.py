@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_znorm.arguments import checked_integer, checked_patterns
 from lightning_znorm.errors import ZNormTypeError, ZNormValueError
-from lightning_znorm.gradients.errors import UnsupportedGradientError, untested_torch
+from lightning_znorm.gradients.exceptions import UnsupportedGradientError, untested_torch
 from lightning_znorm.gradients.shards import Shard
 from lightning_znorm.gradients.shared_memory import has_internal_overlap
 

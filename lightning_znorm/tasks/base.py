@@ -226,10 +226,11 @@ class Task(PlainHyperparameters, SavesRandomStates):
 
     def _modules_of_loss(self) -> list[nn.Module]:
         """Return the modules of the loss that are not part of the network."""
-        # Subclasses set them, and a loss may be a function.
-        criterion, model = self._modules.get("criterion"), self._modules.get("model")
-        network = set() if model is None else set(model.modules())
-        return [] if criterion is None else [module for module in criterion.modules() if module not in network]
+        criterion, model = getattr(self, "criterion", None), getattr(self, "model", None)  # set by subclasses
+        network = set(model.modules()) if isinstance(model, nn.Module) else set()
+        if not isinstance(criterion, nn.Module):  # a function
+            return []
+        return [module for module in criterion.modules() if module not in network]
 
     @override
     def setup(self, stage: str) -> None:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Placement
 
 from lightning_znorm import gradients
 from lightning_znorm.gradients import ZScore, transform_places_, transform_slots_
-from lightning_znorm.gradients.errors import UnsupportedGradientError
+from lightning_znorm.gradients.exceptions import UnsupportedGradientError
 from lightning_znorm.gradients.slots import ParameterSlot, UnnamedSlots, dtensor_support, read_gradients
 
 

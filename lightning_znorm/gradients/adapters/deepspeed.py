@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_znorm.gradients.adapters import GradientAdapter
 from lightning_znorm.gradients.adapters.plain import named_tensors
-from lightning_znorm.gradients.errors import UnsupportedGradientError, missing_attributes
+from lightning_znorm.gradients.exceptions import UnsupportedGradientError, missing_attributes
 from lightning_znorm.gradients.shards import FlatShard, Shard
 from lightning_znorm.gradients.slots import GradientSlot, ParameterSlot
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_znorm.gradients.adapters.plain import PlainAdapter
-from lightning_znorm.gradients.errors import UnsupportedGradientError, missing_attributes, untested_torch
+from lightning_znorm.gradients.exceptions import UnsupportedGradientError, missing_attributes, untested_torch
 from lightning_znorm.gradients.shards import FlatShard, Shard
 from lightning_znorm.gradients.slots import GradientSlot, clean_name
 
