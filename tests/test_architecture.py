@@ -17,7 +17,8 @@ BEGIN, END = "<!-- files: begin -->\n", "<!-- files: end -->\n"
 def sentence(path: Path) -> str:
     """Return the first line of a file's docstring."""
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return docstring.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+    first = docstring.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+    return re.sub(r":\w+:(?=`)", "", first).replace("``", "`")  # Markdown has neither roles nor double backticks
 
 
 def table() -> str:
