@@ -225,7 +225,7 @@ def test_unknown_strategy_that_is_trusted(tmp_path):
 
 
 @pytest.mark.parametrize("dies", [False, True])
-def test_recorder_does_not_keep_the_model(dies, tmp_path):
+def test_recorder_does_not_keep_the_model(dies, tmp_path, monkeypatch):
     """Nor a copy of it, in the middle of a training."""
 
     class Looks(Callback):
@@ -235,6 +235,7 @@ def test_recorder_does_not_keep_the_model(dies, tmp_path):
             if dies and trainer.global_step == 2:
                 raise ValueError("dies")
 
+    monkeypatch.chdir(tmp_path)  # the module writes where the Trainer does
     recorder, copies = Recorder(str(tmp_path), 0), []
     module = StudyModule()
     trainer = Trainer(
