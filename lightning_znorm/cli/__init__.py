@@ -76,7 +76,7 @@ def main(args: list[str] | None = None) -> None:
     else:
         try:
             _run(args)
-        except Exception as error:
+        except Exception as error:  # any, because `sentence` decides which of them need no traceback
             message = sentence(error)
             if message is None:
                 raise

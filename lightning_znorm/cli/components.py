@@ -75,7 +75,7 @@ class Parser(LightningArgumentParser):
         def instantiate(class_type: type, *args: Any, **kwargs: Any) -> Any:
             try:
                 return instantiator(class_type, *args, **kwargs)
-            except Exception as error:
+            except Exception as error:  # a user's class may raise any; it is raised again
                 self.failures.append((class_type, error))
                 raise
 

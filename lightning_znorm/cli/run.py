@@ -70,7 +70,7 @@ class RunCLI(LightningCLI):
                 # An optimizer beside the model's own would undo the methods that set the model's.
                 auto_configure_optimizers=False,
             )
-        except Exception as error:
+        except Exception as error:  # a user's class may raise any; what is not explained here is raised again
             failure = self._failed_class(error)
             if failure is None:
                 if said := self._misfit(error):
