@@ -58,6 +58,7 @@ def rows(parameters: list[Tensor]) -> dict[str, Callable[[], object]]:
     functions: dict[str, Callable[[], object]] = {
         "clip_grad_norm_": lambda: clip_grad_norm_(parameters, 1.0, foreach=True),
         "zscore_grads_": lambda: zscore_grads_(parameters),
+        "zscore_grads_, adaptive": lambda: zscore_grads_(parameters, centering="adaptive"),
         "centralize_grads_": lambda: centralize_grads_(parameters),
         "obvious loop": lambda: tensor_by_tensor_(parameters),
         "timm adaptive_clip_grad": lambda: adaptive_clip_grad(parameters),

@@ -1,14 +1,16 @@
 """Checks of arguments: each refuses a wrong value by the argument's name, or returns the value as a plain one."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from lightning_znorm.errors import ZNormTypeError, ZNormValueError
+
+Word = TypeVar("Word", bound=str)
 
 _LONGEST = 120  # characters of a value in a message
 
@@ -88,6 +90,28 @@ def checked_flag(name: str, value: Any) -> bool:
     if type(value).__name__ not in ("bool", "bool_"):  # NumPy's, which this module does not import
         raise ZNormTypeError(f"{name} must be True or False, got {shown(value)}.")
     return bool(value)
+
+
+def checked_choice(name: str, value: Any, choices: Sequence[Word]) -> Word:
+    """Return a value that is one of several words.
+
+    Args:
+        name: The argument's name, for messages.
+        value: What the user passed.
+        choices: The words that are allowed.
+
+    Raises:
+        ValueError: If it is none of them.
+
+    Example:
+        >>> checked_choice("centering", "full", ("full", "adaptive"))
+        'full'
+    """
+    if not isinstance(value, str) or value not in choices:
+        *others, last = map(repr, choices)
+        raise ZNormValueError(f"{name} must be {', '.join(others)} or {last}, got {shown(value)}.")
+    # Not the value itself, which may be of a subclass of str: checkpoints know methods by the repr of their options.
+    return next(choice for choice in choices if choice == value)
 
 
 def checked_patterns(name: str, value: Any) -> list[str]:

@@ -3,7 +3,7 @@
 import functools
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import MethodType
 from typing import Any
 
@@ -24,7 +24,7 @@ from lightning_znorm.gradients import (
 from lightning_znorm.gradients.amp import check_grad_scaler, scale_of, unscales_in_step
 from lightning_znorm.gradients.apply import check_finite
 from lightning_znorm.gradients.exceptions import untested_torch
-from lightning_znorm.gradients.methods import describe
+from lightning_znorm.gradients.methods import Centering, describe
 from lightning_znorm.gradients.optimizers import (
     is_nested_step,
     marks_steps,
@@ -34,12 +34,17 @@ from lightning_znorm.gradients.optimizers import (
     takes_two_steps,
     wrapped_by,
 )
-from lightning_znorm.gradients.slots import UnnamedSlots, optimizer_slots
+from lightning_znorm.gradients.slots import OptimizerSlots, ParameterFilter, UnnamedSlots, optimizer_slots
 
 __all__ = ["attach", "centralize_grads_", "transform_grads_", "zscore_grads_"]
 
 
-def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10, error_if_nonfinite: bool = False) -> None:
+def zscore_grads_(
+    parameters: Tensor | Iterable[Tensor],
+    eps: float = 1e-10,
+    error_if_nonfinite: bool = False,
+    centering: Centering = "full",
+) -> None:
     r"""Replace each parameter's gradient by its z-score over all its elements, in place (ZNorm).
 
     .. math:: z = \frac{g - \mu}{\sigma + \epsilon}
@@ -48,8 +53,10 @@ def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10, err
     :math:`\langle z, g \rangle = d \sigma > 0`: a descent direction stays one. Mean and deviation are taken in float32
     for half-precision gradients and otherwise in the gradients' type, in two passes.
 
-    - A constant gradient becomes zero, also if it varies by rounding only (a deviation of less than 8 units of
-      rounding of the mean).
+    - ``centering="adaptive"`` subtracts less of the mean, the larger it is compared to the deviation, so that the angle
+      between a gradient and the result is never more than 22 degrees: see :class:`~lightning_znorm.gradients.ZScore`.
+    - A constant gradient becomes zero (adaptive: its sign), also if it varies by rounding only (a deviation of less
+      than 8 units of rounding of the mean).
     - A gradient of one element has no deviation and stays as it is; an empty or missing one is skipped. A parameter
       that is given twice is normalized once, and so is a gradient that several parameters share.
     - A gradient that holds an inf or NaN becomes NaN throughout. So does a gradient of d elements if the sum of its
@@ -57,7 +64,8 @@ def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10, err
       (8e17 with 512 elements, 1.8e16 with a million), above :math:`1.3 \cdot 10^{154} / \sqrt{d}` in float64, none in
       float16.
     - ``eps`` is an absolute number: a gradient of deviation 1e-12 comes out with deviation 1e-2. In float32, deviations
-      below 2e-23 count as zero, and one of 1e-22 is off by 1 %.
+      below 2e-23 count as zero, and one of 1e-22 is off by 1 %. With adaptive centring, constant gradients below 1e-19
+      become zero too.
     - Complex gradients have a complex mean and a real deviation, as :func:`torch.std` defines it.
 
     Call it when the gradients are complete and unscaled: after ``backward()`` and ``GradScaler.unscale_``, before
@@ -75,10 +83,11 @@ def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10, err
         eps: Added to the standard deviation.
         error_if_nonfinite: Whether to raise if a gradient holds an inf or NaN afterwards, as
             :func:`torch.nn.utils.clip_grad_norm_` does; costs a pass over the gradients and one wait for the device.
+        centering: How much of the mean is subtracted: ``"full"``, as in the paper, or ``"adaptive"``.
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If ``eps`` is negative, infinite or NaN.
+        ValueError: If ``eps`` is negative, infinite or NaN, or ``centering`` is another word.
         UnsupportedGradientError: If a gradient is sparse or of 8 bits, overlaps in memory with another parameter's, or
             is sharded by DeepSpeed or the first version of FSDP, whose parts only the callbacks put together; no
             gradient has been changed then.
@@ -95,7 +104,7 @@ def zscore_grads_(parameters: Tensor | Iterable[Tensor], eps: float = 1e-10, err
         tensor([[-1., -1.],
                 [ 1.,  1.]])
     """
-    transform_grads_(parameters, ZScore(eps), error_if_nonfinite)
+    transform_grads_(parameters, ZScore(eps, centering), error_if_nonfinite)
 
 
 def centralize_grads_(parameters: Tensor | Iterable[Tensor], error_if_nonfinite: bool = False) -> None:
@@ -113,6 +122,9 @@ def centralize_grads_(parameters: Tensor | Iterable[Tensor], error_if_nonfinite:
 
     Without an L2 penalty, all but the last centre what this function centres. With an L2 penalty, this function leaves
     the penalty uncentred.
+
+    In the output layer of a network, the row of a class may be little else than its mean ("this class less likely"):
+    with sigmoid outputs, and with softmax too. Leave the output weight out if training stalls.
 
     DTensors are centred with the means of the unsharded gradients, as in :func:`zscore_grads_`. Processes exchange sums
     only if they hold parts of the same rows.
@@ -188,7 +200,13 @@ def transform_grads_(
 
 
 def attach(
-    optimizer: Optimizer, method: GradientMethod | None = None, error_if_nonfinite: bool = False
+    optimizer: Optimizer,
+    method: GradientMethod | None = None,
+    error_if_nonfinite: bool = False,
+    named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+    include: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = (),
+    min_ndim: int = 0,
 ) -> RemovableHandle:
     """Make an optimizer apply a gradient method before each of its steps, in a loop without Lightning.
 
@@ -207,19 +225,28 @@ def attach(
     how to do the same by hand and in a Lightning ``Trainer``.
 
     Args:
-        optimizer: Any optimizer but LBFGS. All its parameters take part, also those of groups that are added later. To
-            leave some alone, give them an optimizer of their own.
+        optimizer: Any optimizer but LBFGS. All its parameters take part, also those of groups that are added later,
+            unless the arguments below leave some alone.
         method: The method; ``None`` is ZNorm, :class:`~lightning_znorm.gradients.ZScore` with its default ``eps``.
         error_if_nonfinite: Whether to raise if a gradient holds an inf or NaN after the method; costs a pass over the
             gradients and one wait for the device. A step that a ``GradScaler`` is going to skip is no error.
+        named_parameters: Names and parameters, such as ``model.named_parameters()``, for patterns and messages. An
+            optimizer that was made from these (``SGD(model.named_parameters(), ...)``) knows the names itself. Only
+            ``model.named_parameters(remove_duplicate=False)`` gives all names of parameters that modules share.
+        include: Shell-style pattern or patterns; a parameter takes part if its name matches one.
+        exclude: Pattern or patterns whose matches are left alone, such as ``"output.*"``.
+        min_ndim: Least number of dimensions of a parameter that takes part; 2 leaves out biases and normalization
+            scales. It needs no names.
 
     Returns:
         A handle whose ``remove()`` detaches the method.
 
     Raises:
         TypeError: If ``method`` is not a method, or ``optimizer`` is not an optimizer whose ``step`` runs hooks, or
-            ``error_if_nonfinite`` is not a flag.
-        ValueError: If the optimizer is LBFGS, which steps with a closure only.
+            ``named_parameters`` are no pairs, or another argument is of another type.
+        ValueError: If the optimizer is LBFGS, which steps with a closure only; if ``min_ndim`` is negative,
+            ``named_parameters`` are empty, a pattern matches no name, or nothing is chosen; or, also in a step, if
+            there are patterns and a parameter of the optimizer has no name.
         RuntimeError: In a step that is called with a closure, which computes the gradients too late for the method; or
             after a step, if something else was assigned to ``optimizer.step`` and does not call the original.
         UnsupportedGradientError: In a step, as in :func:`transform_grads_`, or if something (DeepSpeed) has replaced
@@ -240,14 +267,25 @@ def attach(
         >>> weight.data
         tensor([ 1., -1.])
         >>> handle.remove()
+
+        All layers but the output layer:
+
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        >>> handle = attach(optimizer, named_parameters=model.named_parameters(), exclude="1.*")
     """
     method = ZScore() if method is None else method
     name = describe(method)
     error_if_nonfinite = checked_flag("error_if_nonfinite", error_if_nonfinite)
+    parameter_filter = ParameterFilter(include, exclude, min_ndim)
     replaced = _check_optimizer(optimizer)
     if unscales_in_step(optimizer) or any(group.get("fused") for group in optimizer.param_groups):
         check_grad_scaler()
     known = optimizer_slots(optimizer).parameters
+    # Without names and a choice, no step makes a slot for each parameter.
+    by_name: OptimizerSlots | None = None
+    if named_parameters is not None or parameter_filter.needs_names or parameter_filter.min_ndim > 0:
+        by_name = OptimizerSlots(optimizer, parameter_filter, named_parameters)
     warned_of_no_gradient = has_run = False
 
     def transform(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -263,7 +301,8 @@ def attach(
             return
         slots = optimizer_slots(optimizer)
         _check_parameters(optimizer, known, slots.parameters)
-        transform_slots_(slots, method, _loss_scale(optimizer, kwargs))
+        chosen = slots if by_name is None else by_name.chosen(optimizer)
+        transform_slots_(chosen, method, _loss_scale(optimizer, kwargs))
         if not warned_of_no_gradient and all(parameter.grad is None for parameter in slots.parameters):
             warned_of_no_gradient = True
             warnings.warn(
@@ -275,7 +314,9 @@ def attach(
         # An optimizer that takes the scaler itself looks for inf and NaN itself, and skips the step.
         if error_if_nonfinite and kwargs.get("grad_scaler") is None:
             found_inf = getattr(optimizer, "found_inf", None)  # what the scaler hands to fused optimizers
-            check_finite(slots, () if found_inf is None else (found_inf,))
+            check_finite(
+                slots if by_name is None else by_name.all(optimizer), () if found_inf is None else (found_inf,)
+            )
 
     _attached.add(optimizer)
     # If the step is compiled, the hook is not: it reads the call stack, and has kernels of its own.

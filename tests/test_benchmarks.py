@@ -41,9 +41,10 @@ def test_data() -> None:
 
 def test_kernels() -> None:
     table = rows(output_of("benchmarks.kernels", "--models", "ResNet-56", "--rounds", "3", "--threads", "1"))
-    assert [row[1] for row in table[:5]] == [
+    assert [row[1] for row in table[:6]] == [
         "clip_grad_norm_",
         "zscore_grads_",
+        "zscore_grads_, adaptive",
         "centralize_grads_",
         "obvious loop",
         "timm adaptive_clip_grad",

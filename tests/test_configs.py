@@ -176,7 +176,13 @@ class TestWhatMethodsChange:
         assert laid_over == plain
 
     @pytest.mark.parametrize(
-        ("method", "added"), [("znorm", "ZNormCallback"), ("gc", "GradientCentralizationCallback")]
+        ("method", "added"),
+        [
+            ("znorm", "ZNormCallback"),
+            ("znorm-weights", "ZNormCallback"),
+            ("znorm-adaptive", "ZNormCallback"),
+            ("gc", "GradientCentralizationCallback"),
+        ],
     )
     def test_callbacks(self, change, method, added):
         plain, laid_over = change(method)
@@ -186,6 +192,15 @@ class TestWhatMethodsChange:
 
     def test_znorm_has_the_eps_of_the_paper(self, change):
         assert change("znorm")[1]["trainer"]["callbacks"][-1]["init_args"]["eps"] == 1e-10
+
+    def test_variants_of_znorm_differ_in_one_option(self, change):
+        plain, weights, adaptive = (
+            change(f"znorm{variant}")[1]["trainer"]["callbacks"][-1]["init_args"]
+            for variant in ("", "-weights", "-adaptive")
+        )
+        assert (plain["min_ndim"], plain["centering"]) == (0, "full")
+        assert weights == {**plain, "min_ndim": 2}
+        assert adaptive == {**plain, "centering": "adaptive"}
 
     def test_clip(self, change):
         plain, laid_over = change("clip")

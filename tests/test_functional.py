@@ -2,9 +2,11 @@
 
 import copy
 import functools
+import gc
 import pickle
 import types
 import warnings
+import weakref
 from collections import OrderedDict
 from typing import Any
 
@@ -14,8 +16,15 @@ from lightning.fabric import Fabric
 from timm.optim import Lookahead, create_optimizer_v2
 from torch import Tensor, nn
 
-from lightning_znorm.functional import attach
-from lightning_znorm.gradients import Centralization, UnsupportedGradientError, ZScore, optimizers
+from lightning_znorm.functional import attach, is_attached
+from lightning_znorm.gradients import (
+    Centralization,
+    NonFiniteGradientError,
+    UnsupportedGradientError,
+    ZScore,
+    optimizers,
+    slots,
+)
 from tests.gradients.reference import centralized, zscore
 
 LR = 0.1
@@ -608,3 +617,177 @@ def test_groups_added_later_take_part() -> None:
     weight.grad = torch.tensor([2.0, 6.0])
     optimizer.step()
     assert weight.tolist() == [1.0, -1.0]
+
+
+class Net(nn.Module):
+    """Two layers, the second of which shares its weight with the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(3, 3)
+        self.tied = nn.Linear(3, 3)
+        self.tied.weight = self.hidden.weight
+        self.output = nn.Linear(3, 2)
+
+
+class TestChoice:
+    """``attach`` with patterns on names, or with a least number of dimensions."""
+
+    def moved(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> set[str]:
+        """Return the parameters that stepped by their z-scores; all others must have stepped by their gradients."""
+        generator = torch.Generator().manual_seed(0)
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator) + 2
+        plain = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        optimizer.step()
+        normalized = set()
+        for name, parameter in model.named_parameters():
+            if torch.allclose(before[name] - parameter, zscore(plain[name]).float(), atol=1e-5):
+                normalized.add(name)
+            else:
+                torch.testing.assert_close(before[name] - parameter, plain[name], rtol=0, atol=1e-5)
+        return normalized
+
+    @pytest.mark.parametrize(
+        ("choice", "expected"),
+        [
+            ({"exclude": "output.*"}, {"hidden.weight", "hidden.bias", "tied.bias"}),
+            ({"include": ["output.*", "tied.bias"]}, {"output.weight", "output.bias", "tied.bias"}),
+            ({"include": "tied.*"}, {"hidden.weight", "tied.bias"}),
+            ({"include": "*.weight", "exclude": "tied.weight"}, {"output.weight"}),
+            ({"min_ndim": 2}, {"hidden.weight", "output.weight"}),
+            ({"min_ndim": 2, "exclude": ["output.*"]}, {"hidden.weight"}),
+            ({}, {"hidden.weight", "hidden.bias", "tied.bias", "output.weight", "output.bias"}),
+        ],
+    )
+    def test_the_chosen_ones_take_part(self, choice: dict[str, Any], expected: set[str]) -> None:
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        # A generator, which is used up by the first step at the latest.
+        attach(optimizer, named_parameters=model.named_parameters(remove_duplicate=False), **choice)
+        assert self.moved(model, optimizer) == expected
+        assert self.moved(model, optimizer) == expected
+
+    def test_least_number_of_dimensions_needs_no_names(self) -> None:
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        attach(optimizer, min_ndim=2)
+        assert self.moved(model, optimizer) == {"hidden.weight", "output.weight"}
+
+    def test_optimizer_that_knows_the_names(self) -> None:
+        model = Net()
+        optimizer = torch.optim.SGD(model.named_parameters(), lr=1.0)
+        attach(optimizer, exclude="output.*")
+        assert self.moved(model, optimizer) == {"hidden.weight", "hidden.bias", "tied.bias"}
+
+    def test_names_without_what_compilation_puts_in(self) -> None:
+        model = torch.compile(Net())
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        attach(optimizer, named_parameters=model.named_parameters(), include="output.*")
+        assert self.moved(model._orig_mod, optimizer) == {"output.weight", "output.bias"}
+
+    def test_groups_that_come_later(self) -> None:
+        model = Net()
+        optimizer = torch.optim.SGD([*model.hidden.parameters(), model.tied.bias], lr=1.0)
+        attach(optimizer, named_parameters=model.named_parameters(), exclude="*.bias")
+        optimizer.add_param_group({"params": list(model.output.parameters())})
+        assert self.moved(model, optimizer) == {"hidden.weight", "output.weight"}
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+        with pytest.raises(ValueError, match="parameter 0 of group 2 of SGD has none: give named_parameters"):
+            optimizer.step()
+
+    @pytest.mark.parametrize(
+        ("choice", "message"),
+        [
+            ({"exclude": "ouput.*"}, r"the pattern 'ouput\.\*' matches none .* nearest names are output"),
+            ({"include": "output.*", "exclude": "output.*"}, "together leave none"),
+            ({"min_ndim": 5}, "together leave none"),
+        ],
+    )
+    def test_choice_that_does_not_fit_is_refused_at_once(self, choice: dict[str, Any], message: str) -> None:
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        with pytest.raises(ValueError, match=message):
+            attach(optimizer, named_parameters=model.named_parameters(), **choice)
+        assert not is_attached(optimizer)
+
+    def test_optimizer_of_which_nothing_is_chosen_is_refused(self) -> None:
+        model = Net()
+        optimizer = torch.optim.SGD(model.output.parameters(), lr=1.0)
+        with pytest.raises(
+            ValueError, match=r"of the 2 parameters of SGD none is chosen .* the first is output.weight"
+        ):
+            attach(optimizer, named_parameters=model.named_parameters(), include="hidden.*")
+
+    def test_patterns_without_names_are_refused(self) -> None:
+        optimizer = torch.optim.SGD(Net().parameters(), lr=1.0)
+        with pytest.raises(ValueError, match="parameter 0 of group 0 of SGD has none: give named_parameters"):
+            attach(optimizer, exclude="output.*")
+
+    @pytest.mark.parametrize("wrong", [[torch.zeros(2)], 3, {"a": torch.zeros(2)}, [("a", 1)], "ab", [("a", 1, 2)]])
+    def test_what_is_no_pair_is_refused(self, wrong: Any) -> None:
+        optimizer = torch.optim.SGD(Net().parameters(), lr=1.0)
+        with pytest.raises(TypeError, match="named_parameters must be pairs of a name and a parameter"):
+            attach(optimizer, named_parameters=wrong)
+
+    def test_generator_that_is_used_up_is_refused(self) -> None:
+        model = Net()
+        named = model.named_parameters()
+        optimizer = torch.optim.SGD(list(named), lr=1.0)
+        for choice in ({}, {"exclude": "output.*"}):
+            with pytest.raises(ValueError, match=r"named_parameters must hold all .*, and is empty or used up"):
+                attach(optimizer, named_parameters=named, **choice)
+
+    def test_names_without_what_fabric_puts_in(self) -> None:
+        fabric = Fabric(accelerator="cpu", devices=1)
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        wrapped, _ = fabric.setup(model, optimizer)
+        attach(optimizer, named_parameters=wrapped.named_parameters(), exclude="output.*")
+        assert self.moved(model, optimizer) == {"hidden.weight", "hidden.bias", "tied.bias"}
+
+    def test_nonfinite_gradient_of_any_parameter_is_named(self) -> None:
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        attach(
+            optimizer,
+            error_if_nonfinite=True,
+            named_parameters=model.named_parameters(),
+            exclude="output.*",
+        )
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        model.output.bias.grad[0] = torch.inf
+        with pytest.raises(NonFiniteGradientError, match=r"gradients of output\.bias \("):
+            optimizer.step()
+
+    @pytest.mark.parametrize("choice", [{}, {"min_ndim": 2}, {"exclude": "output.*"}], ids=str)
+    def test_optimizer_is_freed_at_once(self, choice: dict[str, Any]) -> None:
+        """The hook must not hold the optimizer that holds it."""
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        attach(optimizer, named_parameters=model.named_parameters(), **choice)
+        self.moved(model, optimizer)
+        gone = weakref.ref(optimizer)
+        gc.disable()
+        try:
+            del optimizer
+            assert gone() is None
+        finally:
+            gc.enable()
+
+    def test_names_are_matched_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        attach(optimizer, named_parameters=model.named_parameters(), exclude="output.*")
+        self.moved(model, optimizer)
+        monkeypatch.setattr(slots, "fnmatchcase", None)
+        assert self.moved(model, optimizer) == {"hidden.weight", "hidden.bias", "tied.bias"}
+
+    def test_lazy_layer_shows_its_dimensions_later(self) -> None:
+        model = nn.Sequential(nn.LazyLinear(2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        attach(optimizer, min_ndim=2)
+        model(torch.ones(1, 3))
+        assert self.moved(model, optimizer) == {"0.weight"}

@@ -37,6 +37,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "compile": False,
         "lr_scheduler_frequency": 2,
         "lr_scheduler_strict": False,
+        "prior": [0.25, *[0.125] * 5, *[0.03125] * 4],
     },
     "SegmentationTask": {
         "num_classes": 2,
@@ -49,6 +50,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "compile": False,
         "lr_scheduler_frequency": 2,
         "lr_scheduler_strict": False,
+        "prior": [0.75, 0.25],
     },
 }
 MODELS = {"ClassificationTask": "resnet20", "SegmentationTask": "attention_unet"}

@@ -36,6 +36,10 @@ NAMES: dict[str, tuple[str, str]] = {
         "lightning.pytorch.loops.training_epoch_loop:_TrainingEpochLoop",
         "loggers count steps by it, and it has no public name",
     ),
+    "_data_source": (
+        "lightning.pytorch.loops.fit_loop:_FitLoop",
+        "before `setup` has ended, no public name leads to the loader of the training batches",
+    ),
     "_generate_state_key": ("lightning.pytorch:Callback", "callbacks make the key of their state by it"),
     "_logger_connector": ("lightning.pytorch:Trainer", "only it tells whether a value may be logged now"),
     "_parse_ckpt_path": (

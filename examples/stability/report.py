@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeAlias
 
 from lightning_znorm.compare.statistics import paired_interval
 
@@ -22,7 +22,10 @@ RESULTS = Path(__file__).parent / "results"
 LAST_EPOCHS = 5
 KEPT = ("test/accuracy", "val/accuracy", "train/loss", "full/loss", "sigma/", "cosine/")
 # As in the reports of `compare`: Okabe and Ito's colours, with dashes and markers that tell methods apart in grey.
-STYLES = {
+Styles: TypeAlias = Mapping[str, tuple[str, Any, str]]
+"""Colour, dashes and marker of each method."""
+
+STYLES: Styles = {
     "baseline": ("#000000", "-", "o"),
     "znorm": ("#D55E00", (0, (5, 1.5)), "s"),
     "floor": ("#0072B2", (0, (1, 1.2)), "^"),
@@ -30,6 +33,7 @@ STYLES = {
     "blend": ("#CC79A7", (0, (3, 1, 1, 1, 1, 1)), "v"),
     "geometric": ("#E69F00", (0, (2, 2)), ">"),
     "handover": ("#56B4E9", (0, (8, 2)), "<"),
+    "znorm-adaptive": ("#882255", "-", "P"),
 }
 
 Values = dict[str, dict[int, dict[int, float]]]
@@ -38,7 +42,7 @@ Values = dict[str, dict[int, dict[int, float]]]
 
 def main(source: Path | None = None, target: Path = RESULTS) -> None:
     for path in sorted(source.glob("*/results.csv")) if source else ():
-        _keep(path, target / f"{path.parent.name}.csv")
+        keep(path, target / f"{path.parent.name}.csv")
     studies = {path.stem: read(path) for path in sorted(target.glob("*.csv"))}
     if source:
         draw(studies, target)
@@ -46,12 +50,12 @@ def main(source: Path | None = None, target: Path = RESULTS) -> None:
         print(f"\n## {name}\n\n{table(metrics)}")
 
 
-def _keep(source: Path, target: Path) -> None:
-    """Copy the metrics of the report in four digits: a row for each epoch of a run."""
+def keep(source: Path, target: Path, kept: tuple[str, ...] = KEPT) -> None:
+    """Copy metrics of a study in four digits: a row for each epoch of a run."""
     rows: dict[tuple[str, str, int], dict[str, str]] = defaultdict(dict)
     with source.open(newline="") as file:
         for row in csv.DictReader(file):
-            if row["metric"].startswith(KEPT):
+            if row["metric"].startswith(kept):
                 run = (row["method"].removesuffix("-sgd"), row["seed"], int(row["epoch"]))
                 rows[run][row["metric"]] = f"{float(row['value']):.4g}"
     metrics = sorted({metric for row in rows.values() for metric in row}, key=_by_depth)
@@ -101,9 +105,9 @@ def table(metrics: Mapping[str, Values]) -> str:
     ]
     for method in (name for name in STYLES if name in losses):
         cells = [method, str(len(losses[method])), f"{10 ** fmean(losses[method].values()):.2g}"]
-        cells += [_ratio(losses, method, other) for other in ("baseline", "znorm")]
+        cells += [ratio(losses, method, other) for other in ("baseline", "znorm")]
         cells += [f"{fmean(accuracies[method].values()):.3f}"]
-        cells += [_difference(accuracies, method, other) for other in ("baseline", "znorm")]
+        cells += [difference(accuracies, method, other) for other in ("baseline", "znorm")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -118,7 +122,8 @@ def _paired(values: Mapping[str, Mapping[int, float]], method: str, other: str) 
     return [value - values[other][seed] for seed, value in sorted(values[method].items()) if seed in values[other]]
 
 
-def _ratio(values: Mapping[str, Mapping[int, float]], method: str, other: str) -> str:
+def ratio(values: Mapping[str, Mapping[int, float]], method: str, other: str) -> str:
+    """Return how a method's values compare with another's as a ratio; they are logarithms, by method and seed."""
     differences = _paired(values, method, other)
     if not differences:
         return "-"
@@ -127,7 +132,8 @@ def _ratio(values: Mapping[str, Mapping[int, float]], method: str, other: str) -
     return f"{10 ** fmean(differences):.2g}{ends}"
 
 
-def _difference(values: Mapping[str, Mapping[int, float]], method: str, other: str) -> str:
+def difference(values: Mapping[str, Mapping[int, float]], method: str, other: str) -> str:
+    """Return the difference of a method's values from another's; they are by method and seed."""
     differences = _paired(values, method, other)
     if not differences:
         return "-"
@@ -139,11 +145,11 @@ def _difference(values: Mapping[str, Mapping[int, float]], method: str, other: s
 def draw(studies: Mapping[str, Mapping[str, Values]], folder: Path) -> None:
     """Draw the figures: losses of all studies, and gradients of the studies that measured them."""
     losses = {name: metrics["train/loss"] for name, metrics in studies.items()}
-    _draw_curves("training loss", losses, log=True).savefig(folder / "loss.png", dpi=110)
+    draw_curves("training loss", losses, log=True).savefig(folder / "loss.png", dpi=110)
     measured = {name: metrics for name, metrics in studies.items() if any("sigma/" in metric for metric in metrics)}
     if measured:
         cosines = {name: _mean_cosine(metrics) for name, metrics in measured.items()}
-        _draw_curves("cosine to the full gradient", cosines).savefig(folder / "cosine.png", dpi=110)
+        draw_curves("cosine to the full gradient", cosines).savefig(folder / "cosine.png", dpi=110)
         adam = {name: metrics for name, metrics in measured.items() if "sgd" not in name}
         _draw_sigmas(adam).savefig(folder / "sigma.png", dpi=100)
 
@@ -179,14 +185,14 @@ def _panels(count: int, columns: int = 3, **options: Any) -> tuple[Any, list[Any
     return figure, panels
 
 
-def _draw_curves(label: str, studies: Mapping[str, Values], log: bool = False) -> Any:
+def draw_curves(label: str, studies: Mapping[str, Values], styles: Styles = STYLES, log: bool = False) -> Any:
     """Draw a panel for each study, with a line for each method."""
     figure, panels = _panels(len(studies), sharey=True)
     handles = {}
     for panel, (name, values) in zip(panels, studies.items(), strict=False):
-        for i, method in enumerate(name for name in STYLES if name in values):
+        for i, method in enumerate(name for name in styles if name in values):
             epochs, means = _mean_curve(values[method].values(), log)
-            colour, dashes, marker = STYLES[method]
+            colour, dashes, marker = styles[method]
             every = max(1, len(epochs) // 6)
             (handles[method],) = panel.plot(
                 epochs, means, color=colour, linestyle=dashes, marker=marker, markersize=4, linewidth=1.4,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from lightning_znorm.callbacks.transform import GradientTransform
 from lightning_znorm.gradients import SING, Centralization, ZScore
+from lightning_znorm.gradients.methods import Centering
 
 
 class ZNormCallback(GradientTransform):
@@ -22,7 +23,10 @@ class ZNormCallback(GradientTransform):
           a padding row or unseen tokens (``exclude="*embed*"``), and pruned weights.
         - A bias in front of a normalization layer has a true gradient of zero. Its gradient is rounding noise, which
           becomes unit size. This does not change the output; ``bias=False`` or ``min_ndim=2`` avoids it.
-        - A tensor of two elements always becomes :math:`\pm 1`.
+        - With full centring, a tensor of two elements always becomes :math:`\pm 1`.
+        - With sigmoid outputs, most of the output layer's gradient may be its mean: "everything less likely". Full
+          centring subtracts exactly that, and training may stall. Use ``centering="adaptive"``, or leave out the
+          output layer with ``exclude``. :class:`GradientMonitor` names layers where the mean dominates.
         - See :func:`lightning_znorm.functional.zscore_grads_` for constant gradients, ``eps``, inf and NaN. See
           :class:`GradientTransform` for optimizers, precisions and strategies.
 
@@ -36,10 +40,14 @@ class ZNormCallback(GradientTransform):
             scales.
         allow_untested_strategy: See :class:`GradientTransform`.
         error_if_nonfinite: See :class:`GradientTransform`.
+        centering: ``"full"`` subtracts the mean, as in the paper. ``"adaptive"`` subtracts less of it, the larger it is
+            compared to the deviation, so that the angle between a gradient and the result is never more than 22
+            degrees: see :class:`~lightning_znorm.gradients.ZScore` for the formula.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If ``eps`` is negative, infinite or NaN, and as :class:`GradientTransform` does.
+        ValueError: If ``eps`` is negative, infinite or NaN, or ``centering`` is another word, and as
+            :class:`GradientTransform` does.
         MisconfigurationException: As :class:`GradientTransform` does.
         UnsupportedGradientError: Before a step, if a gradient is sparse, of 8 bits, or sharded in an unknown way.
         NonFiniteGradientError: Before a step, if a gradient holds an inf or NaN and ``error_if_nonfinite`` is set.
@@ -58,15 +66,19 @@ class ZNormCallback(GradientTransform):
         min_ndim: int = 0,
         allow_untested_strategy: bool = False,
         error_if_nonfinite: bool = False,
+        centering: Centering = "full",
     ) -> None:
-        super().__init__(ZScore(eps), include, exclude, min_ndim, allow_untested_strategy, error_if_nonfinite)
+        super().__init__(
+            ZScore(eps, centering), include, exclude, min_ndim, allow_untested_strategy, error_if_nonfinite
+        )
 
 
 class GradientCentralizationCallback(GradientTransform):
     """Subtract from each gradient the mean of each output channel before every optimizer step.
 
     Tensors of one dimension are not changed. See :func:`lightning_znorm.functional.centralize_grads_` for what differs
-    from the authors' optimizers.
+    from the authors' optimizers. The output layer's gradient may be little else than these means, and centring loses
+    them: ``exclude`` leaves that layer out.
 
     Source: Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks", ECCV 2020
     (arXiv 2004.01461), equation 1.
@@ -106,8 +118,11 @@ class GradientCentralizationCallback(GradientTransform):
 class SINGCallback(GradientTransform):
     """Centre each output channel's gradient and divide each tensor's by its norm, before every optimizer step.
 
-    This is only the part of SING that changes gradients. See :class:`~lightning_znorm.gradients.SING` for what else its
-    authors' optimizer does, for the learning rate that they advise, and for how it differs from ZNorm.
+    This is only the part of SING that changes gradients. It centres the output layer too, whose gradient may be little
+    else than the means of its rows: ``exclude`` leaves that layer out.
+
+    See :class:`~lightning_znorm.gradients.SING` for what else its authors' optimizer does, for the learning rate that
+    they advise, and for how it differs from ZNorm.
 
     Source: Courtois et al., "SING: A Plug-and-Play DNN Learning Technique", arXiv 2305.15997.
 

@@ -21,10 +21,16 @@ from lightning_znorm.callbacks.measurement import GradientMeter, logged_step
 from lightning_znorm.callbacks.monitor_history import SigmaHistory
 from lightning_znorm.callbacks.steps import Step, unwrapped
 from lightning_znorm.errors import ZNormTypeError, ZNormValueError
-from lightning_znorm.gradients import ZScore
+from lightning_znorm.gradients import SING, Centralization, GradientMethod, ZScore
 from lightning_znorm.gradients.adapters import GradientAdapter
 from lightning_znorm.gradients.apply import GradientSummary
 from lightning_znorm.gradients.slots import GradientSlot
+
+DOMINATING_SHARE = 0.9
+"""Share of the mean in a squared gradient above which the callback names the parameter."""
+_ENOUGH_STEPS = 5  # before the layers are named
+_ENOUGH_ELEMENTS = 16  # of a parameter, whose share may else be a matter of luck
+_MAX_NAMED = 5
 
 
 class GradientMonitor(GradientCallback):
@@ -32,8 +38,8 @@ class GradientMonitor(GradientCallback):
 
     At the steps that the Trainer logs (``log_every_n_steps``), before the update, the callback measures the gradient of
     every parameter and logs the aggregates below. There, :math:`n`, :math:`\mu` and :math:`\sigma` are the number of
-    elements, the mean and the population standard deviation of one tensor's gradient. Medians, least values and shares
-    are taken over the tensors of several elements whose gradients are finite.
+    elements, the mean and the population standard deviation of one tensor's gradient. Medians, least and greatest
+    values and shares are taken over the tensors of several elements whose gradients are finite.
 
     ==================================  ===============================================================================
     ``grad/norm``                       norm of all gradients, :math:`\sqrt{\sum n (\sigma^2 + \mu^2)}`
@@ -43,6 +49,8 @@ class GradientMonitor(GradientCallback):
     ``grad/sigma_median``, ``_min``     median and least value of :math:`\sigma`
     ``grad/cosine_median``, ``_min``    the same of the cosine of g and its z-score, :math:`\sigma/\sqrt{\sigma^2 +
                                         \mu^2}`
+    ``grad/mean_share_median``,         median and greatest value of the share of the mean in the squared gradient,
+    ``_max``                            :math:`\mu^2/(\sigma^2 + \mu^2)`: what centring removes
     ``grad/sigma_over_running_median``  median of :math:`\sigma` over its running mean, an exponential mean of the
                                         measurements before, with weight 0.9 for the past
     ``grad/share_below``                share of tensors with :math:`\sigma` below ``sigma_threshold``
@@ -53,8 +61,15 @@ class GradientMonitor(GradientCallback):
     remains, these are NaN. Several optimizers are told apart by their numbers: ``grad/0/norm``, ``grad/1/norm``. All
     aggregates are in ``trainer.callback_metrics`` too, so that a checkpoint or early stopping can monitor them.
 
-    When training ends, fails or is interrupted, the callback draws two pictures: :math:`\sigma` of every parameter
-    over the steps, and its distribution by depth. They show at most 512 steps, evenly spaced. They are written to
+    Parameters where the mean holds more than 0.9 of the squared gradient, over all measurements, are named once: at the
+    end of the first epoch after five measured steps, or when training ends. ZNorm with full centring subtracts that
+    mean. If a callback of the Trainer does so, it is a warning. Very small tensors are named only after several
+    measurements, because in one of them the share is a matter of luck. The means of rows, which Gradient Centralization
+    and SING subtract, are not measured.
+
+    When training ends, fails or is interrupted, the callback draws three pictures: :math:`\sigma` of every parameter
+    over the steps, its distribution by depth, and the share of the mean in every parameter's squared gradient. The
+    first two show at most 512 steps, evenly spaced; the third is a mean over all measurements. They are written to
     ``gradients`` beside the logs, and sent to every TensorBoard and Weights & Biases logger. Without a logger they are
     written to the Trainer's ``default_root_dir``; if that is the default one too, nothing is drawn.
 
@@ -75,7 +90,7 @@ class GradientMonitor(GradientCallback):
     the cosine follows from its Theorem 4.2.
 
     Args:
-        per_parameter: Whether to log ``mean``, ``sigma``, ``norm``, ``znorm_norm``, ``cosine`` and
+        per_parameter: Whether to log ``mean``, ``sigma``, ``norm``, ``znorm_norm``, ``cosine``, ``mean_share`` and
             ``sigma_over_running`` of each parameter as well, as ``grad_sigma/NAME``. If several optimizers step a
             parameter, their numbers tell the values apart: ``grad_sigma/0/NAME``, ``grad_sigma/1/NAME``.
         sigma_threshold: The threshold of ``grad/share_below``. The default is Adam's ``eps``, below which Adam's own
@@ -98,7 +113,8 @@ class GradientMonitor(GradientCallback):
 
     Warns:
         UserWarning: Once, if the Trainer logs none of the training's steps. The warning comes at the start of training
-            if its number of steps is known, and otherwise at its end.
+            if its number of steps is known, and otherwise at its end. Once, if the mean dominates gradients that a
+            callback of the Trainer centres.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -138,6 +154,8 @@ class GradientMonitor(GradientCallback):
         self._has_warned = False
         self._meter = GradientMeter(self.eps)
         self._has_measured_early = False
+        self._has_named_means = False
+        self._parameters: dict[int, str] = {}  # their names, by their rows in the history
 
     @property
     @override
@@ -172,14 +190,14 @@ class GradientMonitor(GradientCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if trainer.global_step == 0:
-            self._history = SigmaHistory()
+            self._history, self._parameters = SigmaHistory(), {}
         model = self.model_of(trainer, pl_module)
         steppers = _steppers(trainer, model.adapter)
         for slot in model.adapter.slots():  # in the order of the model, which may not be the optimizer's
             if self.parameter_filter.matches(slot):
                 for number in steppers[slot.names[0]] or [0]:
                     self._history.register(_row(slot, steppers, number), slot.ndim or 0)
-        self._steps_before, self._has_warned = logged_step(trainer), False
+        self._steps_before, self._has_warned, self._has_named_means = logged_step(trainer), False, False
         if not self._history.steps and not _is_fast_dev_run(trainer):
             self._warn_of_few_steps(trainer)
 
@@ -222,6 +240,8 @@ class GradientMonitor(GradientCallback):
         number = measurement.optimizer_number
         rows = [self._history.register(_row(slot, steppers, number or 0), slot.ndim or 0) for slot in slots]
         ratio = self._history.add(measurement.logged_step, rows, summary.sigma, summary.is_finite)
+        self._history.add_shares(rows, summary.mean_share, summary.count)
+        self._parameters |= {row: slot.names[0] for row, slot in zip(rows, slots, strict=True)}
         infix = "" if number is None else f"/{number}"
         metrics = {f"{self.prefix}{infix}/norm": measurement.norm}
         for name, value in self._aggregates(summary, ratio).items():
@@ -240,8 +260,15 @@ class GradientMonitor(GradientCallback):
         return slots
 
     @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._history.num_steps >= _ENOUGH_STEPS:
+            self._name_means(trainer, pl_module)
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
+        self._name_means(trainer, pl_module)
         if not self._history.steps and not self._has_warned and not _is_fast_dev_run(trainer):
             self._warn_of_no_logged_step(trainer)
         self._draw(trainer)
@@ -276,6 +303,39 @@ class GradientMonitor(GradientCallback):
                 f"{before + 1} to {last}: set it to {last - before} or less"
             )
 
+    def _name_means(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Name the parameters in whose gradients the mean dominates, once in a training."""
+        if self._has_named_means or not self._history.steps or _is_fast_dev_run(trainer):
+            return
+        self._has_named_means = True
+        shares, names = self._history.trusted_shares(_ENOUGH_ELEMENTS), self._history.names
+        order = shares.nan_to_num(0.0).argsort(descending=True).tolist()
+        rows = [row for row in order if shares[row] > DOMINATING_SHARE]
+        if not rows:
+            return
+        slots = {slot.names[0]: slot for slot in self.model_of(trainer, pl_module).adapter.slots()}
+        callbacks: Any = getattr(trainer, "callbacks", ())
+        centring = [callback for callback in callbacks if isinstance(callback, GradientCallback)]
+
+        def is_centred(row: int) -> bool:
+            slot = slots.get(self._parameters.get(row, names[row]))
+            return slot is not None and any(
+                _subtracts_mean(callback.applied_method, slot) and callback.parameter_filter.matches(slot)
+                for callback in centring
+            )
+
+        centred = [row for row in rows if is_centred(row)]
+        found = [f"{names[row]} ({shares[row]:.2f})" for row in centred or rows]
+        listed = ", ".join(found[:_MAX_NAMED]) + (f" and {len(found) - _MAX_NAMED} more" if found[_MAX_NAMED:] else "")
+        fact = f"{self.label}: the mean holds more than {DOMINATING_SHARE} of the squared gradient of {listed}."
+        if centred:
+            rank_zero_warn(
+                f"{fact} It is subtracted there, and little of the direction remains: use ZNormCallback("
+                'centering="adaptive"), or leave these parameters out (exclude)'
+            )
+        else:
+            rank_zero_info(f"{fact} No callback is known to subtract it; ZNorm with full centring would.")
+
     def _aggregates(self, summary: GradientSummary, ratio: Tensor) -> dict[str, float]:
         chosen = summary.is_finite & summary.has_deviation
         sigma, cosine = summary.sigma[chosen], summary.cosine[chosen]
@@ -287,6 +347,8 @@ class GradientMonitor(GradientCallback):
             "sigma_min": _min(sigma),
             "cosine_median": _median(cosine),
             "cosine_min": _min(cosine),
+            "mean_share_median": _median(summary.mean_share[chosen]),
+            "mean_share_max": -_min(-summary.mean_share[chosen]),
             "sigma_over_running_median": _median(ratio[chosen]),
             "share_below": float(below.mean()),
             "nonfinite": float((~summary.is_finite).sum()),
@@ -295,11 +357,14 @@ class GradientMonitor(GradientCallback):
     def _draw(self, trainer: pl.Trainer) -> None:
         if self._folder is None or not self._history.steps or not trainer.is_global_zero or _is_fast_dev_run(trainer):
             return
-        from lightning_znorm.callbacks.monitor_plots import by_depth, heat_map
+        from lightning_znorm.callbacks.monitor_plots import by_depth, heat_map, mean_share
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        for name, draw in (("sigma_over_steps", heat_map), ("sigma_by_depth", by_depth)):
-            picture = draw(self._history)
+        for name, picture in (
+            ("sigma_over_steps", heat_map(self._history)),
+            ("sigma_by_depth", by_depth(self._history)),
+            ("mean_share", mean_share(self._history, DOMINATING_SHARE)),
+        ):
             picture.save(self._folder / f"{short_key(self.prefix.replace('/', '_'))}_{name}.png")
             log_picture(trainer, f"{self.prefix}/{name}", picture)
 
@@ -324,6 +389,13 @@ def _row(slot: GradientSlot, steppers: defaultdict[str, list[int]], number: int)
     return f"{name} (optimizer {number})" if len(steppers[name]) > 1 else name
 
 
+def _subtracts_mean(method: GradientMethod | None, slot: GradientSlot) -> bool:
+    """Return whether a method subtracts the mean of a whole gradient. Those that centre rows do if there is one row."""
+    if isinstance(method, (Centralization, SING)):
+        return slot.shape is not None and len(slot.shape) > 1 and slot.shape[0] == 1
+    return isinstance(method, ZScore) and method.centering == "full"
+
+
 def _log_interval(trainer: Any) -> int:
     """Return the number of steps of which the Trainer logs one."""
     return int(trainer.log_every_n_steps)
@@ -336,6 +408,7 @@ def _of_each(summary: GradientSummary, ratio: Tensor) -> dict[str, Tensor]:
         "norm": summary.norm,
         "znorm_norm": summary.znorm_norm,
         "cosine": summary.cosine,
+        "mean_share": summary.mean_share,
         "sigma_over_running": ratio,
     }
 

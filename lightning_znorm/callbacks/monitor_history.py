@@ -1,4 +1,4 @@
-"""Deviations of gradients over the steps of a training, in bounded memory."""
+"""Deviations of gradients over the steps of a training, and shares of their means, in bounded memory."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ _DECAY = 0.9
 
 
 class SigmaHistory:
-    """Remember the deviation of each parameter's gradient, and its running mean.
+    """Remember the deviation of each parameter's gradient, its running mean, and the share of the mean.
 
     When there are too many steps, every two neighbours become one: the earlier one is kept, and what is not finite in
     either of them. So the kept steps stay equally far apart in a training of any length.
@@ -35,12 +35,54 @@ class SigmaHistory:
         self._stride, self._seen, self._last = 1, 0, -1
         # Sum of weighted deviations, and of the weights.
         self._sums = self._weights = torch.zeros(0, dtype=torch.float64)
+        # Sum of the shares of the mean in the squared gradient, their number, and that of the elements that tell them.
+        self._share_sums = self._share_counts = self._told_by = torch.zeros(0, dtype=torch.float64)
 
     @property
     def sigma(self) -> Tensor:
         """Deviations, shape ``(names, steps)``: inf where a gradient was not finite, NaN where there was none."""
         size = len(self.names)
         return torch.stack([_grown(column, size, torch.nan) for column in self._columns], dim=1)
+
+    @property
+    def mean_share(self) -> Tensor:
+        """Share of the mean in the squared gradient, mean over all steps, ``(names,)``: NaN if it was never known."""
+        size = len(self.names)
+        return _grown(self._share_sums, size, 0.0) / _grown(self._share_counts, size, 0.0)
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps have been measured, also those that are no longer kept."""
+        return self._seen
+
+    def trusted_shares(self, least: int) -> Tensor:
+        """Return :attr:`mean_share`, and NaN where it may be a matter of luck, shape ``(names,)``.
+
+        Of gradients of two elements without a direction, one in five has a mean that holds more than 0.9.
+
+        Args:
+            least: Number of elements, summed over the measurements of a parameter and without one for each of them,
+                that make its share trusted.
+        """
+        return self.mean_share.masked_fill(_grown(self._told_by, len(self.names), 0.0) < least, torch.nan)
+
+    def add_shares(self, rows: Sequence[int], mean_share: Tensor, count: Tensor) -> None:
+        """Add the shares of the mean at a step, of which those that are NaN do not enter the means.
+
+        Args:
+            rows: Numbers of the parameters.
+            mean_share: Share of the mean in the squared gradient of each, shape ``(rows,)``.
+            count: Number of elements of each, shape ``(rows,)``.
+        """
+        size, index, is_known = len(self.names), torch.tensor(rows, dtype=torch.int64), ~mean_share.isnan()
+        self._share_sums, self._share_counts, self._told_by = (
+            _grown(old, size, 0.0).index_add(0, index, new.double())
+            for old, new in (
+                (self._share_sums, mean_share.nan_to_num(0.0)),
+                (self._share_counts, is_known),
+                (self._told_by, (count - 1) * is_known),
+            )
+        )
 
     def register(self, name: str, ndim: int) -> int:
         """Add a parameter, if it is new, and return its number."""
@@ -104,6 +146,9 @@ class SigmaHistory:
             "sums": self._sums.clone(),
             "weights": self._weights.clone(),
             "counters": [self._stride, self._seen, self._last],
+            "share_sums": self._share_sums.clone(),
+            "share_counts": self._share_counts.clone(),
+            "shares_told_by": self._told_by.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -113,6 +158,10 @@ class SigmaHistory:
         self._columns = list(state["sigma"].clone().unbind(1)) if self.steps else []
         self._sums, self._weights = state["sums"].clone(), state["weights"].clone()
         self._stride, self._seen, self._last = state["counters"]
+        none = torch.zeros(0, dtype=torch.float64)  # older checkpoints hold no shares
+        self._share_sums, self._share_counts, self._told_by = (
+            state.get(key, none).clone() for key in ("share_sums", "share_counts", "shares_told_by")
+        )
 
 
 def _grown(column: Tensor, size: int, value: float) -> Tensor:

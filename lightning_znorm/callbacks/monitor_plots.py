@@ -84,16 +84,33 @@ def by_depth(history: SigmaHistory) -> "Image":
         axes.plot(depth, values, style, color=colour, marker=marker, label=label, **marks)
     if bool(sigma.isfinite().any()):
         axes.set_yscale("log")
-    axes.set_xlim(0.5, len(rows) + 0.5)
-    shown = _evenly_spaced(len(rows), 30)
-    axes.set_xticks([depth[number] for number in shown])
-    axes.set_xticklabels([_short(history.names[rows[number]]) for number in shown], rotation=90, fontsize=6)
+    _name_depths(axes, [history.names[row] for row in rows])
     axes.set_xlabel("weights, from the input to the output")
     axes.set_ylabel(_LABEL)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    return _picture(figure)
+
+
+def mean_share(history: SigmaHistory, threshold: float) -> "Image":
+    """Draw the share of the mean in the squared gradient of each parameter, by depth, and a line at a threshold."""
+    blocks = [(title, rows) for title, rows in _blocks(history) if rows]
+    figure = _figure(1.2 + 2.2 * len(blocks))
+    panels = figure.subplots(len(blocks), 1, squeeze=False)[:, 0]
+    shares = history.mean_share
+    for axes, (title, rows) in zip(panels, blocks, strict=True):
+        depth = list(range(1, len(rows) + 1))
+        values = shares[rows].tolist()
+        axes.vlines(depth, 0, values, color="#0072B2", linewidth=1.4)
+        axes.plot(depth, values, "o", color="#0072B2", markersize=4, markerfacecolor="white")
+        label = f"above {threshold:g}, centring leaves little of the direction"
+        axes.axhline(threshold, color=_NOT_FINITE, linestyle="--", linewidth=1, label=label)
+        axes.set_ylim(0, 1.02)
+        _name_depths(axes, [history.names[row] for row in rows])
+        axes.set_title(title, loc="left", fontsize=8)
+    panels[0].legend(
+        handles=panels[0].get_lines()[1:], frameon=False, fontsize=7, loc="lower right", bbox_to_anchor=(1, 1)
+    )
+    figure.supylabel(r"share of the mean in the squared gradient, $\mu^2 / (\sigma^2 + \mu^2)$", fontsize=8)
     return _picture(figure)
 
 
@@ -137,6 +154,17 @@ def _name_rows(axes: Any, names: Sequence[str], height: float) -> None:
     axes.set_yticklabels([_short(names[number]) for number in shown], fontsize=6)
 
 
+def _name_depths(axes: Any, names: Sequence[str]) -> None:
+    """Name the parameters along the horizontal axis, at 1, 2 and so on."""
+    axes.set_xlim(0.5, len(names) + 0.5)
+    shown = _evenly_spaced(len(names), 30)
+    axes.set_xticks([number + 1 for number in shown])
+    axes.set_xticklabels([_short(names[number]) for number in shown], rotation=90, fontsize=6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
 def _evenly_spaced(count: int, most: int) -> list[int]:
     """Return evenly spaced numbers below ``count``, at most ``most`` of them."""
     return list(range(0, count, -(-count // most)))
@@ -153,7 +181,7 @@ def _explain(figure: "Figure", sigma: Tensor) -> None:
 
     handles: list[Any] = []
     if bool((sigma == 0).any()):
-        handles.append(Patch(color=_ZERO, label=r"constant gradient ($\sigma = 0$)"))
+        handles.append(Patch(color=_ZERO, label=r"$\sigma = 0$: constant, or too small to tell"))
     if bool(sigma.isinf().any()):
         marks: dict[str, Any] = {"marker": "v", "color": _NOT_FINITE, "linestyle": "", "markersize": 5}
         handles.append(Line2D([], [], label="inf or NaN", **marks))

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -15,7 +16,7 @@ from lightning_znorm.data.datasets import Batch, Images, InMemoryImages, Labels
 from lightning_znorm.data.loader import ResumableLoader
 from lightning_znorm.data.samplers import EpochSampler
 from lightning_znorm.data.splits import stratified_split
-from lightning_znorm.errors import ZNormValueError
+from lightning_znorm.errors import ZNormRuntimeError, ZNormValueError
 from lightning_znorm.hyperparameters import PlainHyperparameters, plain_values
 
 
@@ -85,6 +86,29 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
         if self._sampler is not None and self._order_seed is not None:
             # A schedule that asks for the number of batches makes the loader early, and some strategies restore late.
             self._sampler.seed = self._order_seed
+
+    def class_frequencies(self) -> list[float]:
+        """Return the share of each class among the training labels, after ``setup("fit")``.
+
+        Raises:
+            RuntimeError: Before ``setup("fit")``.
+            ValueError: If the training set has no ``labels``, an array of class numbers.
+        """
+        self.require_train_set()
+        labels, num_classes = getattr(self.train_set, "labels", None), getattr(self, "num_classes", 0)
+        if labels is None:
+            name, dataset = type(self).__name__, type(self.train_set).__name__
+            raise ZNormValueError(
+                f"{name} cannot count its classes, because its train_set, {dataset}, has no labels: define "
+                f"class_frequencies() in {name}, which returns the share of each class."
+            )
+        counts = np.bincount(labels, minlength=num_classes)
+        return [float(share) for share in counts / counts.sum()]
+
+    def require_train_set(self) -> None:
+        """Raise a ``RuntimeError`` before ``setup("fit")`` has made the training set."""
+        if not hasattr(self, "train_set"):
+            raise ZNormRuntimeError(f'{type(self).__name__} has no training set yet: call its setup("fit") first.')
 
     def loader(self, dataset: Dataset[Any], shuffle: bool) -> DataLoader[Batch]:
         """Return the loader of one of the sets."""

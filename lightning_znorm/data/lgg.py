@@ -253,6 +253,18 @@ class LGGDataModule(ImageDataModule):
         self.predict_set = self._named_test_set
 
     @override
+    def class_frequencies(self) -> list[float]:
+        """Return the share of marked pixels in the training masks, as a list of one, after ``setup("fit")``.
+
+        Raises:
+            RuntimeError: Before ``setup("fit")``.
+        """
+        self.require_train_set()
+        assert isinstance(self.train_set, MaskedImages)
+        images, rows = self.train_set.images, self.train_set.rows
+        return [sum(float(images[row, 3].mean()) for row in rows) / len(rows)]
+
+    @override
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the loader of images and their names."""
         return self.loader(self.predict_set, shuffle=False)

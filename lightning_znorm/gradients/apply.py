@@ -182,7 +182,10 @@ class GradientSummary:
             deviations overflow.
         norm: Euclidean norm.
         znorm_norm: Norm of the z-scored gradient; a single element stays as it is.
-        cosine: Cosine of the angle between the gradient and the z-scored one; NaN for a gradient of zero.
+        cosine: Cosine of the angle between the gradient and the z-scored one; NaN for a gradient of zero, or one so
+            small (below 1e-19) that the squares of its deviations underflow in single precision.
+        mean_share: Share of the mean in the squared gradient, :math:`|\mu|^2 / (\sigma^2 + |\mu|^2)`, which centring
+            removes; NaN where the cosine is, and for a single element, which stays as it is.
         has_deviation: Whether it has several elements.
         is_finite: Whether it holds no inf and no NaN, and its squared deviations do not overflow.
 
@@ -203,7 +206,9 @@ class GradientSummary:
         self.has_deviation = self.count > 1
         z = (self.sigma / (self.sigma + eps)).masked_fill(self.sigma == 0, 0.0)
         self.znorm_norm = torch.where(self.has_deviation, self.count.sqrt() * z, self.norm)
-        self.cosine = torch.where(self.has_deviation, self.sigma / size, size / size)
+        underflows = self.has_deviation & (self.sigma == 0) & (size <= torch.finfo(torch.float32).tiny ** 0.5)
+        self.cosine = torch.where(self.has_deviation, self.sigma / size, size / size).masked_fill(underflows, torch.nan)
+        self.mean_share = (self.mean.abs() / size).square().masked_fill(underflows | ~self.has_deviation, torch.nan)
         self.is_finite: Tensor = size.isfinite()
 
 

@@ -9,11 +9,14 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_znorm.arguments import checked_number, shown
+from lightning_znorm.arguments import checked_choice, checked_number, shown
 from lightning_znorm.errors import ZNormRuntimeError, ZNormTypeError
 
 Over: TypeAlias = Literal["tensor", "row"]
 """What statistics are taken over: each whole tensor, or each of its rows (all elements of one index of dimension 0)."""
+
+Centering: TypeAlias = Literal["full", "adaptive"]
+"""How much of the mean :class:`ZScore` subtracts: all, or the less, the larger it is compared to the deviation."""
 
 # A deviation of fewer than this many rounding units of the mean is rounding. Summing a constant float32 tensor of up to
 # 1e7 elements was measured to leave at most 4.9 of them.
@@ -159,28 +162,74 @@ def _check_over(method: AffineMethod | type[AffineMethod], name: str) -> None:
 class ZScore(AffineMethod):
     r"""ZNorm: :math:`z = (g - \mu) / (\sigma + \epsilon)` over all elements of a tensor; a constant one becomes zero.
 
+    With ``centering="adaptive"``, less of the mean is subtracted, the larger it is compared to the deviation:
+
+    .. math:: z = \frac{g - r\mu}{\sqrt{\sigma^2 + (1 - r)^2 \lvert\mu\rvert^2} + \epsilon},
+        \qquad r = \frac{\sigma^2}{\sigma^2 + \lvert\mu\rvert^2}
+
+    r is the squared cosine between g and its z-score. Where the mean is small, this is ZNorm; where the mean dominates,
+    g is divided by its root mean square. A constant gradient becomes its sign. For every gradient of n elements that is
+    not zero, :math:`\langle z, g \rangle = n (\sigma^2 + (1 - r) \lvert\mu\rvert^2) / (\dots) > 0`. With
+    :math:`x = 1 - r`, the squared cosine between z and g is :math:`(1 - x + x^2)^2 / (1 - x + x^3)`: it is never below
+    that of full centring, r, and the cosine is never below 0.926 (22 degrees).
+
     Source: Yun, "ZNorm: Z-Score Gradient Normalization", arXiv 2408.01215, Algorithm 1; :math:`\sigma` is the
-    population deviation of Lemma 4.1.
+    population deviation of Lemma 4.1. Adaptive centring is this package's own (docs/methods.md).
 
     Args:
-        eps: Added to the standard deviation, an absolute number: gradients whose deviation is not far above it come out
-            smaller than unit size.
+        eps: Added to the standard deviation (adaptive: to the root), an absolute number: gradients whose deviation is
+            not far above it come out smaller than unit size.
+        centering: ``"full"`` subtracts the mean, as in the paper; ``"adaptive"`` keeps it where it is the signal, as it
+            often is in the output layer of a network with sigmoid outputs.
 
     Raises:
         TypeError: If ``eps`` is not a number.
-        ValueError: If ``eps`` is negative, infinite or NaN.
+        ValueError: If ``eps`` is negative, infinite or NaN, or if ``centering`` is neither ``"full"`` nor
+            ``"adaptive"``.
+
+    Example:
+        >>> import torch
+        >>> from lightning_znorm.functional import transform_grads_
+        >>> from lightning_znorm.gradients import ZScore
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([4.0, 6.0])  # mean 5, deviation 1: both elements keep their sign
+        >>> transform_grads_(weight, ZScore(centering="adaptive"))
+        >>> weight.grad
+        tensor([0.7754, 1.1827])
     """
 
-    def __init__(self, eps: float = 1e-10) -> None:
+    centering: Centering = "full"  # also of objects that were pickled before there was a choice
+
+    def __init__(self, eps: float = 1e-10, centering: Centering = "full") -> None:
         self.eps = checked_number("eps", eps, minimum=0, finite=True)
+        self.centering = checked_choice("centering", centering, ("full", "adaptive"))
 
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:  # noqa: D102
         std = stats.std
-        return stats.mean, (std + self.eps).reciprocal_().masked_fill_(std == 0, 0.0)
+        if self.centering == "full":
+            return stats.mean, (std + self.eps).reciprocal_().masked_fill_(std == 0, 0.0)
+        mean = stats.mean.abs()
+        # By sine and cosine: the squares of the deviation and the mean may overflow.
+        root_mean_square = torch.hypot(std, mean)
+        cosine, sine = std / root_mean_square, mean / root_mean_square
+        scale = (torch.hypot(std, sine.square() * mean) + self.eps).reciprocal_()
+        # With a deviation of which the square underflows, such a small gradient may be anything but constant.
+        is_zero = (std == 0) & (mean <= torch.finfo(std.dtype).tiny ** 0.5)
+        shift = cosine.square().masked_fill_(is_zero, 0.0) * stats.mean
+        return shift, scale.masked_fill_(is_zero, 0.0)
+
+    def __repr__(self) -> str:
+        # Checkpoints know a method by this text, and some were written before there was a choice.
+        options = {name: value for name, value in vars(self).items() if (name, value) != ("centering", "full")}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in options.items())})"
 
 
 class Centralization(AffineMethod):
     """Gradient Centralization: the mean of each row (output channel) is subtracted, in tensors of several dimensions.
+
+    In the output layer of a network, the row of a class may be little else than its mean ("this class less likely"),
+    with softmax too. Patterns (``exclude``) leave the layer out, and :class:`ZScore` with adaptive centring keeps the
+    mean of a tensor.
 
     Source: Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks", ECCV 2020,
     equation 1. :func:`lightning_znorm.functional.centralize_grads_` says how it differs from the authors' code.
@@ -198,7 +247,8 @@ class SING(AffineMethod):
 
     .. math:: z = \frac{g - \mu}{\lVert g - \mu \rVert + \epsilon}
 
-    with the mean :math:`\mu` of each row (output channel) and the norm over the whole tensor. A vector, such as a bias,
+    with the mean :math:`\mu` of each row (output channel) and the norm over the whole tensor. In an output layer, these
+    means may be most of the gradient (:class:`Centralization`). A vector, such as a bias,
     is divided by its norm without being centred, as in the authors' code. So are rows of single elements, ``(out, 1)``,
     which the authors' code sets to zero. Constant rows become zero, up to rounding. A tensor of a single element stays
     as it is; in the authors' code it becomes its sign.

@@ -1,12 +1,14 @@
 """Where the gradient of each parameter is kept, and which parameters take part."""
 
 import difflib
+import operator
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from types import ModuleType, NoneType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_znorm.arguments import checked_integer, checked_patterns
+from lightning_znorm.arguments import checked_integer, checked_patterns, shown
 from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 from lightning_znorm.gradients.exceptions import UnsupportedGradientError, untested_torch
 from lightning_znorm.gradients.shards import Shard
@@ -162,8 +164,8 @@ def optimizer_slots(optimizer: Optimizer) -> UnnamedSlots:
     return UnnamedSlots(*[group["params"] for group in optimizer.param_groups], names_groups=True)
 
 
-# What torch.compile, FSDP and activation checkpointing put into the names of the modules that they wrap.
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# What torch.compile, FSDP, activation checkpointing and Fabric put into the names of the modules that they wrap.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 
 
 def clean_name(name: str) -> str:
@@ -337,3 +339,105 @@ class ParameterFilter:
 
 def _any_match(names: Iterable[str], patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+class OptimizerSlots:
+    """The slots of an optimizer's parameters by their names in a model, and a choice of them.
+
+    It holds no reference to the optimizer, whose hook may hold this object.
+
+    Args:
+        optimizer: The optimizer. Its parameter groups may grow.
+        parameter_filter: The choice.
+        named_parameters: Names and parameters, as ``model.named_parameters()`` yields them. ``None`` leaves it to the
+            names that the optimizer itself was given (``param_names`` in its groups), if there are any.
+
+    Raises:
+        TypeError: If ``named_parameters`` holds anything but pairs of a name and a parameter.
+        ValueError: If it is empty, as a generator that has been used up; if a pattern matches no name, or no parameter
+            of the optimizer is chosen; or if there are patterns, and a parameter of the optimizer has no name.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        parameter_filter: ParameterFilter,
+        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+    ) -> None:
+        self._filter = parameter_filter
+        self._names: dict[Tensor, tuple[str, ...]] = {}
+        for name, parameter in _checked_pairs(named_parameters) if named_parameters is not None else ():
+            self._names[parameter] = (*self._names.get(parameter, ()), clean_name(name))
+        self._slots: list[ParameterSlot] = []
+        self._chosen: list[ParameterSlot] | None = None
+        slots = self.all(optimizer)
+        parameter_filter.check([ParameterSlot(names, parameter) for parameter, names in self._names.items()] or slots)
+        if slots and not any(map(parameter_filter.matches, slots)):
+            raise ZNormValueError(
+                f"of the {len(slots)} parameters of {type(optimizer).__name__} none is chosen by include="
+                f"{parameter_filter.include}, exclude={parameter_filter.exclude} and min_ndim="
+                f"{parameter_filter.min_ndim}: the first is {slots[0].names[0]}"
+            )
+
+    def all(self, optimizer: Optimizer) -> list[ParameterSlot]:
+        """Return the slots of all parameters of the optimizer.
+
+        Raises:
+            ValueError: If the choice needs names, and a parameter that has been added has none.
+        """
+        parameters = optimizer_slots(optimizer).parameters
+        known = [slot.parameter for slot in self._slots]
+        if len(known) != len(parameters) or any(map(operator.is_not, known, parameters)):
+            self._slots = [self._with_name(slot, optimizer) for slot in optimizer_slots(optimizer)]
+            self._chosen = None
+        return self._slots
+
+    def chosen(self, optimizer: Optimizer) -> list[ParameterSlot]:
+        """Return the slots of the optimizer's parameters that are chosen."""
+        slots = self.all(optimizer)
+        if self._chosen is not None:
+            return self._chosen
+        chosen = [slot for slot in slots if self._filter.matches(slot)]
+        if all(slot.ndim is not None for slot in slots):  # a lazy layer may yet turn out to have too few dimensions
+            self._chosen = chosen
+        return chosen
+
+    def _with_name(self, slot: ParameterSlot, optimizer: Optimizer) -> ParameterSlot:
+        names = self._names.get(slot.parameter) or _names_in_groups(optimizer, slot.parameter)
+        if not names and self._filter.needs_names:
+            raise ZNormValueError(
+                f"include={self._filter.include} and exclude={self._filter.exclude} are patterns on names, and "
+                f"{slot.names[0]} of {type(optimizer).__name__} has none: give named_parameters, such as "
+                "model.named_parameters(), with all parameters of the optimizer"
+            )
+        return ParameterSlot(names or slot.names, slot.parameter)
+
+
+def _names_in_groups(optimizer: Optimizer, parameter: Tensor) -> tuple[str, ...]:
+    """Return the name of a parameter in the groups of an optimizer that was made from named parameters."""
+    for group in optimizer.param_groups:
+        for name, other in zip(group.get("param_names", ()), group["params"], strict=False):
+            if other is parameter:
+                return (clean_name(name),)
+    return ()
+
+
+def _checked_pairs(named_parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Return names and parameters as a list of pairs.
+
+    Raises:
+        TypeError: If they are anything else.
+        ValueError: If there are none.
+    """
+    is_iterable = isinstance(named_parameters, Iterable) and not isinstance(named_parameters, (str, Tensor, dict))
+    pairs: list[Any] = list(named_parameters) if is_iterable else [named_parameters]
+    for pair in pairs:
+        is_pair = isinstance(pair, tuple) and len(pair) == 2
+        if not (is_pair and isinstance(pair[0], str) and isinstance(pair[1], Tensor)):
+            raise ZNormTypeError(
+                "named_parameters must be pairs of a name and a parameter, such as model.named_parameters(), got "
+                f"{shown(pair)}"
+            )
+    if not pairs:
+        raise ZNormValueError("named_parameters must hold all parameters of the optimizer, and is empty or used up.")
+    return pairs

@@ -2,15 +2,17 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
@@ -20,6 +22,14 @@ from typing_extensions import override
 from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 from lightning_znorm.hyperparameters import PlainHyperparameters, plain_values, python_scalars
 from lightning_znorm.metrics.mask_metric import at_least_float32
+from lightning_znorm.tasks.prior import (
+    Prior,
+    checked_prior,
+    find_output_biases,
+    set_biases,
+    shape_of_images,
+    shares_of_data,
+)
 from lightning_znorm.tasks.random_states import SavesRandomStates
 from lightning_znorm.tasks.targets import TargetCheck
 
@@ -58,6 +68,13 @@ class Task(PlainHyperparameters, SavesRandomStates):
 
     criterion: nn.Module
     target_check: TargetCheck
+    # Of the class, so that tasks that were pickled before there was a prior have them too.
+    _prior: list[float] | Literal["auto"] | None = None
+    _num_logits = 0
+    _uses_softmax = False
+    _has_started = False  # whether the weights are those of a training, and no longer the initial ones
+    _loaded: frozenset[str] = frozenset()  # names of weights that have been loaded
+    _prior_note = ""  # what to say when the training starts
 
     def __init__(
         self,
@@ -119,6 +136,47 @@ class Task(PlainHyperparameters, SavesRandomStates):
         if compile:
             model.compile()
         self.model = model
+
+    def configure_prior(self, prior: Prior, num_classes: int, softmax: bool) -> None:
+        """Note the shares of the classes with which the output biases start; ``None`` leaves the biases alone.
+
+        Args:
+            prior: A share, one for each class, or ``"auto"``.
+            num_classes: Number of logits.
+            softmax: Whether exactly one class is true.
+
+        Raises:
+            TypeError: If the prior is of another type.
+            ValueError: If a share is out of range, or if there are too few or too many.
+        """
+        self._prior = checked_prior(prior, num_classes, softmax)
+        self._num_logits, self._uses_softmax = num_classes, softmax
+
+    def logits_of_all_outputs(self, images: Tensor) -> Sequence[Tensor]:
+        """Return the logits of each of the network's outputs, shape ``(N, num_classes, ...)``; by default of one."""
+        return [self(images)]
+
+    def _start_with_prior(self) -> None:
+        """Set the output biases, unless they have been loaded or trained."""
+        if self._prior is None or self._has_started or self._loaded.issuperset(self.state_dict()):
+            return
+        source = _source_of_batches(self.trainer)
+        datamodule = source.instance if isinstance(source.instance, LightningDataModule) else None
+        if isinstance(self.example_input_array, Tensor):
+            shape = self.example_input_array.shape
+        else:
+            shape = shape_of_images(_loader_of(source), self, datamodule)
+        biases = find_output_biases(self.model, self.logits_of_all_outputs, shape, self._num_logits)
+        new = {f"model.{name}": bias for name, bias in biases.items() if f"model.{name}" not in self._loaded}
+        if not new:
+            return
+        shares = self._prior
+        if shares == "auto":
+            shares = shares_of_data(datamodule, self._num_logits, self._uses_softmax)
+        set_biases(new.values(), shares, self._uses_softmax)
+        listed = ", ".join(f"{share:.4g}" for share in shares)
+        formula = "log(p)" if self._uses_softmax else "log(p / (1 - p))"
+        self._prior_note = f"prior: {', '.join(new)} start{'s' if len(new) == 1 else ''} at {formula} of p = {listed}."
 
     def check_channels(self, images: Tensor) -> None:
         """Refuse images with another number of channels than a network by name was made for.
@@ -234,9 +292,18 @@ class Task(PlainHyperparameters, SavesRandomStates):
 
     @override
     def setup(self, stage: str) -> None:
-        """Forget wrong targets that an interrupted run has noted."""
+        """Forget wrong targets that an interrupted run has noted, and set the output biases before a training."""
         for check in self.target_checks:
             check.clear()
+        if stage == "fit":
+            self._start_with_prior()
+            self._has_started = True
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights. A later training keeps the output biases among them."""
+        self._loaded = self._loaded.union(state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     @override
     def on_train_epoch_end(self) -> None:
@@ -268,6 +335,12 @@ class Task(PlainHyperparameters, SavesRandomStates):
         super().on_save_checkpoint(checkpoint)
 
     @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the random states of the checkpoint, and its output biases, if training is to go on."""
+        self._prior_note = ""
+        super().on_load_checkpoint(checkpoint)
+
+    @override
     def on_train_start(self) -> None:
         """Refuse a resumed schedule that is too short, and restore the random states.
 
@@ -275,6 +348,9 @@ class Task(PlainHyperparameters, SavesRandomStates):
             ValueError: If the schedule of the training that is resumed ends before this training does.
         """
         self._require_long_schedule()
+        if self._prior_note:
+            rank_zero_info(self._prior_note)
+            self._prior_note = ""
         super().on_train_start()
 
     def _require_long_schedule(self) -> None:
@@ -399,6 +475,29 @@ def _require_maker(name: str, of: str, example: str, given: object) -> None:
     if not callable(given):
         found = "None" if given is None else f"an object of {type(given).__name__}"
         raise ZNormTypeError(f"{name} must be a function that makes one from the {of}, such as {example}, got {found}.")
+
+
+def _source_of_batches(trainer: Any) -> Any:
+    """Return where the training batches come from.
+
+    Lightning names their loader in public only after ``setup``, and its ``datamodule`` may be that of an earlier
+    training.
+    """
+    return trainer.fit_loop._data_source
+
+
+def _loader_of(source: Any) -> Any:
+    """Return the loader of the training batches, and restore the attributes of who makes it: some draw orders then."""
+    if not source.is_module():
+        return source.dataloader()
+    maker = source.instance
+    attributes = dict(vars(maker))
+    try:
+        with isolate_rng():
+            return source.dataloader()
+    finally:
+        vars(maker).clear()
+        vars(maker).update(attributes)
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

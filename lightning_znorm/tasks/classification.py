@@ -17,6 +17,7 @@ from lightning_znorm.metrics.mask_metric import at_least_float32
 from lightning_znorm.tasks.base import BUILD_IT, Task
 from lightning_znorm.tasks.batches import images_and_targets, images_of, kind_of, logits_of
 from lightning_znorm.tasks.networks import create_classifier
+from lightning_znorm.tasks.prior import Prior, plain_prior
 from lightning_znorm.tasks.targets import ProbabilitySumCheck, TargetCheck
 
 
@@ -67,14 +68,24 @@ class ClassificationTask(Task):
             (``check_val_every_n_epoch`` of the Trainer).
         lr_scheduler_strict: Whether it is an error if a plateau scheduler's metric is missing when it steps;
             otherwise there is a warning, and the learning rate stays.
+        prior: How frequent the classes are: a list of one share for each class, or ``"auto"``, which counts them in the
+            data module's training labels (its ``class_frequencies``). With one logit, or with two classes, a single
+            share is that of class 1. The bias of the last layer then starts at log p, or with one logit at
+            log(p / (1 - p)), instead of near zero, so that the first steps need not learn how rare a class is (Lin et
+            al., "Focal Loss for Dense Object Detection", ICCV 2017, section 4.1). It is set before a training starts; a
+            bias that the task has loaded or trained stays. To find it, the network runs on random images of the size of
+            ``example_input_array``, or else of the first training images, for which the loader is made once more.
 
     Raises:
         ValueError: If no network has the name, if ``model_kwargs`` come with a module or hold anything but plain
-            values, if ``num_classes`` is less than 1 or not the data module's, if the network's output has another
-            width, or if labels have another shape, are out of range or not whole, or are probabilities whose sum
-            differs from 1 by more than 0.02.
+            values, if ``prior`` is out of range, if ``num_classes`` is less than 1 or not the data module's, if the
+            network's output has another width, or if labels have another shape, are out of range or not whole, or are
+            probabilities whose sum differs from 1 by more than 0.02. Before a training with ``prior``: if the network's
+            output has no bias or layers wait for their first batch, if the size of the images is unknown, or if
+            ``"auto"`` finds no shares.
         TypeError: If a batch does not begin with images and labels, or if labels are not integers. Two kinds of floats
-            are allowed: probabilities in training and, with one logit, 0.0 and 1.0.
+            are allowed: probabilities in training and, with one logit, 0.0 and 1.0. If ``prior`` is no number, list or
+            ``"auto"``.
 
     Example:
         >>> task = ClassificationTask("resnet20", num_classes=10, in_chans=1)
@@ -94,10 +105,12 @@ class ClassificationTask(Task):
         compile: bool = False,
         lr_scheduler_frequency: int | None = None,
         lr_scheduler_strict: bool = True,
+        prior: Prior = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, lr_scheduler_interval, lr_scheduler_frequency, lr_scheduler_strict)
         num_classes, in_chans, compile = plain_values(num_classes=num_classes, in_chans=in_chans, compile=compile)
         model_kwargs = plain_value("model_kwargs", model_kwargs, remedy=BUILD_IT)
+        prior = plain_prior(prior)
         self.save_hyperparameters()
         if num_classes < 1:
             raise ZNormValueError(f"num_classes must be at least 1, got {num_classes}.")
@@ -120,6 +133,7 @@ class ClassificationTask(Task):
         self.sum_check = ProbabilitySumCheck()
         create = partial(create_classifier, num_classes=num_classes, in_chans=in_chans)
         self.configure_network(model, create, model_kwargs or {}, compile)
+        self.configure_prior(prior, num_classes, softmax=num_classes > 1)
         self.configure_losses()
         self.configure_metrics()
 

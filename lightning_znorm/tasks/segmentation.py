@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from lightning_znorm.arguments import checked_choice
 from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 from lightning_znorm.hyperparameters import plain_value, plain_values
 from lightning_znorm.metrics import DiceScore, HausdorffDistance, TverskyIndex
@@ -19,6 +20,7 @@ from lightning_znorm.metrics.mask_metric import MaskMetric, at_least_float32, or
 from lightning_znorm.tasks.base import BUILD_IT, Task
 from lightning_znorm.tasks.batches import images_and_targets, images_of, kind_of, logits_of
 from lightning_znorm.tasks.networks import create_segmenter
+from lightning_znorm.tasks.prior import Prior, plain_prior
 from lightning_znorm.tasks.targets import TargetCheck
 
 
@@ -88,12 +90,22 @@ class SegmentationTask(Task):
             (``check_val_every_n_epoch`` of the Trainer).
         lr_scheduler_strict: Whether it is an error if a plateau scheduler's metric is missing when it steps;
             otherwise there is a warning, and the learning rate stays.
+        prior: How frequent the classes are: a list of one share of the pixels for each class, or ``"auto"``, which
+            counts them in the data module's training masks (its ``class_frequencies``). A single share is that of each
+            class with sigmoid, and that of class 1 with softmax over two classes. The bias of the last layer then
+            starts at log(p / (1 - p)), or log p with softmax, instead of near zero, so that the first steps need not
+            learn that most pixels are background (Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017,
+            section 4.1). It is set before a training starts; a bias that the task has loaded or trained stays. To find
+            it, the network runs on random images of the size of ``example_input_array``, or else of the first training
+            images, for which the loader is made once more.
 
     Raises:
         ValueError: If no network has the name, if ``model_kwargs`` come with a module or hold anything but plain
-            values, if ``num_classes``, ``activation`` or ``threshold`` is out of range, or if the network's output or a
-            mask has another shape or other values than these say.
-        TypeError: If a batch does not begin with images and masks.
+            values, if ``num_classes``, ``activation``, ``threshold`` or ``prior`` is out of range, or if the network's
+            output or a mask has another shape or other values than these say. Before a training with ``prior``: if the
+            network's output has no bias or layers wait for their first batch, if the size of the images is unknown, or
+            if ``"auto"`` finds no shares.
+        TypeError: If a batch does not begin with images and masks, or if ``prior`` is no number, list or ``"auto"``.
 
     Example:
         >>> task = SegmentationTask(torch.nn.Conv2d(3, 1, kernel_size=1))
@@ -117,6 +129,7 @@ class SegmentationTask(Task):
         compile: bool = False,
         lr_scheduler_frequency: int | None = None,
         lr_scheduler_strict: bool = True,
+        prior: Prior = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, lr_scheduler_interval, lr_scheduler_frequency, lr_scheduler_strict)
         num_classes, in_chans, spatial_dims, activation, threshold, compile = plain_values(
@@ -128,9 +141,9 @@ class SegmentationTask(Task):
             compile=compile,
         )
         model_kwargs = plain_value("model_kwargs", model_kwargs, remedy=BUILD_IT)
+        prior = plain_prior(prior)
         self.save_hyperparameters()
-        if activation not in ("sigmoid", "softmax"):
-            raise ZNormValueError(f"activation must be 'sigmoid' or 'softmax', got {activation!r}.")
+        activation = checked_choice("activation", activation, ("sigmoid", "softmax"))
         least = 1 if activation == "sigmoid" else 2
         if num_classes < least:
             raise ZNormValueError(f"num_classes must be at least {least} with {activation}, got {num_classes}.")
@@ -151,6 +164,7 @@ class SegmentationTask(Task):
         )
         create = partial(create_segmenter, num_classes=num_classes, in_chans=in_chans, spatial_dims=spatial_dims)
         self.configure_network(model, create, model_kwargs or {}, compile)
+        self.configure_prior(prior, num_classes, softmax=activation == "softmax")
         self.configure_losses(loss)
         self.configure_metrics()
 
@@ -202,14 +216,14 @@ class SegmentationTask(Task):
     @override
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits, shape ``(N, num_classes, ...)``, of images of shape ``(N, C, ...)``."""
-        return self._outputs(images)[-1]
+        return self.logits_of_all_outputs(images)[-1]
 
     @override
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """Return the loss of a batch: the mean over the network's outputs."""
         images, masks = images_and_targets(batch, "masks")
         masks, misfit = self._checked_masks(images, masks, "training", batch_idx)
-        outputs = self._outputs(images)
+        outputs = self.logits_of_all_outputs(images)
         loss = torch.stack([self._loss(logits, masks, misfit) for logits in outputs]).mean()
         self.log_loss("train/loss", loss, len(images))
         return loss
@@ -264,7 +278,8 @@ class SegmentationTask(Task):
         numbers = torch.arange(self.num_classes, device=classes.device)
         return classes == numbers.view(-1, *[1] * (classes.ndim - 2))
 
-    def _outputs(self, images: Tensor) -> list[Tensor]:
+    @override
+    def logits_of_all_outputs(self, images: Tensor) -> list[Tensor]:
         """Return the logits of all outputs of the network. The last one is the prediction."""
         self.check_channels(images)
         returned = logits_of(self.model(images))

@@ -6,16 +6,22 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import LBFGS, SGD
 from torch.utils.data import DataLoader
 
-from lightning_znorm import GradientMonitor, GradientTransform, ZNormCallback
+from lightning_znorm import (
+    GradientCentralizationCallback,
+    GradientMonitor,
+    GradientTransform,
+    SINGCallback,
+    ZNormCallback,
+)
 from lightning_znorm.callbacks import measurement, monitor_plots
 from lightning_znorm.callbacks.monitor_history import SigmaHistory
 from lightning_znorm.callbacks.monitor_plots import by_depth, heat_map
@@ -62,6 +68,8 @@ def expected(grads: Weights) -> dict[str, float]:
         "sigma_min": float(sigma.min()),
         "cosine_median": float(cosine.quantile(0.5)),
         "cosine_min": float(cosine.min()),
+        "mean_share_median": float((1 - cosine.square()).quantile(0.5)),
+        "mean_share_max": float((1 - cosine.square()).max()),
         "nonfinite": 0.0,
     }
 
@@ -119,11 +127,13 @@ def test_per_parameter(fit) -> None:
     (logged,) = collected.metrics
     grads = true_grads(module, module.weights[0], data)
     names = {name for name in logged if name.startswith("g_")}
-    kinds = ["mean", "sigma", "norm", "znorm_norm", "cosine", "sigma_over_running"]
+    kinds = ["mean", "sigma", "norm", "znorm_norm", "cosine", "mean_share", "sigma_over_running"]
     assert names == {f"g_{kind}/net.{name}.weight" for kind in kinds for name in ("first", "last")}
     for name in ("first.weight", "last.weight"):
         grad = grads[name]
         assert logged[f"g_mean/net.{name}"] == pytest.approx(float(grad.mean()), rel=1e-4)
+        share = float(grad.double().mean().square() / grad.double().square().mean())
+        assert logged[f"g_mean_share/net.{name}"] == pytest.approx(share, rel=1e-4)
         assert logged[f"g_sigma/net.{name}"] == pytest.approx(float(grad.std(correction=0)), rel=1e-5)
         assert logged[f"g_norm/net.{name}"] == pytest.approx(float(grad.norm()), rel=1e-5)
         assert logged[f"g_znorm_norm/net.{name}"] == pytest.approx(math.sqrt(grad.numel()), rel=1e-5)
@@ -143,7 +153,7 @@ def test_torchs_default_type_changes_nothing(fit, tmp_path: Path, default: torch
             twin.load_state_dict(monitor.state_dict())
             assert torch.equal(twin.sigma, monitor._history.sigma)
         runs.append((collected.metrics, monitor.state_dict()["sums"].tolist()))
-        assert len(list((tmp_path / "gradients").glob("*.png"))) == 2
+        assert len(list((tmp_path / "gradients").glob("*.png"))) == 3
         for picture in (tmp_path / "gradients").glob("*.png"):
             picture.unlink()
     assert runs[1] == runs[0]
@@ -469,6 +479,169 @@ def test_two_monitors_need_two_prefixes(fit) -> None:
         fit(Training(), batches(1), GradientMonitor(), GradientMonitor(), **QUIET)
 
 
+class OneSided(LightningModule):
+    """A linear layer whose inputs are all positive, so that the mean dominates the gradient of ``output.weight``.
+
+    Each target of the hidden layer is as far above its output as below, so that its mean does not dominate.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(4, 6, bias=False)
+        self.output = nn.Linear(6, 1, bias=False)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        signs = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
+        return self.output(1 + 0.1 * batch[:, :1].abs() * torch.ones(6)).sum() + (self.hidden(batch) * signs).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class TestDominatingMeans:
+    def data(self, count: int = 6) -> list[Tensor]:
+        return [torch.randn(8, 4) for _ in range(count)]
+
+    @pytest.mark.parametrize(
+        "centring",
+        [ZNormCallback(), GradientCentralizationCallback(), SINGCallback(), ZNormCallback(exclude="hidden.*")],
+    )
+    def test_warns_once_if_a_callback_centres_them(self, fit, warned, centring) -> None:
+        fit(OneSided(), self.data(), GradientMonitor(), centring, max_epochs=3, log_every_n_steps=1)
+        (message,) = [line for line in warned() if "GradientMonitor" in line]
+        assert "0.9 of the squared gradient of output.weight (1.00). It is subtracted there" in message
+        assert 'centering="adaptive"' in message
+
+    @pytest.mark.parametrize(
+        "callbacks",
+        [[], [ZNormCallback(centering="adaptive")], [ZNormCallback(exclude="output.*")]],
+        ids=["none", "adaptive", "excluded"],
+    )
+    def test_tells_once_if_nothing_centres_them(self, fit, warned, said, callbacks) -> None:
+        fit(OneSided(), self.data(), GradientMonitor(), *callbacks, max_epochs=3, log_every_n_steps=1)
+        assert not [line for line in warned() if "GradientMonitor" in line]
+        (message,) = [line for line in said() if "squared gradient" in line]
+        assert message.endswith(
+            "of output.weight (1.00). No callback is known to subtract it; ZNorm with full centring would."
+        )
+
+    @pytest.mark.parametrize("callback", [GradientCentralizationCallback(), SINGCallback()], ids=["gc", "sing"])
+    def test_methods_that_centre_rows_leave_vectors_and_several_rows(self, fit, warned, said, callback) -> None:
+        """The mean of the whole gradient dominates, and is none of a row."""
+
+        class Vector(LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(20))
+                self.two = nn.Linear(20, 2, bias=False)
+
+            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+                return (self.scale + self.two.weight).sum()
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+        fit(Vector(), self.data(), GradientMonitor(include="scale"), callback, max_epochs=1, log_every_n_steps=1)
+        assert not [line for line in warned() if "GradientMonitor" in line]
+        assert len([line for line in said() if "is known to subtract it" in line]) == 1
+
+    def test_two_optimizers_of_one_parameter(self, fit, warned) -> None:
+        class Both(OneSided):
+            def __init__(self) -> None:
+                super().__init__()
+                self.automatic_optimization = False
+
+            def training_step(self, batch: Tensor, batch_idx: int) -> None:
+                for optimizer in self.optimizers():
+                    optimizer.zero_grad()
+                    self.manual_backward(super().training_step(batch, batch_idx))
+                    optimizer.step()
+
+            def configure_optimizers(self):
+                return [torch.optim.SGD(self.output.parameters(), lr=1e-3) for _ in range(2)]
+
+        fit(Both(), self.data(), GradientMonitor(include="output.*"), ZNormCallback(), log_every_n_steps=1)
+        (message,) = [line for line in warned() if "GradientMonitor" in line]
+        assert "of output.weight (optimizer 0) (1.00), output.weight (optimizer 1) (1.00). It is" in message
+
+    def test_a_small_tensor_is_no_matter_of_luck(self, fit, said) -> None:
+        class Pairs(LightningModule):
+            """Gradients of two elements at random: the mean of one in five holds more than 0.9 of its square."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.pairs = nn.ParameterList(nn.Parameter(torch.zeros(2)) for _ in range(50))
+
+            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+                return sum((pair * torch.randn(2)).sum() for pair in self.pairs)
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+        for count in (1, 5, 20):
+            fit(Pairs(), self.data(count), GradientMonitor(), max_epochs=1, log_every_n_steps=1)
+        assert not [line for line in said() if "squared gradient" in line]
+
+    def test_tells_at_the_end_of_a_short_training(self, fit, said) -> None:
+        # Six elements in four measurements tell enough.
+        fit(OneSided(), self.data(8), GradientMonitor(), max_epochs=1, log_every_n_steps=2)
+        assert len([line for line in said() if "of output.weight" in line]) == 1
+
+    def test_says_nothing_if_no_mean_dominates(self, fit, said) -> None:
+        collected = Collected()
+        fit(OneSided(), self.data(), GradientMonitor(include="hidden.*"), collected, log_every_n_steps=1, max_epochs=1)
+        assert not [line for line in said() if "squared gradient" in line]
+        assert max(metrics["grad/mean_share_max"] for metrics in collected.metrics) < 0.9
+
+    def test_names_at_most_five(self, fit, said) -> None:
+        class Many(OneSided):
+            def __init__(self) -> None:
+                super().__init__()
+                self.more = nn.ParameterList(nn.Parameter(torch.zeros(4)) for _ in range(6))
+
+            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+                return super().training_step(batch, batch_idx) + sum(each.sum() for each in self.more)
+
+        fit(Many(), self.data(), GradientMonitor(), max_epochs=1, log_every_n_steps=1)
+        (message,) = [line for line in said() if "squared gradient" in line]
+        assert " and 2 more. No callback" in message
+
+    def test_resumed_training_goes_on_with_the_shares(self) -> None:
+        history, twin = SigmaHistory(), SigmaHistory()
+        rows = [history.register(name, 2) for name in "ab"]
+        history.add_shares(rows, torch.tensor([0.5, torch.nan]).double(), torch.tensor([9.0, 9.0]))
+        history.add_shares(rows[:1], torch.tensor([1.0]).double(), torch.tensor([9.0]))
+        twin.load_state_dict(history.state_dict())
+        twin.add_shares([twin.register("c", 1), 1], torch.tensor([0.25, 0.75]).double(), torch.tensor([17.0, 9.0]))
+        assert twin.mean_share.tolist() == [0.75, 0.75, 0.25]
+        assert twin.trusted_shares(16).nan_to_num(-1).tolist() == [0.75, -1, 0.25]
+
+    def test_checkpoint_without_shares(self) -> None:
+        history, twin = SigmaHistory(), SigmaHistory()
+        row = history.register("a", 2)
+        history.add(0, [row], torch.ones(1).double(), torch.tensor([True]))
+        state = history.state_dict()
+        old = {key: value for key, value in state.items() if "share" not in key}
+        assert len(old) == len(state) - 3
+        twin.load_state_dict(old)
+        assert twin.mean_share.isnan().all()
+        twin.add_shares([row], torch.tensor([0.5]).double(), torch.tensor([2.0]))
+        assert twin.mean_share.tolist() == [0.5]
+
+    def test_picture(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(monitor_plots, "_picture", lambda figure: figure)
+        history = SigmaHistory()
+        rows = [
+            history.register(f"net.{name}", ndim) for name, ndim in [("0.weight", 2), ("0.bias", 1), ("2.weight", 4)]
+        ]
+        history.add_shares(rows, torch.tensor([0.25, 1.0, 0.96875]).double(), torch.tensor([9.0, 3.0, 9.0]))
+        weights, vectors = monitor_plots.mean_share(history, 0.9).axes
+        drawn = [axes.get_lines()[0].get_ydata().tolist() for axes in (weights, vectors)]
+        assert drawn == [[0.25, 0.96875], [1.0]]
+        assert [axes.get_lines()[1].get_ydata()[0] for axes in (weights, vectors)] == [0.9, 0.9]
+        assert [label.get_text() for label in weights.get_xticklabels()] == ["net.0.weight", "net.2.weight"]
+
+
 class TestWhereItGoes:
     def test_csv_and_png(self, fit, tmp_path: Path) -> None:
         logger = CSVLogger(tmp_path)
@@ -476,7 +649,7 @@ class TestWhereItGoes:
         lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
         assert "grad/norm" in lines[0]
         assert [line.split(",")[lines[0].split(",").index("step")] for line in lines[1:]] == ["1", "3"]
-        for name in ("sigma_over_steps", "sigma_by_depth"):
+        for name in ("sigma_over_steps", "sigma_by_depth", "mean_share"):
             with Image.open(Path(logger.log_dir) / "gradients" / f"grad_{name}.png") as picture:
                 assert picture.width > 500
 
@@ -484,7 +657,11 @@ class TestWhereItGoes:
         logger = TensorBoardLogger(tmp_path)
         with patch.object(logger.experiment, "add_image") as images:
             fit(Training(), batches(1), GradientMonitor(), logger=logger, **QUIET)
-        assert [call.args[0] for call in images.call_args_list] == ["grad/sigma_over_steps", "grad/sigma_by_depth"]
+        assert [call.args[0] for call in images.call_args_list] == [
+            "grad/sigma_over_steps",
+            "grad/sigma_by_depth",
+            "grad/mean_share",
+        ]
         assert images.call_args.args[1].dtype == torch.uint8
 
     def test_training_that_fails(self, fit, tmp_path: Path) -> None:
@@ -496,7 +673,7 @@ class TestWhereItGoes:
 
         with pytest.raises(KeyError, match="as it happens"):
             fit(Failing(), batches(4), GradientMonitor(), **QUIET)
-        assert len(list((tmp_path / "gradients").glob("*.png"))) == 2
+        assert len(list((tmp_path / "gradients").glob("*.png"))) == 3
 
     @pytest.mark.parametrize("arguments", [{"fast_dev_run": True}, {"log_every_n_steps": 50}])
     def test_nothing_where_there_is_nothing_to_show(self, fit, warned, tmp_path: Path, arguments) -> None:
@@ -527,7 +704,7 @@ class TestWhereItGoes:
             **arguments, **QUIET,
         )  # fmt: skip
         made.fit(Training(), DataLoader(batches(1), batch_size=None))
-        assert len(list((tmp_path / folder / "gradients").glob("*.png"))) == 2
+        assert len(list((tmp_path / folder / "gradients").glob("*.png"))) == 3
 
 
 class TestHistory:

@@ -180,7 +180,11 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-METHODS: dict[str, Callable[[list[Tensor]], None]] = {"zscore": zscore_grads_, "centralized": centralize_grads_}
+METHODS: dict[str, Callable[[list[Tensor]], None]] = {
+    "zscore": zscore_grads_,
+    "adaptive": partial_of(zscore_grads_, centering="adaptive"),
+    "centralized": centralize_grads_,
+}
 
 
 def collectives_of(method: str, params: list[nn.Parameter]) -> dict[str, Any]:
@@ -428,7 +432,7 @@ def trained(name: str, way: str) -> dict[str, Any]:
     make, inputs, shard_of, _ = MODELS[name]
     model = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, foreach=False)
-    methods = {"zscore": ZScore(), "centralized": Centralization()}
+    methods = {"zscore": ZScore(), "adaptive": ZScore(centering="adaptive"), "centralized": Centralization()}
     call, _, method = way.partition(" ")
     if call == "attached":
         attach(optimizer, methods[method])

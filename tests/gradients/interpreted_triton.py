@@ -75,7 +75,7 @@ def expected(method: AffineMethod, grad: Tensor) -> Tensor:
     if isinstance(method, HalfCentered):
         return wide(grad) - wide(grad).mean() / 2
     assert isinstance(method, ZScore)
-    return zscore(grad, method.eps)
+    return zscore(grad, method.eps, method.centering)
 
 
 def check(method: AffineMethod, *grads: Tensor) -> None:
@@ -157,7 +157,7 @@ def grads_in_a_bucket(draw: st.DrawFn) -> tuple[Tensor, list[tuple[int, Tensor]]
     return torch.full((offset + 8,), 7.0, dtype=dtype), segments
 
 
-METHODS = [ZScore(), ZScore(eps=0.5), Centralization(), RMSNorm(), HalfCentered()]
+METHODS = [ZScore(), ZScore(eps=0.5), ZScore(centering="adaptive"), Centralization(), RMSNorm(), HalfCentered()]
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -291,7 +291,9 @@ def test_overflow_of_the_deviation_stays_visible(numel: int) -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(
-    "method", [ZScore(eps=0.5), Centralization(), RMSNorm(), RowZScore(), HalfCentered()], ids=repr
+    "method",
+    [ZScore(eps=0.5), ZScore(0.5, "adaptive"), Centralization(), RMSNorm(), RowZScore(), HalfCentered()],
+    ids=repr,
 )
 def test_loss_scale_passes_through(method: AffineMethod) -> None:
     grads = [(randn(*shape) + 0.3).float() for shape in [(7,), (40, 30), (9,), (3, 600)]]

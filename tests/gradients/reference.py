@@ -9,10 +9,14 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
-def zscore(grad: Tensor, eps: float = 1e-10) -> Tensor:
+def zscore(grad: Tensor, eps: float = 1e-10, centering: str = "full") -> Tensor:
     grad = wide(grad)
-    centered = grad - grad.mean()
-    return centered / (centered.abs().square().mean().sqrt() + eps)
+    mean = grad.mean()
+    variance, squared_mean = (grad - mean).abs().square().mean(), mean.abs().square()
+    removed = 1.0
+    if centering == "adaptive" and squared_mean > 0:
+        removed = variance / (variance + squared_mean)
+    return (grad - removed * mean) / ((variance + (1 - removed) ** 2 * squared_mean).sqrt() + eps)
 
 
 def centralized(grad: Tensor) -> Tensor:

@@ -100,7 +100,9 @@ def test_mean_of_the_result_is_zero_whatever_the_mean_was(mean: float, numel: in
     torch.testing.assert_close(wide(grad), expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("method", [RMSNorm(), HalfCentered(), Counted(), ZScore(eps=0.5)], ids=repr)
+@pytest.mark.parametrize(
+    "method", [RMSNorm(), HalfCentered(), Counted(), ZScore(eps=0.5), ZScore(0.5, "adaptive")], ids=repr
+)
 def test_methods_where_some_means_are_subtracted_first(method: AffineMethod) -> None:
     def grads() -> list[Tensor]:
         return [randn(numel) + mean for numel, mean in itertools.product((30, 3_000), (0.1, 20.0))]

@@ -27,7 +27,7 @@ from tests.gradients.dtensor_gradients import (
 from tests.gradients.reference import centralized, wide, zscore
 from tests.gradients.test_zscore import TOLERANCE
 
-METHODS = ["zscore", "centralized"]
+METHODS = ["zscore", "adaptive", "centralized"]
 
 
 Records = list[dict[str, Any]]
@@ -63,8 +63,9 @@ def records(name: str) -> list[Any]:
 
 def reference(grad: Tensor, method: str) -> Tensor:
     """Return the result by definition. Single elements, and rows of them, stay as they are."""
-    if method == "zscore":
-        return zscore(grad) if grad.numel() > 1 else wide(grad)
+    if method in ("zscore", "adaptive"):
+        centering = "full" if method == "zscore" else method
+        return zscore(grad, centering=centering) if grad.numel() > 1 else wide(grad)
     return centralized(grad) if grad.ndim > 1 and grad[:1].numel() > 1 else wide(grad)
 
 
@@ -159,7 +160,7 @@ def test_refused_by_name_before_anything_changes() -> None:
 
 
 @pytest.mark.parametrize("count", [44, 440])
-@pytest.mark.parametrize(("method", "collectives"), [("zscore", 2), ("centralized", 1)])
+@pytest.mark.parametrize(("method", "collectives"), [("zscore", 2), ("adaptive", 2), ("centralized", 1)])
 def test_collectives(method: str, collectives: int, count: int) -> None:
     # Of a call for rows that are cut nowhere, there are none at all.
     expected = 0 if method == "centralized" else collectives
@@ -170,7 +171,7 @@ def test_collectives(method: str, collectives: int, count: int) -> None:
         assert (record["all_reduce"], record["traffic"]) == (0, {})
 
 
-@pytest.mark.parametrize(("method", "rounds"), [("zscore", 2), ("centralized", 1)])
+@pytest.mark.parametrize(("method", "rounds"), [("zscore", 2), ("adaptive", 2), ("centralized", 1)])
 def test_collectives_of_several_meshes(method: str, rounds: int) -> None:
     # Three groups (the line, and two directions of the square), and the sums that are taken first: one for each
     # direction, and for each of sum and mean.

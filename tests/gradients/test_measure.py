@@ -222,3 +222,21 @@ def test_formulas_are_those_of_the_z_score(eps: float) -> None:
             assert float(summary.cosine[i]) == pytest.approx(float(g @ z / g.norm() / z.norm()))
         else:
             assert summary.cosine[i] == 0
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-25, 1e-39])
+def test_share_of_the_mean_is_right_or_unknown(scale: float) -> None:
+    """Squares of single precision underflow below 1e-22, where a gradient would look constant."""
+    generator = torch.Generator().manual_seed(0)
+    grads = [(torch.randn(600, generator=generator) + mean) * scale for mean in (0.0, 1.0)]
+    grads += [torch.full((600,), scale), torch.tensor([scale])]
+    params = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in grads]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    shares = GradientSummary(measured(params)).mean_share
+    if scale < 1e-20:
+        assert shares.isnan().all()
+    else:
+        expected = [float(wide(grad).mean().square() / wide(grad).square().mean()) for grad in grads[:3]]
+        assert shares[:3].tolist() == pytest.approx(expected, rel=1e-4)
+    assert shares[3].isnan()  # a single element stays as it is

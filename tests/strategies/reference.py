@@ -18,6 +18,7 @@ Record = dict[str, Any]
 
 METHODS: dict[str, Callable[[Tensor], Tensor]] = {
     "znorm": lambda grad: zscore(grad) if grad.numel() > 1 else grad,
+    "adaptive": lambda grad: zscore(grad, centering="adaptive") if grad.numel() > 1 else grad,
     "centralization": lambda grad: centralized(grad) if grad.ndim > 1 else grad,
     "sing": lambda grad: sing(grad) if grad.numel() > 1 else grad,
 }

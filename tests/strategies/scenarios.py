@@ -104,7 +104,7 @@ class Scenario:
     optimizer: Optimizer = "SGD"
     one_optimizer: bool = False
     clip: float | None = None
-    callback: Literal["znorm", "centralization", "sing"] = "znorm"
+    callback: Literal["znorm", "adaptive", "centralization", "sing"] = "znorm"
     options: dict[str, Any] = field(default_factory=dict)
     leaves: tuple[str, ...] = ()
     monitored: bool = False
@@ -517,6 +517,22 @@ SINGS = {
         "fsdp2-tp": TWO_D,
     }.items()
 }
+ADAPTIVE = {
+    f"{name}-adaptive": replace(base, callback="adaptive")
+    for name, base in {
+        "single": SINGLE,
+        "single-16-mixed": replace(SINGLE, **AUTOCAST_FP16, **FUSED),
+        "ddp": DDP,
+        "fsdp": FSDP1,
+        "fsdp-bf16-true": replace(FSDP1, **TRUE_BF16),
+        "fsdp-flat": FLAT,
+        "fsdp-one_flat_parameter": replace(FSDP1, strategy=fsdp1(nested=False)),
+        "fsdp2": FSDP2,
+        "tp": TP,
+        "fsdp2-tp": TWO_D,
+        **{f"zero{stage}": zero(stage) for stage in range(4)},
+    }.items()
+}
 MONITORED = {
     f"{name}-monitored": replace(base, monitored=True)
     for name, base in {
@@ -598,6 +614,7 @@ SCENARIOS: dict[str, Scenario] = {
     **OF_DEEPSPEED,
     **REFUSED,
     **SINGS,
+    **ADAPTIVE,
     **MONITORED,
     **CHECKPOINTS,
 }
@@ -655,12 +672,15 @@ DEFAULT = {
     "ddp-overflow",
     "fsdp-16-mixed-monitored",
     "fsdp-centralization",
+    "fsdp-flat-adaptive",
     "fsdp-flat-exclude",
     "fsdp-hybrid-overflow-HYBRID_SHARD",
     "fsdp2-include",
     "fsdp2-monitored",
+    "fsdp2-tp-adaptive",
     "fsdp2-tp-centralization",
     "tp-sing",
+    "zero3-adaptive",
     "zero3-min_ndim",
     "zero3-monitored",
     "zero0-fp16-refused",

@@ -34,7 +34,12 @@ LEARNING_RATE = 0.1
 SECOND_LEARNING_RATE = 0.03  # of the second group of parameters
 MOMENTUM = 0.9
 
-CALLBACKS = {"znorm": ZNormCallback, "centralization": GradientCentralizationCallback, "sing": SINGCallback}
+CALLBACKS = {
+    "znorm": ZNormCallback,
+    "adaptive": partial(ZNormCallback, centering="adaptive"),
+    "centralization": GradientCentralizationCallback,
+    "sing": SINGCallback,
+}
 
 
 class Training(LightningModule):

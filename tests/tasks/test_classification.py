@@ -342,6 +342,7 @@ class TestCheckpoint:
             "compile": False,
             "lr_scheduler_frequency": None,
             "lr_scheduler_strict": True,
+            "prior": None,
         }
         again = ClassificationTask.load_from_checkpoint(path)
         images = torch.randn(3, 1, 8, 8)
@@ -364,6 +365,7 @@ class TestCheckpoint:
             "compile": False,
             "lr_scheduler_frequency": None,
             "lr_scheduler_strict": True,
+            "prior": None,
         }
         assert torch.load(path, weights_only=True)["hyper_parameters"] == plain
         logged = yaml.safe_load((tmp_path / "hparams.yaml").read_text())

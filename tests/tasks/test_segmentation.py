@@ -76,7 +76,7 @@ class TestNetworks:
         images = torch.randn(2, 4, 32, 32)
         assert task(images).shape == (2, 2, 32, 32)
         loss = training_loss(task, images, blobs(2, 2, (32, 32)))
-        assert len(task._outputs(images)) == outputs
+        assert len(task.logits_of_all_outputs(images)) == outputs
         loss.backward()
         # DDP waits for the gradient of every parameter.
         assert [name for name, parameter in task.named_parameters() if parameter.grad is None] == []

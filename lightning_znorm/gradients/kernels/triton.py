@@ -97,7 +97,7 @@ class PointerTable:
             method: Returns shift and scale from the statistics of each tensor or row.
             loss_scale: Factor by which the gradients are larger than the true ones, a scalar tensor.
         """
-        if type(method) is ZScore:
+        if type(method) is ZScore and method.centering == "full":
             if loss_scale is not None:
                 loss_scale = loss_scale.to(self._plan.device, non_blocking=True)
             self._finish_(method.eps, loss_scale)
