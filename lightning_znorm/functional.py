@@ -301,7 +301,7 @@ def attach(
             return
         slots = optimizer_slots(optimizer)
         _check_parameters(optimizer, known, slots.parameters)
-        chosen = slots if by_name is None else by_name.chosen(optimizer)
+        chosen = slots if by_name is None else by_name.chosen(optimizer, slots)
         transform_slots_(chosen, method, _loss_scale(optimizer, kwargs))
         if not warned_of_no_gradient and all(parameter.grad is None for parameter in slots.parameters):
             warned_of_no_gradient = True
@@ -315,7 +315,7 @@ def attach(
         if error_if_nonfinite and kwargs.get("grad_scaler") is None:
             found_inf = getattr(optimizer, "found_inf", None)  # what the scaler hands to fused optimizers
             check_finite(
-                slots if by_name is None else by_name.all(optimizer), () if found_inf is None else (found_inf,)
+                slots if by_name is None else by_name.all(optimizer, slots), () if found_inf is None else (found_inf,)
             )
 
     _attached.add(optimizer)

@@ -370,7 +370,7 @@ class OptimizerSlots:
             self._names[parameter] = (*self._names.get(parameter, ()), clean_name(name))
         self._slots: list[ParameterSlot] = []
         self._chosen: list[ParameterSlot] | None = None
-        slots = self.all(optimizer)
+        slots = self.all(optimizer, optimizer_slots(optimizer))
         parameter_filter.check([ParameterSlot(names, parameter) for parameter, names in self._names.items()] or slots)
         if slots and not any(map(parameter_filter.matches, slots)):
             raise ZNormValueError(
@@ -379,22 +379,25 @@ class OptimizerSlots:
                 f"{parameter_filter.min_ndim}: the first is {slots[0].names[0]}"
             )
 
-    def all(self, optimizer: Optimizer) -> list[ParameterSlot]:
-        """Return the slots of all parameters of the optimizer.
+    def all(self, optimizer: Optimizer, unnamed: UnnamedSlots) -> list[ParameterSlot]:
+        """Return the slots of all parameters of the optimizer, by their names.
+
+        Args:
+            optimizer: The optimizer.
+            unnamed: Its slots, as :func:`optimizer_slots` returns them.
 
         Raises:
             ValueError: If the choice needs names, and a parameter that has been added has none.
         """
-        parameters = optimizer_slots(optimizer).parameters
         known = [slot.parameter for slot in self._slots]
-        if len(known) != len(parameters) or any(map(operator.is_not, known, parameters)):
-            self._slots = [self._with_name(slot, optimizer) for slot in optimizer_slots(optimizer)]
+        if len(known) != len(unnamed.parameters) or any(map(operator.is_not, known, unnamed.parameters)):
+            self._slots = [self._with_name(slot, optimizer) for slot in unnamed]
             self._chosen = None
         return self._slots
 
-    def chosen(self, optimizer: Optimizer) -> list[ParameterSlot]:
-        """Return the slots of the optimizer's parameters that are chosen."""
-        slots = self.all(optimizer)
+    def chosen(self, optimizer: Optimizer, unnamed: UnnamedSlots) -> list[ParameterSlot]:
+        """Return those of :meth:`all` that are chosen."""
+        slots = self.all(optimizer, unnamed)
         if self._chosen is not None:
             return self._chosen
         chosen = [slot for slot in slots if self._filter.matches(slot)]

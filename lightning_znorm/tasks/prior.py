@@ -41,9 +41,11 @@ def checked_prior(prior: Any, num_classes: int, softmax: bool) -> list[float] | 
         ValueError: If a share is not between 0 and 1, if there are too few or too many, or if they do not add up to 1
             where exactly one class is true.
     """
-    prior = plain_value("prior", plain_prior(prior))
-    if prior is None or prior == "auto":
-        return prior  # type: ignore[no-any-return]
+    prior = plain_value("prior", prior)
+    if prior is None:
+        return None
+    if isinstance(prior, str) and prior == "auto":
+        return "auto"
     shares = list(prior) if isinstance(prior, (list, tuple)) else [prior]
     if not all(isinstance(share, (int, float)) and not isinstance(share, bool) for share in shares):
         raise ZNormTypeError(f"prior must be a share, a list of one for each class, or 'auto', got {shown(prior)}.")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -25,6 +25,7 @@ from lightning_znorm.functional import transform_grads_
 from lightning_znorm.tasks import SegmentationTask
 from tests.gradients.reference import wide
 from tests.medical import write_lgg
+from tests.trainers import trainer
 
 ROOT = Path(__file__).parents[2]
 IMBALANCE = ROOT / "examples" / "imbalance"
@@ -120,41 +121,23 @@ class Slices(LightningDataModule):
     val_dataloader = test_dataloader = train_dataloader
 
 
-class Logged(Callback):
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: SegmentationTask) -> None:
-        self.metrics = dict(trainer.callback_metrics)
-
-
 @pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 def test_measurements_by_hand() -> None:
     task = SegmentationTask(Constant(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Measure(output="model.output"), logged := Logged()],
-        log_every_n_steps=1,
-        num_sanity_val_steps=0,
-    )
+    run = trainer(callbacks=[Measure(output="model.output")], num_sanity_val_steps=0)
     # The output weight's gradient is zero: give it one of which the mean holds a half.
     task.model.output.weight.register_hook(lambda grad: torch.tensor([0.0, 2.0, 1.0]).view_as(grad) + 1)
     data = Slices()
-    trainer.fit(task, datamodule=data)
+    run.fit(task, datamodule=data)
     # Of patient a, 1 of 2 marked pixels is right, and 3 are true; of b, none. c counts not at all.
-    assert float(trainer.callback_metrics["val/dice_per_patient"]) == pytest.approx((2 * 1 / (2 + 3) + 0) / 2)
+    assert float(run.callback_metrics["val/dice_per_patient"]) == pytest.approx((2 * 1 / (2 + 3) + 0) / 2)
     sigmoid = 1 / (1 + np.exp(-3.0))
-    assert float(trainer.callback_metrics["train/probability"]) == pytest.approx(
-        (3 * sigmoid + 13 * (1 - sigmoid)) / 16
-    )
-    assert float(trainer.callback_metrics["train/mean_share"]) == pytest.approx(4 / ((1 + 9 + 4) / 3))
+    assert float(run.callback_metrics["train/probability"]) == pytest.approx((3 * sigmoid + 13 * (1 - sigmoid)) / 16)
+    assert float(run.callback_metrics["train/mean_share"]) == pytest.approx(4 / ((1 + 9 + 4) / 3))
     assert not task.model._forward_hooks
-    trainer.test(task, datamodule=data, verbose=False)
-    assert float(trainer.callback_metrics["test/dice_per_patient"]) == pytest.approx(0.2)
-    assert logged.metrics
+    run.test(task, datamodule=data, verbose=False)
+    assert float(run.callback_metrics["test/dice_per_patient"]) == pytest.approx(0.2)
 
 
 @pytest.mark.full
