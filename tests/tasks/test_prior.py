@@ -646,8 +646,8 @@ class TestWhatIsSaid:
     @pytest.mark.parametrize(
         ("end", "sentence"),
         [
-            ("plain", "prior: model.last.bias starts at log(p / (1 - p)) of p = 0.3, 0.01."),
-            ("aux", "prior: model.last.bias, model.aux.bias start at log(p / (1 - p)) of p = 0.3, 0.01."),
+            ("plain", "prior: model.last.bias starts at log(p / (1 - p)) with p = 0.3, 0.01."),
+            ("aux", "prior: model.last.bias, model.aux.bias start at log(p / (1 - p)) with p = 0.3, 0.01."),
         ],
     )
     def test_once_when_training_starts(self, end: str, sentence: str, caplog: pytest.LogCaptureFixture):
