@@ -176,7 +176,9 @@ class Task(PlainHyperparameters, SavesRandomStates):
         set_biases(new.values(), shares, self._uses_softmax)
         listed = ", ".join(f"{share:.4g}" for share in shares)
         formula = "log(p)" if self._uses_softmax else "log(p / (1 - p))"
-        self._prior_note = f"prior: {', '.join(new)} start{'s' if len(new) == 1 else ''} at {formula} with p = {listed}."
+        self._prior_note = (
+            f"prior: {', '.join(new)} start{'s' if len(new) == 1 else ''} at {formula} with p = {listed}."
+        )
 
     def check_channels(self, images: Tensor) -> None:
         """Refuse images with another number of channels than a network by name was made for.
