@@ -12,8 +12,9 @@
 Within a run, ``recorder`` logs what the study needs, and ``checkpoints`` keeps the best one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_znorm.compare.statistics import Row, Table
 from lightning_znorm.compare.study import StudyError
@@ -34,6 +35,7 @@ def run(
     cpus: float = 1,
     gpus: float = 0,
     timeout: float | str | None = None,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
     args: Sequence[str] = (),
 ) -> Table:
     """Run what is missing of a study, write its report, and return its table.
@@ -52,6 +54,9 @@ def run(
         gpus: GPUs of each run on Ray.
         timeout: Longest time of one ``fit`` or ``test``, in seconds or such as ``"2h"``: a run that takes longer is
             ended and counts as failed, and the same call resumes it from its last checkpoint.
+        sweep: Settings with the values to try, such as ``{"model.init_args.optimizer.init_args.lr": [0.01, 0.1]}``.
+            Every method runs at every value (of several settings, at every combination) with every seed. The validation
+            metric, mean over seeds, chooses the values of each method, and the methods are compared at those.
         args: Further options of ``fit``, such as ``["--trainer.max_epochs", "10"]``.
 
     Returns:
@@ -75,7 +80,7 @@ def run(
 
     from lightning_znorm.compare.command import run_study
     from lightning_znorm.compare.engines import Resources
-    from lightning_znorm.compare.study import Study, parse_timeout
+    from lightning_znorm.compare.study import Study, as_option, parse_timeout
 
     configs = [config] if isinstance(config, str | Path) else config
     study = Study(
@@ -87,6 +92,7 @@ def run(
         mode,
         tuple(args),
         parse_timeout(timeout),
+        tuple((key, tuple(map(as_option, values))) for key, values in (sweep or {}).items()),
     )
     table, problems = run_study(study, Resources(jobs, ray, cpus, gpus), Console())
     for problem in problems:

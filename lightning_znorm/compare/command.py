@@ -29,6 +29,9 @@ seeds or methods may be added. All other options are those of `fit`.
 
   python -m lightning_znorm compare --config configs/digits/resnet20.yaml \\
       --methods configs/methods/baseline.yaml configs/methods/znorm.yaml --seeds 0 1 2 --output studies/digits
+
+To compare each method at its own best learning rate, add
+  --sweep model.init_args.optimizer.init_args.lr 0.0001 0.001 0.01
 """
 
 
@@ -99,6 +102,8 @@ def command_line(study: Study, resources: Resources) -> str:
     words = ["python", "-m", "lightning_znorm", "compare"]
     for config in study.configs:
         words += ["--config", config]
+    for key, values in study.sweep:
+        words += ["--sweep", key, *values]
     words += ["--methods", *study.methods, "--seeds", *map(str, study.seeds), "--output", relative_path(study.output)]
     timeout = None if study.timeout is None else f"{study.timeout:.15g}"
     given = {"--metric": study.metric, "--mode": study.mode, "--timeout": timeout}
@@ -122,6 +127,7 @@ def _main(args: Sequence[str]) -> int:
         options.mode,
         tuple(fit_options),
         parse_timeout(options.timeout),
+        tuple((key, tuple(values)) for key, *values in options.sweep),
     )
     resources = Resources(options.jobs, options.ray, options.cpus, options.gpus)
     try:
@@ -167,6 +173,15 @@ def _parser() -> argparse.ArgumentParser:
         default=[0, 1, 2],
         metavar="N",
         help="seeds, each for every method (default: 0 1 2)",
+    )
+    add(
+        "--sweep",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar=("KEY", "VALUE"),
+        help="a setting and the values to try with every method and seed; may be repeated, for a grid. The validation "
+        "metric, mean over seeds, chooses each method's values, and the methods are compared at those",
     )
     add("--output", required=True, metavar="DIR", help="folder of the study")
     add(

@@ -65,18 +65,23 @@ def make_plan(study: Study, processes: Processes, jobs: int) -> Plan:
     record, damage = _record(study)
     resolved = processes.map(lambda name: _resolve(study, name, processes), study.files, jobs)
     settings = dict(zip(study.files, resolved, strict=True))
+    _refuse_other_sweeps(study, record)
     _refuse_changes(study, record, settings)
+    _refuse_same_points(study, settings)
     check_experiment(study, settings)
     monitor = monitored_metric(next(iter(settings.values())))
     known = record.get("logged", [])
     # If the record was lost, all methods are tried again, to find what they log.
-    missing = {name: settings[name] for name in settings if name not in record.get("methods", {}) or damage}
+    tried = {study.arms[name].method for name in settings if name in record.get("methods", {}) and not damage}
+    missing = {name: settings[name] for name in _first_arms(study) if study.arms[name].method not in tried}
     if missing:
         known = sorted({*known, *try_methods(study, missing, monitor, processes, jobs)})
     metric, mode = choose_metric(study.metric, study.mode, monitor, known)
     if monitor is None and stage(metric) == "test" and all(map(reaches_validation, settings.values())):
         name = at_stage(metric, "val", known)
         monitor = (name, mode) if name else None
+    if study.sweep:
+        tuning_metric(metric, mode, monitor, known)  # refuses a study that could not choose
     chosen = list(monitor) if monitor else None
     if record.get("monitor", chosen) != chosen:
         raise StudyError(
@@ -90,6 +95,8 @@ def make_plan(study: Study, processes: Processes, jobs: int) -> Plan:
         name: {"hash": settings_hash(found), "settings": found} for name, found in settings.items()
     }
     new = {**record, "monitor": chosen, "logged": known, "methods": methods}
+    if study.sweep:
+        new["sweep"] = [key for key, _ in study.sweep]
     if new != record or damage:  # not written needlessly: a study that is done can be read from a full disk
         path = study.output / "study.json"
         if damage and path.exists():
@@ -139,6 +146,35 @@ def choose_metric(
     return name, mode
 
 
+def tuning_metric(metric: str, mode: str, monitor: tuple[str, str] | None, logged: Collection[str]) -> tuple[str, str]:
+    """Return the validation metric that chooses each method's values in a sweep, and its mode.
+
+    It is the deciding metric's, if that is logged in validation, else the one that chooses the best checkpoints.
+
+    Args:
+        metric: Metric by which methods are compared.
+        mode: Its mode.
+        monitor: Metric that chooses the best checkpoint, and its mode, if there is one.
+        logged: All names that the experiment logs.
+
+    Raises:
+        StudyError: If the experiment logs no validation metric.
+
+    Example:
+        >>> tuning_metric("test/dice", "max", ("val/loss", "min"), ["val/loss", "val/dice", "test/dice"])
+        ('val/dice', 'max')
+    """
+    if stage(metric) == "test" and (name := at_stage(metric, "val", logged)):
+        return name, mode
+    if monitor is not None and stage(monitor[0]) not in ("train", "test"):
+        return monitor
+    raise StudyError(
+        f"--sweep chooses values by a validation metric, so that the test decides between methods alone. {metric} has "
+        f"none of the same name, and no ModelCheckpoint monitors one. The experiment logs "
+        f"{', '.join(sorted(logged)) or 'nothing'}: log one in validation."
+    )
+
+
 def read_record(output: Path) -> dict[str, Any] | None:
     """Read what earlier commands wrote down about a study.
 
@@ -152,7 +188,8 @@ def read_record(output: Path) -> dict[str, Any] | None:
         DamagedError: If the file holds something else.
     """
     path = output / "study.json"
-    record = read_object(path, {"methods": dict, "logged": list, "monitor": list | None}, {"alone": bool})
+    optional = {"alone": bool, "sweep": list}
+    record = read_object(path, {"methods": dict, "logged": list, "monitor": list | None}, optional)
     if record is None:
         return None
     if not all(isinstance(name, str) for name in record["logged"]):
@@ -257,6 +294,38 @@ def _resolve(study: Study, name: str, processes: Processes) -> dict[str, Any]:
         raise StudyError("trainer.fast_dev_run keeps no logs and no checkpoints: leave it out of a study.")
     settings.pop("seed_everything", None)
     return settings
+
+
+def _first_arms(study: Study) -> list[str]:
+    """Return the first arm of each method: others differ in values that `fit` has read already."""
+    firsts: dict[str, str] = {}
+    for name, arm in study.arms.items():
+        firsts.setdefault(arm.method, name)
+    return list(firsts.values())
+
+
+def _refuse_other_sweeps(study: Study, record: dict[str, Any]) -> None:
+    """Refuse to mix runs of another sweep, or of none, with those of this one."""
+    swept, before = [key for key, _ in study.sweep], record.get("sweep", [])
+    if record.get("methods") and swept != before:
+        raise StudyError(
+            f"{study.output} holds a study that {'sweeps ' + ', '.join(before) if before else 'sweeps nothing'}, and "
+            f"now it would {'sweep ' + ', '.join(swept) if swept else 'sweep nothing'}: choose another --output. "
+            "(Values may be added to a sweep.)"
+        )
+
+
+def _refuse_same_points(study: Study, settings: dict[str, dict[str, Any]]) -> None:
+    """Refuse a sweep in which two values are the same, or change nothing that is trained with."""
+    seen: dict[tuple[str, str], str] = {}
+    for name, arm in study.arms.items() if study.sweep else ():
+        key = (arm.method, settings_hash(comparable_settings(settings[name])))
+        if key in seen:
+            raise StudyError(
+                f"{study.label(study.arms[seen[key]].point)} and {study.label(arm.point)} give {arm.method} the same "
+                "settings: name each value once, of a setting that the study does not set itself."
+            )
+        seen[key] = name
 
 
 def _refuse_changes(study: Study, record: dict[str, Any], settings: dict[str, dict[str, Any]]) -> None:

@@ -1,6 +1,8 @@
 """Figures: curves over epochs, readable in print, in grey and by colour-blind readers."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -35,15 +37,9 @@ def plot(curves: Curves, methods: Sequence[str], label: str) -> dict[str, bytes]
     Returns:
         The image, as ``"png"`` and as ``"svg"``.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with rc_context({"svg.hashsalt": "lightning-znorm", "font.size": 9, "axes.unicode_minus": False}):
-        figure = Figure(figsize=_SIZE, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
+    def draw(axes: Any) -> dict[str, Any]:
         lines = {}
         for i, method in enumerate(methods):
             if finite := _finite(curves.get(method, {})):
@@ -56,6 +52,22 @@ def plot(curves: Curves, methods: Sequence[str], label: str) -> dict[str, bytes]
         axes.set_xlabel("epoch")
         axes.set_ylabel(_shortened(label), parse_math=False)  # a name may hold a $
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return lines
+
+    return _drawn(draw)
+
+
+def _drawn(draw: Callable[[Any], Mapping[str, Any]]) -> dict[str, bytes]:
+    """Return the image of axes on which a function draws lines, and returns each by its name for the legend."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "lightning-znorm", "font.size": 9, "axes.unicode_minus": False}):
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        lines = draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.9", linewidth=0.6)
         axes.set_axisbelow(True)
@@ -122,3 +134,90 @@ def _add_legend(figure: Any, lines: Mapping[str, Any]) -> None:
 def _shortened(name: str) -> str:
     shown = " ".join(visible(name).split())
     return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 3]}..."
+
+
+@dataclass(frozen=True)
+class SweptValue:
+    """A method at one value of a swept setting.
+
+    Args:
+        value: The value.
+        scores: The validation metric for each seed.
+        chosen: Whether the method is compared at this value.
+    """
+
+    value: str
+    scores: Sequence[float]
+    chosen: bool
+
+
+def plot_sweep(
+    by_method: Mapping[str, Sequence[SweptValue]], values: Sequence[str], key: str, metric: str
+) -> dict[str, bytes]:
+    """Draw a metric over the values of a swept setting: for each method the mean over seeds, and a dot for each seed.
+
+    The chosen value of each method has a filled marker. Numbers stand in order, on a logarithmic axis if they span a
+    factor of ten or more; other values side by side.
+
+    Args:
+        by_method: The values of each method of the study.
+        values: All values of the setting, in the order in which they were given.
+        key: Name of the setting.
+        metric: Name of the metric.
+
+    Returns:
+        The image, as ``"png"`` and as ``"svg"``.
+    """
+    numbers = read_numbers(values)
+    places = dict(zip(values, numbers or map(float, range(len(values))), strict=True))
+
+    def draw(axes: Any) -> dict[str, Any]:
+        lines = {}
+        for i, (method, found) in enumerate(by_method.items()):
+            finite = [
+                (places[swept.value], [score for score in swept.scores if abs(score) < _LARGEST], swept.chosen)
+                for swept in found
+            ]
+            shown = sorted(entry for entry in finite if entry[1])
+            if shown:
+                lines[method] = _draw_swept(axes, shown, i)
+        if numbers is None:
+            axes.set_xticks(list(places.values()), [_shortened(value) for value in places], parse_math=False)
+        elif min(numbers) > 0 and max(numbers) / min(numbers) >= 10:
+            axes.set_xscale("log")
+        axes.set_xlabel(_shortened(key), parse_math=False)
+        axes.set_ylabel(_shortened(metric), parse_math=False)
+        return lines
+
+    return _drawn(draw)
+
+
+def _draw_swept(axes: Any, shown: Sequence[tuple[float, list[float], bool]], i: int) -> Any:
+    """Draw the method with a number over the places of its values, and return its line."""
+    colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
+    for place, scores, _ in shown:
+        if len(scores) > 1:
+            axes.plot([place] * len(scores), scores, ".", color=colour, alpha=0.45, markersize=4)
+    (line,) = axes.plot(
+        [place for place, _, _ in shown],
+        [mean(scores) for _, scores, _ in shown],
+        color=colour,
+        linestyle=_DASHES[i % len(_DASHES)],
+        linewidth=1.6,
+        marker=marker,
+        markersize=5,
+        markerfacecolor="white",
+    )
+    for place, scores, is_chosen in shown:
+        if is_chosen:
+            axes.plot([place], [mean(scores)], marker, color=colour, markersize=8)
+    return line
+
+
+def read_numbers(values: Sequence[str]) -> list[float] | None:
+    """Return values of a setting as numbers; ``None`` if one is no number, or not finite."""
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        return None
+    return numbers if all(map(math.isfinite, numbers)) else None

@@ -120,8 +120,11 @@ class Recorder(Callback):
     ) -> None:
         # The test's results name the checkpoint that was loaded, which may not be the one that was asked for.
         monitor, value = monitored_value(checkpoint)
-        path = os.path.abspath(str(trainer.ckpt_path))
-        self._tested = {"path": path, "epoch": checkpoint["epoch"], "monitor": monitor, "value": value}
+        path = Path(os.path.realpath(str(trainer.ckpt_path)))
+        folder = Path(os.path.realpath(self.folder))
+        if path.is_relative_to(folder):  # a study's folder may be moved, or be a part of a clone
+            path = path.relative_to(folder)
+        self._tested = {"path": path.as_posix(), "epoch": checkpoint["epoch"], "monitor": monitor, "value": value}
         trainer.should_stop = checkpoint.get(STOPPED, False)  # otherwise the run would continue to train
 
     @override

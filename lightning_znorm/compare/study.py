@@ -1,12 +1,16 @@
 """What is to be run: methods x seeds, a folder for each run, and what remains of a run."""
 
+import hashlib
+import itertools
+import json
 import math
 import re
 import unicodedata
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeAlias
 
 from lightning_znorm.errors import ZNormValueError
 
@@ -15,12 +19,39 @@ class StudyError(ZNormValueError):
     """A study cannot be run as it was asked for. The message names what is wrong and the way out."""
 
 
+Point: TypeAlias = tuple[tuple[str, str], ...]
+"""A value for each setting that a study sweeps, as pairs of key and value."""
+
+
 @dataclass(frozen=True)
-class Run:
-    """One method with one seed.
+class Arm:
+    """What is run with every seed: a method, at one point of the sweep if there is one.
 
     Args:
         method: Name of the method.
+        file: Its file.
+        point: The values of the swept settings; empty without a sweep.
+        name: Name of the arm, with which the names of its runs' folders begin, such as ``znorm-lr=0.1``; without a
+            sweep, that of the method.
+    """
+
+    method: str
+    file: str
+    point: Point
+    name: str
+
+    @property
+    def args(self) -> list[str]:
+        """Options of ``fit`` that set the swept settings."""
+        return [f"--{key}={value}" for key, value in self.point]  # a value may begin with a dash
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one seed, at one point of the sweep if there is one.
+
+    Args:
+        method: Name of the method; in a sweep, that of the arm.
         seed: Seed of weights, data order and everything else.
         folder: Folder of all files of the run.
         timeout: Seconds that its ``fit`` may take, and its ``test``; ``None`` for any time.
@@ -116,10 +147,12 @@ class Study:
         mode: Whether more (``"max"``) or less (``"min"``) of it is better.
         args: Further options of ``fit``.
         timeout: Seconds that one ``fit`` or ``test`` may take; ``None`` for any time.
+        sweep: Settings with the values to try, each with every method and seed; several make a grid.
+        chosen: In a sweep of which only the chosen runs are looked at, the point of each method.
 
     Raises:
-        StudyError: If two methods have the same name, a seed is named twice, an option belongs to the study, or a name
-            is not text.
+        StudyError: If two methods have the same name, a seed is named twice, an option belongs to the study, a name
+            is not text, or a setting or value of the sweep is missing, named twice or set by another option, too.
     """
 
     configs: tuple[str, ...]
@@ -130,6 +163,8 @@ class Study:
     mode: str | None = None
     args: tuple[str, ...] = field(default=())
     timeout: float | None = None
+    sweep: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    chosen: Mapping[str, Point] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if not self.methods or not self.seeds:
@@ -158,25 +193,95 @@ class Study:
             option = arg.partition("=")[0]
             if option in _REFUSED_OPTIONS:
                 raise StudyError(f"{option} cannot be an option of a study: {_REFUSED_OPTIONS[option]}.")
+        self._check_sweep()
+
+    def _check_sweep(self) -> None:
+        options = {arg.partition("=")[0] for arg in self.args}
+        for i, (key, values) in enumerate(self.sweep):
+            _check_text(key, "Cc", "Cs")
+            for value in values:
+                _check_text(value, "Cc", "Cs")
+            if not re.fullmatch(r"[^\W\d][\w.]*", key):
+                raise StudyError(
+                    f"--sweep {key}: name a setting first, as an option of `fit` without its dashes, and then the "
+                    "values: --sweep model.init_args.optimizer.init_args.lr 0.001 0.01 0.1."
+                )
+            if not values:
+                raise StudyError(f"--sweep {key}: name the values to try behind it.")
+            if key in (other for other, _ in self.sweep[:i]):
+                raise StudyError(f"--sweep {key} is given twice: name all its values behind one of them.")
+            if f"--{key}" in options:
+                raise StudyError(f"--{key} is both swept and set: leave out one of the two.")
+            if f"--{key}" in _REFUSED_OPTIONS:
+                raise StudyError(f"{key} cannot be swept: {_REFUSED_OPTIONS[f'--{key}']}.")
+            if twice := [value for j, value in enumerate(values) if value in values[:j]]:
+                raise StudyError(f"--sweep {key}: {twice[0]} is named twice: name it once.")
+        folders = [name.casefold() for name in self.arms]  # not every disk tells a from A
+        if len({*folders}) < len(folders):
+            raise StudyError("Two methods with their swept values have the same name: rename a method file.")
+
+    @cached_property
+    def points(self) -> list[Point]:
+        """All points of the sweep; without a sweep, a single empty one."""
+        keys = [key for key, _ in self.sweep]
+        return [tuple(zip(keys, values, strict=True)) for values in itertools.product(*(v for _, v in self.sweep))]
+
+    @cached_property
+    def arms(self) -> dict[str, Arm]:
+        """What is run with every seed, by name. If points are chosen, each method at its own, by the method's name."""
+        files = {PurePath(file).stem: file for file in self.methods}
+        if self.chosen is not None:
+            return {method: Arm(method, files[method], point, method) for method, point in self.chosen.items()}
+        arms = [
+            Arm(method, file, point, self._name_arm(method, point))
+            for method, file in files.items()
+            for point in self.points
+        ]
+        return {arm.name: arm for arm in arms}
 
     @cached_property
     def files(self) -> dict[str, str]:
-        """The file of each method, by its name."""
-        return {PurePath(file).stem: file for file in self.methods}
+        """The method file of each arm, by the arm's name; without a sweep, the file of each method."""
+        return {name: arm.file for name, arm in self.arms.items()}
 
     @cached_property
     def runs(self) -> list[Run]:
         """All runs, seed by seed, so that the runs that end first can be compared first."""
+        folder = self.output / "runs"
         return [
-            Run(method, seed, self.output / "runs" / f"{method}-{seed}", self.timeout)
+            Run(name, seed, folder / f"{self._name_arm(arm.method, arm.point)}-{seed}", self.timeout)
             for seed in self.seeds
-            for method in self.files
+            for name, arm in self.arms.items()
         ]
 
-    def fit_args(self, method: str) -> list[str]:
-        """Return the arguments of ``fit`` with which a user would train a method by hand, without the seed."""
-        files = [*self.configs, self.files[method]]
-        return ["fit", *(arg for file in files for arg in ("--config", file)), *self.args]
+    def fit_args(self, name: str) -> list[str]:
+        """Return the arguments of ``fit`` with which a user would train an arm by hand, without the seed."""
+        arm = self.arms[name]
+        files = [*self.configs, arm.file]
+        return ["fit", *(arg for file in files for arg in ("--config", file)), *self.args, *arm.args]
+
+    def at(self, chosen: Mapping[str, Point]) -> "Study":
+        """Return the part of a sweep in which each method runs at one point.
+
+        Args:
+            chosen: The point of each method.
+        """
+        return replace(self, chosen=dict(chosen))
+
+    def label(self, point: Point) -> str:
+        """Write a point with short keys, such as ``lr=0.1``; an empty one as an empty text."""
+        return ", ".join(f"{self.short_key(key)}={value}" for key, value in point)
+
+    def short_key(self, key: str) -> str:
+        """Return the shortest end of a swept setting's name that no other swept setting has."""
+        parts = key.split(".")
+        ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+        others = [other for other, _ in self.sweep if other != key]
+        return next((end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)), key)
+
+    def _name_arm(self, method: str, point: Point) -> str:
+        values = [f"{self.short_key(key)}={value}" for key, value in point]
+        return "-".join([method, *map(_file_name, values)])
 
 
 @dataclass(frozen=True)
@@ -185,7 +290,7 @@ class Plan:
 
     Args:
         study: The study.
-        settings: Resolved settings of each method.
+        settings: Resolved settings of each arm: of each method, and in a sweep, of each method at each point.
         monitor: Metric that chooses the best checkpoint, and its mode; ``None`` if the last checkpoint is tested.
         metric: Metric by which methods are compared.
         mode: Whether ``"max"`` or ``"min"`` of it is better.
@@ -230,6 +335,22 @@ def parse_timeout(value: float | str | None) -> float | None:
     return float(value)
 
 
+def as_option(value: Any) -> str:
+    """Write a value as an option of ``fit``.
+
+    Example:
+        >>> [as_option(value) for value in (0.1, "adam", True, None, [1, 2])]
+        ['0.1', 'adam', 'true', 'null', '[1, 2]']
+    """
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _file_name(text: str) -> str:
+    """Return a text as a part of a file name; one that had to be changed ends with a hash of what it was."""
+    name = re.sub(r"[^\w.+=-]+", "_", text)[:_LONGEST_VALUE]
+    return name if name == text else f"{name}~{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
 def _check_text(name: str, *refused: str) -> None:
     """Refuse a name that settings files and reports, which are text, cannot hold.
 
@@ -244,6 +365,8 @@ def _check_text(name: str, *refused: str) -> None:
         )
 
 
+_LONGEST_VALUE = 40
+"""Characters of a swept setting and its value in the name of a folder."""
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 _REFUSED_OPTIONS = {

@@ -25,6 +25,7 @@ FILES = [
     "progress",
     "statistics",
     "plots",
+    "sweep",
     "report",
     "command",
     "__init__",

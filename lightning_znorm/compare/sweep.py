@@ -1,0 +1,152 @@
+"""Tuned against tuned: of a sweep's values, the validation metric chooses each method's, and only those are compared."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lightning_znorm.compare.plan import tuning_metric
+from lightning_znorm.compare.plots import read_numbers
+from lightning_znorm.compare.results import Measurement, curves, mean, read_test
+from lightning_znorm.compare.study import Plan, Point, Study
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A method at one point of a sweep.
+
+    Args:
+        method: Name of the method.
+        point: The values of the swept settings.
+        validation: For each seed that is done, the validation metric in the epoch of the tested checkpoint.
+        values: For each of these seeds, the metric that decides.
+        chosen: Whether the method is compared at this point.
+    """
+
+    method: str
+    point: Point
+    validation: dict[int, float]
+    values: dict[int, float]
+    chosen: bool = False
+
+    @property
+    def score(self) -> float:
+        """Mean of the validation metric over seeds; NaN if no seed is done."""
+        return mean(self.validation.values()) if self.validation else math.nan
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The result of a sweep.
+
+    Args:
+        metric: The validation metric that chooses.
+        mode: Whether ``"max"`` or ``"min"`` of it is better.
+        trials: Every method at every point, in the order of the study.
+        warnings: A sentence for each method whose values are not settled: the best one is the least or the greatest
+            that was tried, or runs of it are missing.
+    """
+
+    metric: str
+    mode: str
+    trials: list[Trial]
+    warnings: list[str]
+
+    @property
+    def chosen(self) -> dict[str, Point]:
+        """The point of each method of which a run is done."""
+        return {trial.method: trial.point for trial in self.trials if trial.chosen}
+
+
+def tune(plan: Plan, measurements: Sequence[Measurement]) -> Sweep:
+    """Choose each method's point: that of the best validation metric, as a mean over seeds.
+
+    The metric is that of the epoch whose checkpoint is tested. Of points with fewer finished seeds than others, because
+    runs failed, none is chosen. Neither is one with a value that is not finite, unless there is no other.
+
+    Args:
+        plan: A study with a sweep.
+        measurements: Everything that was logged by the runs that are done.
+    """
+    metric, mode = tuning_metric(plan.metric, plan.mode, plan.monitor, plan.logged)
+    trials = _read_trials(plan, measurements, metric)
+    chosen: dict[str, Trial] = {}
+    for method in dict.fromkeys(trial.method for trial in trials):
+        of_method = [trial for trial in trials if trial.method == method]
+        if any(trial.validation for trial in of_method):
+            chosen[method] = _best(of_method, mode)
+    trials = [replace(trial, chosen=chosen.get(trial.method) is trial) for trial in trials]
+    return Sweep(metric, mode, trials, [*_unsettled(plan.study, trials)])
+
+
+def tuned(plan: Plan, measurements: Sequence[Measurement], sweep: Sweep) -> tuple[Plan, list[Measurement]]:
+    """Return the part of a study in which each method runs at its chosen point, under the method's name.
+
+    Args:
+        plan: The study.
+        measurements: Everything that was logged by the runs that are done.
+        sweep: Its result.
+    """
+    study = plan.study
+    names = {name: arm.method for name, arm in study.arms.items() if sweep.chosen.get(arm.method) == arm.point}
+    settings = {method: plan.settings[name] for name, method in names.items()}
+    found = [replace(m, method=names[m.method]) for m in measurements if m.method in names]
+    return replace(plan, study=study.at(sweep.chosen), settings=settings), found
+
+
+def _read_trials(plan: Plan, measurements: Sequence[Measurement], metric: str) -> list[Trial]:
+    validation, deciding = curves(measurements, metric), curves(measurements, plan.metric)
+    epochs = {}
+    for run in plan.study.runs:
+        if run.is_done and run.seed in deciding.get(run.method, {}) and (tested := read_test(run)) is not None:
+            epochs[run.method, run.seed] = tested.epoch
+    trials = []
+    for name, arm in plan.study.arms.items():
+        scores, values = {}, {}
+        for seed in plan.study.seeds:
+            if (name, seed) in epochs:
+                # A study may validate less often than each epoch.
+                curve = validation.get(name, {}).get(seed, {})
+                epoch = max((epoch for epoch in curve if epoch <= epochs[name, seed]), default=None)
+                scores[seed] = math.nan if epoch is None else curve[epoch]
+                curve = deciding[name][seed]
+                values[seed] = curve[max(curve)]
+        trials.append(Trial(arm.method, arm.point, scores, values))
+    return trials
+
+
+def _best(trials: Sequence[Trial], mode: str) -> Trial:
+    most = max(len(trial.validation) for trial in trials)
+    complete = [trial for trial in trials if len(trial.validation) == most]
+    finite = [trial for trial in complete if math.isfinite(trial.score)]
+    pick = max if mode == "max" else min
+    return pick(finite, key=lambda trial: trial.score) if finite else complete[0]
+
+
+def _unsettled(study: Study, trials: Sequence[Trial]) -> list[str]:
+    found = []
+    for trial in trials:
+        if not trial.chosen:
+            continue
+        for key, value in trial.point:
+            if edge := _edge(key, value, study):
+                found.append(
+                    f"{trial.method}: its best {study.short_key(key)}, {value}, is the {edge} that was tried, so it may "
+                    f"be better still beyond it. Add {'smaller' if edge == 'least' else 'greater'} values to the sweep "
+                    "before you compare."
+                )
+    for method in dict.fromkeys(trial.method for trial in trials):
+        of_method = [trial for trial in trials if trial.method == method]
+        if missing := [trial for trial in of_method if len(trial.validation) < len(study.seeds)]:
+            points = "; ".join(study.label(trial.point) for trial in missing)
+            found.append(f"{method}: not all seeds are done at {points}, so these values were chosen among the others.")
+        if any(trial.chosen and not math.isfinite(trial.score) for trial in of_method):
+            found.append(f"{method}: at none of its values the validation metric is finite, so nothing was chosen.")
+    return found
+
+
+def _edge(key: str, value: str, study: Study) -> str:
+    """Return whether a value is the ``"least"`` or the ``"greatest"`` of those that a numeric setting was given."""
+    values = read_numbers(dict(study.sweep)[key])
+    if values is None or len(values) < 2:
+        return ""
+    return {min(values): "least", max(values): "greatest"}.get(float(value), "")

@@ -1,0 +1,228 @@
+"""Tuned against tuned: which runs a sweep has, what it refuses, and which values it chooses."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from lightning_znorm import compare
+from lightning_znorm.compare.command import command_line
+from lightning_znorm.compare.engines import Resources
+from lightning_znorm.compare.plan import tuning_metric
+from lightning_znorm.compare.plots import SweptValue, plot_sweep, read_numbers
+from lightning_znorm.compare.results import Measurement
+from lightning_znorm.compare.study import Plan, Study, StudyError
+from lightning_znorm.compare.sweep import Sweep, tune, tuned
+
+LR = "model.init_args.optimizer.init_args.lr"
+
+
+def study(output: Path = Path("out"), sweep=((LR, ("0.1", "1.0")),), **changes) -> Study:
+    return Study(("exp.yaml",), ("m/baseline.yaml", "m/znorm.yaml"), (0, 1), output, sweep=sweep, **changes)
+
+
+class TestStudy:
+    def test_every_method_runs_at_every_value_with_every_seed(self):
+        names = [f"{method}-lr={lr}-{seed}" for seed in (0, 1) for method in ("baseline", "znorm") for lr in (0.1, 1.0)]
+        assert [run.name for run in study().runs] == names
+        assert [run.folder.name for run in study().runs] == names
+
+    def test_values_are_options_of_fit(self):
+        args = study(args=("--trainer.max_epochs", "2")).fit_args("znorm-lr=1.0")
+        assert args == [
+            *("fit", "--config", "exp.yaml", "--config", "m/znorm.yaml", "--trainer.max_epochs", "2"),
+            f"--{LR}=1.0",
+        ]
+
+    def test_several_settings_make_a_grid(self):
+        grid = study(sweep=((LR, ("0.1", "1.0")), ("data.init_args.batch_size", ("8", "16"))))
+        assert [arm.name for arm in grid.arms.values() if arm.method == "znorm"] == [
+            f"znorm-lr={lr}-batch_size={size}" for lr in ("0.1", "1.0") for size in (8, 16)
+        ]
+
+    def test_short_names_tell_settings_apart(self):
+        same_ends = study(sweep=(("model.one.lr", ("1", "2")), ("model.other.lr", ("1", "2")), ("lr", ("3", "4"))))
+        assert [same_ends.short_key(key) for key, _ in same_ends.sweep] == ["one.lr", "other.lr", "lr"]
+
+    @pytest.mark.parametrize("value", ["a/b", "{class_path: x}", "é" * 99, "../..", "a b"])
+    def test_any_value_has_a_folder_of_its_own(self, value):
+        first, second = (run.folder for run in study(sweep=(("k", (value, value + "/")),)).runs[:2])
+        assert first != second
+        assert first.parent == second.parent == Path("out/runs")
+        assert len(first.name.encode()) < 200
+
+    def test_the_command_repeats_it(self):
+        grid = study(sweep=((LR, ("0.1", "1.0")), ("data.a", ("x y", "z"))))
+        line = command_line(grid, Resources())
+        assert f"--sweep {LR} 0.1 1.0 --sweep data.a 'x y' z --methods" in line
+
+    @pytest.mark.parametrize(
+        ("sweep", "args", "message"),
+        [
+            (((LR, ()),), (), f"--sweep {LR}: name the values"),
+            ((("0.1", ("0.2",)),), (), "--sweep 0.1: name a setting first"),
+            ((("--lr", ("0.2",)),), (), "without its dashes"),
+            (((LR, ("1",)), (LR, ("2",))), (), "is given twice"),
+            (((LR, ("1", "2", "1")),), (), "1 is named twice"),
+            (((LR, ("1", "2")),), (f"--{LR}=3",), "both swept and set"),
+            (((LR, ("1", "2")),), (f"--{LR}", "3"), "both swept and set"),
+            ((("seed_everything", ("1", "2")),), (), "seed_everything cannot be swept: name --seeds instead"),
+            ((("trainer.fast_dev_run", ("1", "2")),), (), "keeps no logs"),
+            (((LR, ("1\n", "2")),), (), "control characters"),
+        ],
+    )
+    def test_refusals(self, sweep, args, message):
+        with pytest.raises(StudyError, match=message):
+            study(sweep=sweep, args=args)
+
+
+def plan(output: Path, mode: str = "max", **changes) -> Plan:
+    swept = study(output, **changes)
+    logged = ["val/loss", "val/score", "test/score"]
+    return Plan(swept, {name: {"name": name} for name in swept.arms}, ("val/loss", "min"), "test/score", mode, logged)
+
+
+def done(plan: Plan, scores: dict[str, tuple[float, ...]], epoch: int = 1) -> list[Measurement]:
+    """Runs that are done: the arms' validation scores by seed in the tested epoch. Test scores are a tenth of them."""
+    found = []
+    for run in plan.study.runs:
+        if run.seed < len(scores[run.method]):
+            score = scores[run.method][run.seed]
+            run.folder.mkdir(parents=True)
+            run.fit_file.write_text("{}")
+            checkpoint = {"path": "best.ckpt", "epoch": epoch, "monitor": "val/loss", "value": 0.5}
+            run.test_file.write_text(json.dumps({"checkpoint": checkpoint, "metrics": {}}))
+            # Epochs that are not tested have other scores.
+            logged = {("val/score", 0): 9.0, ("val/score", 1): score, ("val/score", 2): -9.0}
+            logged["test/score", epoch] = score / 10
+            found += [Measurement(run.name, run.seed, run.method, e, m, value) for (m, e), value in logged.items()]
+    return found
+
+
+def chosen(sweep: Sweep) -> dict[str, str]:
+    return {method: point[0][1] for method, point in sweep.chosen.items()}
+
+
+ARMS = ("baseline-lr=0.1", "baseline-lr=1.0", "znorm-lr=0.1", "znorm-lr=1.0")
+
+
+class TestChoice:
+    def test_by_the_mean_over_seeds_in_the_tested_epoch(self, tmp_path):
+        swept = plan(tmp_path)
+        scores = dict(zip(ARMS, [(0.1, 0.9), (0.4, 0.5), (0.2, 0.2), (0.9, -0.3)], strict=True))
+        found = tune(swept, done(swept, scores))
+        assert (found.metric, found.mode) == ("val/score", "max")
+        assert chosen(found) == {"baseline": "0.1", "znorm": "1.0"}  # 0.5 over 0.45, 0.3 over 0.2
+        assert [trial.score for trial in found.trials] == pytest.approx([0.5, 0.45, 0.2, 0.3])
+        assert found.trials[0].values == pytest.approx({0: 0.01, 1: 0.09})
+
+    def test_less_may_be_better(self, tmp_path):
+        swept = plan(tmp_path, mode="min")
+        scores = dict(zip(ARMS, [(0.1, 0.9), (0.4, 0.5), (0.2, 0.2), (0.9, -0.3)], strict=True))
+        assert chosen(tune(swept, done(swept, scores))) == {"baseline": "1.0", "znorm": "0.1"}
+
+    def test_only_the_chosen_runs_are_compared(self, tmp_path):
+        swept = plan(tmp_path)
+        scores = dict(zip(ARMS, [(0.1, 0.9), (0.4, 0.5), (0.2, 0.2), (0.9, -0.3)], strict=True))
+        measurements = done(swept, scores)
+        reduced, left = tuned(swept, measurements, tune(swept, measurements))
+        assert list(reduced.study.files.items()) == [("baseline", "m/baseline.yaml"), ("znorm", "m/znorm.yaml")]
+        assert reduced.settings == {"baseline": {"name": ARMS[0]}, "znorm": {"name": ARMS[3]}}
+        assert {(m.method, m.run) for m in left} == {
+            *(("baseline", f"baseline-lr=0.1-{seed}") for seed in (0, 1)),
+            *(("znorm", f"znorm-lr=1.0-{seed}") for seed in (0, 1)),
+        }
+        # Of each run, the same folder, and the command that a user would type.
+        assert {run.folder for run in reduced.study.runs} < {run.folder for run in swept.study.runs}
+        assert all(run.is_done for run in reduced.study.runs)
+        assert reduced.study.fit_args("znorm")[-1] == f"--{LR}=1.0"
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_a_value_at_which_a_run_diverges_is_not_chosen(self, tmp_path, bad):
+        swept = plan(tmp_path)
+        scores = dict(zip(ARMS, [(0.1, 0.1), (0.4, bad), (bad, bad), (bad, bad)], strict=True))
+        found = tune(swept, done(swept, scores))
+        assert chosen(found) == {"baseline": "0.1", "znorm": "0.1"}
+        assert any("znorm: at none of its values the validation metric is finite" in text for text in found.warnings)
+
+    def test_a_value_at_which_runs_failed_is_not_chosen_and_named(self, tmp_path):
+        swept = plan(tmp_path)
+        scores = dict(zip(ARMS, [(0.1, 0.1), (0.9,), (0.2, 0.2), (0.1, 0.1)], strict=True))
+        found = tune(swept, done(swept, scores))
+        assert chosen(found) == {"baseline": "0.1", "znorm": "0.1"}
+        assert any(text.startswith("baseline: not all seeds are done at lr=1.0") for text in found.warnings)
+
+    def test_a_method_without_runs_is_left_out(self, tmp_path):
+        swept = plan(tmp_path)
+        found = tune(swept, done(swept, dict(zip(ARMS, [(0.1, 0.1), (0.9, 0.8), (), ()], strict=True))))
+        assert chosen(found) == {"baseline": "1.0"}
+
+    def test_validation_less_often_than_tests(self, tmp_path):
+        swept = plan(tmp_path)
+        measurements = done(swept, dict.fromkeys(ARMS, (0.5, 0.5)), epoch=2)
+        measurements = [m for m in measurements if not (m.metric == "val/score" and m.epoch == 2)]
+        assert [trial.score for trial in tune(swept, measurements).trials] == [0.5] * 4  # that of epoch 1
+
+    @pytest.mark.parametrize(
+        ("values", "best", "edge"),
+        [
+            (("0.1", "1.0", "10"), 0, "0.1, is the least"),
+            (("0.1", "1.0", "10"), 1, None),
+            (("0.1", "1.0", "10"), 2, "10, is the greatest"),
+            (("10", "0.1", "1e0"), 0, "10, is the greatest"),  # given in any order
+            (("0.1",), 0, None),
+            (("adam", "sgd"), 0, None),
+        ],
+    )
+    def test_edges(self, tmp_path, values, best, edge):
+        swept = plan(tmp_path, sweep=((LR, values),))
+        scores = {name: (float(i % len(values) == best),) * 2 for i, name in enumerate(swept.study.arms)}
+        found = tune(swept, done(swept, scores)).warnings
+        assert len(found) == (0 if edge is None else 2)  # for each method
+        assert all(edge in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("metric", "monitor", "logged", "expected"),
+    [
+        ("test/a", ("val/loss", "min"), ["val/a", "val/loss"], ("val/a", "max")),
+        ("test/a", ("val/loss", "min"), ["val/loss"], ("val/loss", "min")),
+        ("val/a", ("val/a", "max"), ["val/a"], ("val/a", "max")),
+        ("score", ("dice", "max"), ["dice"], ("dice", "max")),
+        ("test/a", ("train/loss", "min"), ["train/loss"], None),
+        ("test/a", None, [], None),
+    ],
+)
+def test_metric_that_chooses(metric, monitor, logged, expected):
+    if expected is None:
+        with pytest.raises(StudyError, match="--sweep chooses values by a validation metric"):
+            tuning_metric(metric, "max", monitor, logged)
+    else:
+        assert tuning_metric(metric, "max", monitor, logged) == expected
+
+
+class TestPlot:
+    def test_numbers(self):
+        assert read_numbers(["1e-3", "0.1"]) == [0.001, 0.1]
+        assert read_numbers(["1", "nan"]) is None
+        assert read_numbers(["a", "1"]) is None
+
+    @pytest.mark.parametrize(
+        "values", [("1e-3", "0.1"), ("0", "1"), ("$a", "_b"), ("1",), ("-1", "2"), ("adam", "s" * 99)]
+    )
+    def test_any_values(self, values):
+        found = {
+            "baseline": [SweptValue(value, [0.5, 0.6], i == 0) for i, value in enumerate(values)],
+            "$znorm": [SweptValue(value, [math.nan] if i else [], False) for i, value in enumerate(values)],
+        }
+        images = plot_sweep(found, values, "lr$", "val/score")
+        assert images["png"].startswith(b"\x89PNG")
+        assert b"<svg" in images["svg"]
+
+
+def test_from_python_values_are_written_as_options(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("lightning_znorm.compare.command.run_study", lambda study, *_: given.append(study) or (None, []))
+    compare.run("e.yaml", ["m.yaml"], output=tmp_path, sweep={"a": [0.1, 1], "b": ["x", True, None]})
+    assert given[0].sweep == (("a", ("0.1", "1")), ("b", ("x", "true", "null")))
