@@ -169,6 +169,14 @@ def gradient_callbacks(settings: dict[str, Any]) -> list[dict[str, Any]]:
     return [entry for entry in as_list(settings["trainer"].get("callbacks")) if _transforms_gradients(entry)]
 
 
+def scales_gradients(settings: dict[str, Any]) -> bool:
+    """Return whether a callback gives gradients of any size the same one, as ZNorm and SING do."""
+    from lightning_znorm.callbacks import SINGCallback, ZNormCallback
+
+    classes = (_class_of(entry) for entry in gradient_callbacks(settings))
+    return any(found is not None and issubclass(found, ZNormCallback | SINGCallback) for found in classes)
+
+
 def check_experiment(study: Study, settings: dict[str, dict[str, Any]]) -> None:
     """Refuse an experiment that has a gradient method itself, because every method would train with it.
 
@@ -257,14 +265,20 @@ def _moved_logger(logger: dict[str, Any], logs: Path) -> dict[str, Any]:
 def _transforms_gradients(entry: dict[str, Any]) -> bool:
     from lightning_znorm.callbacks import GradientTransform
 
+    found = _class_of(entry)
+    return found is not None and issubclass(found, GradientTransform)
+
+
+def _class_of(entry: dict[str, Any]) -> type | None:
+    """Return the class of an object of the settings, also if a function makes it; ``None`` if that is not known."""
     with _working_directory_importable():
         found = pkgutil.resolve_name(entry["class_path"])
     if not isinstance(found, type):  # a function that creates a callback
         try:
             found = get_type_hints(found).get("return")
         except NameError:  # a type that is imported for type checkers only: nothing is known about it
-            return False
-    return isinstance(found, type) and issubclass(found, GradientTransform)
+            return None
+    return found if isinstance(found, type) else None
 
 
 @contextmanager

@@ -24,6 +24,7 @@ FILES = [
     "engines",
     "progress",
     "statistics",
+    "advice",
     "plots",
     "sweep",
     "report",

@@ -223,6 +223,8 @@ class TestPlot:
 
 def test_from_python_values_are_written_as_options(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr("lightning_znorm.compare.command.run_study", lambda study, *_: given.append(study) or (None, []))
+    monkeypatch.setattr(
+        "lightning_znorm.compare.command.run_study", lambda study, *_: given.append(study) or (None, [])
+    )
     compare.run("e.yaml", ["m.yaml"], output=tmp_path, sweep={"a": [0.1, 1], "b": ["x", True, None]})
     assert given[0].sweep == (("a", ("0.1", "1")), ("b", ("x", "true", "null")))
