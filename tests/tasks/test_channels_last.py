@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_znorm import ZNormCallback
+from lightning_znorm import GradientCentralizationCallback, SINGCallback, ZNormCallback
 from lightning_znorm.tasks import ClassificationTask, SegmentationTask
 from lightning_znorm.tasks.base import Task
+from tests.distributed import run_distributed
+from tests.gradients.reference import centralized, sing, zscore
+from tests.tasks.ddp_channels_last import train
 from tests.trainers import trainer
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -198,6 +201,51 @@ def test_resumed_by_a_fused_optimizer(tmp_path: Path) -> None:
         trainer(max_epochs=2).fit(other, loader(other), loader(other), ckpt_path=path)
         ends.append(other.state_dict())
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-5)
+
+
+REFERENCES = {
+    "znorm": (ZNormCallback(), zscore),
+    "adaptive": (ZNormCallback(centering="adaptive"), partial(zscore, centering="adaptive")),
+    "centralization": (
+        GradientCentralizationCallback(),
+        lambda grad: centralized(grad) if grad.ndim > 1 and grad[0].numel() > 1 else grad,
+    ),
+    "sing": (SINGCallback(), sing),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("kind", TASKS)
+def test_update_is_that_of_the_definition(kind: str, name: str) -> None:
+    """One step of SGD in float64, from gradients in the memory format that the method gets them in."""
+    callback, method = REFERENCES[name]
+    make, shape = TASKS[kind]
+    task = make(channels_last=True).double()
+    task.optimizer = partial(torch.optim.SGD, lr=0.5)
+    (first, *_) = loader(task, shape)
+    batch = [part.double() if part.is_floating_point() else part for part in first]
+    before = {name: weight.detach().clone() for name, weight in task.named_parameters()}
+    task.criterion(task(batch[0]), batch[1]).backward()
+    grads = {name: weight.grad for name, weight in task.named_parameters()}
+    assert any(in_format(grad) and not grad.is_contiguous() for grad in grads.values() if grad.ndim in FORMATS)
+    # A gradient of one element has no deviation, and stays as it is.
+    changes = {name: method(grad) if grad.numel() > 1 else grad for name, grad in grads.items()}
+    expected = {name: before[name] - 0.5 * change for name, change in changes.items()}
+    task.zero_grad()
+    data = DataLoader(TensorDataset(*batch), batch_size=len(batch[0]))
+    trainer(max_steps=1, limit_val_batches=0, precision="64-true", callbacks=[callback]).fit(task, data, data)
+    torch.testing.assert_close(dict(task.named_parameters()), expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["resnet20", "mobilenetv2_100"])
+def test_ddp(name: str) -> None:
+    """Gradients have the layout of DDP's buckets, also those of 1x1 and depthwise convolutions: no copy, no warning."""
+    (plain, _), _ = run_distributed(train, name, False)
+    (weights, warned), (others, _) = run_distributed(train, name, True)
+    assert not [message for message in warned if "strides" in message]
+    torch.testing.assert_close(others, weights, rtol=0, atol=0)
+    torch.testing.assert_close(weights, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_assigned_weights_get_the_format() -> None:
