@@ -84,6 +84,22 @@ def test_lightning_step() -> None:
             assert float(row[ratio].split()[0]) == expected
 
 
+def test_fit() -> None:
+    arguments = ("--batch-size", "2", "--steps", "4", "--rounds", "1", "--precisions", "32-true", "--eager")
+    output = output_of("benchmarks.fit", *arguments)
+    assert "bf16-mixed is left out" in output
+    table = rows(output)
+    assert [row[2:4] for row in table] == [
+        [f"32-true, {memory_format}, eager", step]
+        for memory_format in ("contiguous", "channels_last")
+        for step in ("loop by hand", "fit", "fit with ZNormCallback")
+    ]
+    for number, (_, batch, _, _, milliseconds, ratio, _, images) in enumerate(table):
+        by_hand = float(table[number - number % 3][4])
+        assert float(ratio.split()[0]) == pytest.approx(float(milliseconds) / by_hand, rel=0.01)
+        assert float(images) == pytest.approx(1e3 * int(batch) / float(milliseconds), rel=0.01)
+
+
 @pytest.mark.gpu
 def test_kernels_on_a_gpu() -> None:
     table = rows(output_of("benchmarks.kernels", "--device", "cuda", "--models", "ResNet-56", "--rounds", "3"))

@@ -38,6 +38,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "lr_scheduler_frequency": 2,
         "lr_scheduler_strict": False,
         "prior": [0.25, *[0.125] * 5, *[0.03125] * 4],
+        "channels_last": True,
     },
     "SegmentationTask": {
         "num_classes": 2,
@@ -51,6 +52,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "lr_scheduler_frequency": 2,
         "lr_scheduler_strict": False,
         "prior": [0.75, 0.25],
+        "channels_last": True,
     },
 }
 MODELS = {"ClassificationTask": "resnet20", "SegmentationTask": "attention_unet"}

@@ -15,10 +15,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from lightning_znorm.arguments import checked_flag
 from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 from lightning_znorm.hyperparameters import PlainHyperparameters, plain_values, python_scalars
 from lightning_znorm.metrics.mask_metric import at_least_float32
@@ -35,6 +37,9 @@ from lightning_znorm.tasks.targets import TargetCheck
 
 BUILD_IT = "build the network yourself and pass it as the model"
 """What a message advises for arguments of a network that are not plain values."""
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""The memory format of a tensor by its number of dimensions; others have one format only."""
 
 
 class Task(PlainHyperparameters, SavesRandomStates):
@@ -72,6 +77,7 @@ class Task(PlainHyperparameters, SavesRandomStates):
     _prior: list[float] | Literal["auto"] | None = None
     _num_logits = 0
     _uses_softmax = False
+    _channels_last = False
     _has_started = False  # whether the weights are those of a training, and no longer the initial ones
     _loaded: frozenset[str] = frozenset()  # names of weights that have been loaded
     _prior_note = ""  # what to say when the training starts
@@ -105,7 +111,12 @@ class Task(PlainHyperparameters, SavesRandomStates):
         self._metrics_of_loaders: dict[tuple[str, int], MetricCollection] = {}
 
     def configure_network(
-        self, model: str | nn.Module, create: "partial[nn.Module]", kwargs: dict[str, Any], compile: bool
+        self,
+        model: str | nn.Module,
+        create: "partial[nn.Module]",
+        kwargs: dict[str, Any],
+        compile: bool,
+        channels_last: bool = False,
     ) -> None:
         """Set the network, as ``self.model``.
 
@@ -114,11 +125,14 @@ class Task(PlainHyperparameters, SavesRandomStates):
             create: Makes the network from its name and ``kwargs``. It holds the arguments that the task sets itself.
             kwargs: Arguments of a network by name.
             compile: Whether to compile the network in place.
+            channels_last: Whether its weights, and the images for :meth:`run_network`, are in channels-last format.
 
         Raises:
             ValueError: If ``kwargs`` come with a module or hold an argument that the task sets itself, or if the
                 network by name would have no channels.
+            TypeError: If ``channels_last`` is neither ``True`` nor ``False``.
         """
+        self._channels_last = checked_flag("channels_last", channels_last)
         self._in_chans: int | None = None
         if isinstance(model, str):
             self._in_chans = create.keywords["in_chans"]
@@ -136,6 +150,29 @@ class Task(PlainHyperparameters, SavesRandomStates):
         if compile:
             model.compile()
         self.model = model
+        self._set_memory_format()
+
+    def run_network(self, images: Tensor) -> Any:
+        """Return the output of the network, for images in the memory format that the task was given.
+
+        Args:
+            images: Shape ``(N, C, ...)``.
+        """
+        if self._channels_last and images.ndim in _CHANNELS_LAST:
+            images = images.to(memory_format=_CHANNELS_LAST[images.ndim])
+        return self.model(images)
+
+    def _set_memory_format(self) -> None:
+        """Put weights of four and five dimensions into channels-last format, if the task was given that."""
+        if not self._channels_last:
+            return
+        # `Module.to(memory_format=...)` takes one format, and a network may have weights of four and five dimensions.
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if is_lazy(tensor) or type(tensor.data) is not Tensor or tensor.ndim not in _CHANNELS_LAST:
+                continue
+            converted = tensor.data.to(memory_format=_CHANNELS_LAST[tensor.ndim])
+            if converted.stride() != tensor.stride():
+                tensor.data = converted
 
     def configure_prior(self, prior: Prior, num_classes: int, softmax: bool) -> None:
         """Note the shares of the classes with which the output biases start; ``None`` leaves the biases alone.
@@ -297,6 +334,7 @@ class Task(PlainHyperparameters, SavesRandomStates):
         """Forget wrong targets that an interrupted run has noted, and set the output biases before a training."""
         for check in self.target_checks:
             check.clear()
+        self._set_memory_format()  # of lazy layers, which have got their weights since
         if stage == "fit":
             self._start_with_prior()
             self._has_started = True
@@ -305,7 +343,9 @@ class Task(PlainHyperparameters, SavesRandomStates):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights. A later training keeps the output biases among them."""
         self._loaded = self._loaded.union(state_dict)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        self._set_memory_format()
+        return result
 
     @override
     def on_train_epoch_end(self) -> None:
@@ -353,7 +393,22 @@ class Task(PlainHyperparameters, SavesRandomStates):
         if self._prior_note:
             rank_zero_info(self._prior_note)
             self._prior_note = ""
+        self._align_optimizer_states()
         super().on_train_start()
+
+    def _align_optimizer_states(self) -> None:
+        """Lay out what optimizers have loaded for weights, such as momentum, as the weights are.
+
+        A checkpoint may be of a task with another ``channels_last``. Fused optimizers of torch read the memory of a
+        weight and of its state in order.
+        """
+        for optimizer in self.trainer.optimizers:
+            for weight, state in getattr(optimizer, "state", {}).items():
+                for name, value in state.items() if isinstance(state, dict) else ():
+                    if not type(value) is type(getattr(weight, "data", None)) is Tensor or value.shape != weight.shape:
+                        continue
+                    if value.stride() != weight.stride():
+                        state[name] = torch.empty_like(weight, dtype=value.dtype, device=value.device).copy_(value)
 
     def _require_long_schedule(self) -> None:
         if self._total_steps is None:

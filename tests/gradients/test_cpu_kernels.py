@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_znorm.functional import zscore_grads_
-from lightning_znorm.gradients import AffineMethod, Centralization, ZScore
+from lightning_znorm.gradients import SING, AffineMethod, Centralization, ZScore
 from lightning_znorm.gradients.kernels import cpu, torch_ops, transform_segments_, transform_unsharded_
 from lightning_znorm.gradients.methods import Statistics
 from lightning_znorm.gradients.shards import unsharded_segments
@@ -41,6 +41,25 @@ def test_a_networks_gradients_are_theirs(unsupported: list[Tensor]) -> None:
     grads = [randn(16), randn(64, 3, 3, 3), randn(700_000), randn(9).double(), randn(9).half()]
     transform_segments_(unsharded_segments(grads, "tensor"), ZScore())
     assert not unsupported
+
+
+@pytest.mark.parametrize("method", [ZScore(), ZScore(centering="adaptive"), Centralization(), SING()], ids=repr)
+def test_a_networks_gradients_in_channels_last_are_theirs(unsupported: list[Tensor], method: AffineMethod) -> None:
+    """Nothing is copied: the gradients are rewritten where they are."""
+    grads = [
+        randn(16, 8, 3, 3).to(memory_format=torch.channels_last),
+        randn(4, 2, 3, 3).to(memory_format=torch.channels_last),
+        randn(16, 8, 1, 1).to(memory_format=torch.channels_last),
+        randn(16, 1, 3, 3).to(memory_format=torch.channels_last),
+        randn(16, 8, 3, 3, 3).double().to(memory_format=torch.channels_last_3d),
+    ]
+    memory = [(grad.data_ptr(), grad.stride()) for grad in grads]
+    plain = [grad.contiguous() for grad in grads]
+    for each in (grads, plain):
+        transform_unsharded_(each, method)
+    assert not unsupported
+    assert [(grad.data_ptr(), grad.stride()) for grad in grads] == memory
+    torch.testing.assert_close(grads, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_others_are_unsupported(unsupported: list[Tensor]) -> None:

@@ -343,6 +343,7 @@ class TestCheckpoint:
             "lr_scheduler_frequency": None,
             "lr_scheduler_strict": True,
             "prior": None,
+            "channels_last": False,
         }
         again = ClassificationTask.load_from_checkpoint(path)
         images = torch.randn(3, 1, 8, 8)
@@ -366,6 +367,7 @@ class TestCheckpoint:
             "lr_scheduler_frequency": None,
             "lr_scheduler_strict": True,
             "prior": None,
+            "channels_last": False,
         }
         assert torch.load(path, weights_only=True)["hyper_parameters"] == plain
         logged = yaml.safe_load((tmp_path / "hparams.yaml").read_text())

@@ -1,7 +1,7 @@
 """Kernels that rewrite gradients in place, each for every affine method, and measure them.
 
 - ``dispatch.py`` chooses a kernel for each gradient that this process holds all of.
-- ``cpu.py`` serves contiguous float32 and float64 gradients on a CPU, and tiny half-precision ones.
+- ``cpu.py`` serves float32 and float64 gradients on a CPU, contiguous or channels_last, and tiny half-precision ones.
 - ``triton.py`` serves gradients on devices that run Triton, by the programs in ``triton_programs.py``.
 - ``torch_ops.py`` serves all others, on any device.
 - ``sharded.py`` serves gradients that are sharded over processes.

@@ -28,6 +28,10 @@ from lightning_znorm.gradients.methods import AffineMethod, Centralization, Stat
 _CONTIGUOUS_TYPES = frozenset({torch.float32, torch.float64})
 _TINY_TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
+# Gradients of convolutions whose weights are in another memory format than torch's usual one, and how their dimensions
+# lie in memory. The first dimension, whose elements are the rows, stays the first.
+_CHANNELS_LAST = {4: (torch.channels_last, (0, 2, 3, 1)), 5: (torch.channels_last_3d, (0, 2, 3, 4, 1))}
+
 # Larger tensors are faster by themselves than concatenated with others.
 TINY_NUMEL = 512
 # Elements that are concatenated at a time, of 8 bytes each, in four vectors.
@@ -50,7 +54,7 @@ def transform_supported_(
         loss_scale: Factor by which the gradients are larger than the true ones, a scalar tensor.
 
     Returns:
-        The unsupported tensors, unchanged: on other devices, not contiguous, of other types.
+        The unsupported tensors, unchanged: on other devices, with gaps or transposed, of other types.
     """
     unsupported: list[Tensor] = []
     tiny: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
@@ -60,12 +64,12 @@ def transform_supported_(
         numel, dtype = tensor.numel(), tensor.dtype
         if numel < 2:
             continue
-        if not _is_plain(tensor):
+        if (ordered := _in_memory_order(tensor)) is None:
             unsupported.append(tensor)
         elif numel <= max_tiny and dtype in _TINY_TYPES:
-            tiny[dtype].append(tensor)
+            tiny[dtype].append(ordered)
         elif needs_std and dtype in _CONTIGUOUS_TYPES:
-            contiguous[dtype].append(tensor)
+            contiguous[dtype].append(ordered)
         else:
             unsupported.append(tensor)
     with _without_autograd(method):
@@ -87,7 +91,7 @@ def transform_supported_rows_(
         loss_scale: Factor by which the gradients are larger than the true ones, a scalar tensor.
 
     Returns:
-        The unsupported tensors, unchanged: on other devices, not contiguous, of other types.
+        The unsupported tensors, unchanged: on other devices, with gaps or transposed, of other types.
     """
     unsupported: list[Tensor] = []
     matrices: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
@@ -95,8 +99,8 @@ def transform_supported_rows_(
         ndim = tensor.ndim
         if ndim < 2 or tensor.numel() <= (length := tensor.size(0)):
             continue
-        if _is_plain(tensor) and tensor.dtype in _CONTIGUOUS_TYPES:
-            matrices[tensor.dtype].append(tensor if ndim == 2 else tensor.view(length, -1))
+        if tensor.dtype in _CONTIGUOUS_TYPES and (ordered := _in_memory_order(tensor)) is not None:
+            matrices[tensor.dtype].append(ordered if ndim == 2 else ordered.view(length, -1))
         else:
             unsupported.append(tensor)
     with _without_autograd(method):
@@ -105,10 +109,22 @@ def transform_supported_rows_(
     return unsupported
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor's elements lie in the memory of a CPU, one after the other, as they are."""
+def _in_memory_order(tensor: Tensor) -> Tensor | None:
+    """Return a tensor, its dimensions in the order in which they lie in the memory of a CPU; its rows stay its rows.
+
+    Returns:
+        The tensor, or a contiguous view of it; ``None`` if it has gaps, is on another device or is no plain tensor.
+    """
     # A subclass of Tensor may not work in inference mode.
-    return type(tensor) is Tensor and tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()
+    if type(tensor) is not Tensor or not tensor.is_cpu or tensor.is_neg():
+        return None
+    if tensor.is_contiguous():
+        return tensor
+    if (ndim := tensor.ndim) in _CHANNELS_LAST:
+        memory_format, order = _CHANNELS_LAST[ndim]
+        if tensor.is_contiguous(memory_format=memory_format):
+            return tensor.permute(order)
+    return None
 
 
 def _without_autograd(method: AffineMethod) -> AbstractContextManager[object]:
