@@ -64,8 +64,8 @@ def run_study(study: Study, resources: Resources, console: Console) -> tuple[Tab
     Raises:
         StudyError: Before the first run, if something is wrong with the study.
     """
-    with interruptible(), _folder_lock(study):
-        processes = Processes(study.timeout)
+    processes = Processes(study.timeout)
+    with interruptible(), _folder_lock(study), processes.forking():
         plan = _make_plan(study, resources, processes, console)
         outcomes = _execute(plan, resources, processes, console)
         for outcome in outcomes:
@@ -84,8 +84,9 @@ def remaining_commands(study: Study, resources: Resources, console: Console) -> 
     Raises:
         StudyError: If something is wrong with the study.
     """
-    with interruptible(), _folder_lock(study):
-        plan = _make_plan(study, resources, Processes(study.timeout), console)
+    processes = Processes(study.timeout)
+    with interruptible(), _folder_lock(study), processes.forking():
+        plan = _make_plan(study, resources, processes, console)
         remaining = [run for run in study.runs if not run.is_done]
         with _os_errors_refuse():
             for run in remaining:

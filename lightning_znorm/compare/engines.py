@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_znorm.compare.forks import ForkedProcess
 from lightning_znorm.compare.processes import Processes, Stopped, import_paths
 from lightning_znorm.compare.runner import fit_and_test
 from lightning_znorm.compare.study import Outcome, Plan, Run, StudyError
@@ -284,7 +285,7 @@ class LeashedProcesses(Processes):
     @contextmanager
     def started(
         self, args: Sequence[str], environment: Mapping[str, str], options: Mapping[str, Any]
-    ) -> Iterator["subprocess.Popen[bytes]"]:
+    ) -> Iterator["subprocess.Popen[bytes] | ForkedProcess"]:
         """Start a command, as `Processes.started` does."""
         with super().started(args, environment, options) as process, _killed_with_this_process(process.pid):
             yield process

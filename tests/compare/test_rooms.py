@@ -18,6 +18,7 @@ FILES = [
     "checkpoints",
     "results",
     "recorder",
+    "forks",
     "processes",
     "runner",
     "plan",
