@@ -106,9 +106,14 @@ class Processes:
             return process.wait(), out.decode(), err.decode(errors="replace")
 
     @contextmanager
-    def forking(self) -> Iterator[None]:
-        """Start processes in this context as copies of one that has the imports, on systems where that works."""
+    def forking(self, environment: Mapping[str, str] | None = None) -> Iterator[None]:
+        """Start processes in this context as copies of one that has the imports, on systems where that works.
+
+        Args:
+            environment: Environment variables of that one, in addition to this process's.
+        """
         self._may_fork = CAN_FORK
+        self._forks_environment = environment or {}
         try:
             yield
         finally:
@@ -214,7 +219,7 @@ class Processes:
             if not self._may_fork or self._stopped.is_set():
                 return None
             if self._forks is None:
-                self._forks = ForkServer(variables)
+                self._forks = ForkServer({**variables, **self._forks_environment})
             forks = self._forks
         try:
             copy = forks.start(args, variables, options, self._seconds())
