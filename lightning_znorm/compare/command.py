@@ -9,12 +9,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lightning_znorm.compare.engines import Resources, cores, open_engine
+from lightning_znorm.compare.cores import cores, thread_variables
+from lightning_znorm.compare.engines import Resources, notes_on_sharing, open_engine
 from lightning_znorm.compare.files import DamagedError, InUseError, locked, reason_of, with_path, write_json
 from lightning_znorm.compare.formatting import relative_path
 from lightning_znorm.compare.plan import make_plan, read_record
 from lightning_znorm.compare.processes import Processes, interruptible
-from lightning_znorm.compare.progress import Progress, watch
+from lightning_znorm.compare.progress import Preparation, Progress, watch
 from lightning_znorm.compare.report import build_report, write_report
 from lightning_znorm.compare.results import Measurement, read_run, write_results
 from lightning_znorm.compare.runner import repair_if_idle, shell_line
@@ -67,8 +68,8 @@ def run_study(study: Study, resources: Resources, console: Console) -> tuple[Tab
     Raises:
         StudyError: Before the first run, if something is wrong with the study.
     """
-    with interruptible(), _folder_lock(study):
-        processes = Processes(study.timeout)
+    processes = Processes(study.timeout)
+    with interruptible(), _folder_lock(study), processes.forking(thread_variables(resources.jobs)):
         plan = _make_plan(study, resources, processes, console)
         outcomes = _execute(plan, resources, processes, console)
         for outcome in outcomes:
@@ -87,8 +88,9 @@ def remaining_commands(study: Study, resources: Resources, console: Console) -> 
     Raises:
         StudyError: If something is wrong with the study.
     """
-    with interruptible(), _folder_lock(study):
-        plan = _make_plan(study, resources, Processes(study.timeout), console)
+    processes = Processes(study.timeout)
+    with interruptible(), _folder_lock(study), processes.forking(thread_variables(resources.jobs)):
+        plan = _make_plan(study, resources, processes, console)
         remaining = [run for run in study.runs if not run.is_done]
         with _os_errors_refuse():
             for run in remaining:
@@ -243,9 +245,10 @@ def _os_errors_refuse() -> Iterator[None]:
 
 def _make_plan(study: Study, resources: Resources, processes: Processes, console: Console) -> Plan:
     _say(console, ["Reading settings, and trying new methods on one batch ..."])
-    with _os_errors_refuse():
-        plan = make_plan(study, processes, min(cores(), max(resources.jobs, 2)))
+    with Preparation(console, len(study.files)) as preparation, _os_errors_refuse():
+        plan = make_plan(study, processes, min(cores(), max(resources.jobs, 2)), preparation.tell)
     _say(console, [*note_on_order(study.configs), *plan.notes])
+    _say(console, notes_on_sharing(plan, resources))
     _say(console, (f"{' and '.join(methods)} have the same settings." for methods in same_settings(plan.settings)))
     return plan
 

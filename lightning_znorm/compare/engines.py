@@ -16,8 +16,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_znorm.compare.cores import notes_on_cores, thread_variables
+from lightning_znorm.compare.forks import ForkedProcess
 from lightning_znorm.compare.processes import Processes, Stopped, import_paths
 from lightning_znorm.compare.runner import fit_and_test
+from lightning_znorm.compare.settings import values_by_path
 from lightning_znorm.compare.study import Outcome, Plan, Run, StudyError
 from lightning_znorm.errors import ZNormRuntimeError
 
@@ -241,9 +244,9 @@ def environments(jobs: int, devices: int | None, gpus: list[str] | None = None) 
         >>> [environment["CUDA_VISIBLE_DEVICES"] for environment in environments(3, 1, ["0", "1"])]
         ['0', '1', '0']
     """
+    shared = thread_variables(jobs)
     if jobs == 1:
-        return [{}]
-    shared = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
+        return [shared]
     gpus = visible_gpus() if gpus is None else gpus
     if not gpus or devices is None:
         return [shared] * jobs
@@ -260,9 +263,14 @@ def devices_per_run(plan: Plan) -> int | None:
     return max(int(devices) if str(devices).isdecimal() else 1 for devices in asked)
 
 
-def cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def notes_on_sharing(plan: Plan, resources: Resources) -> list[str]:
+    """Return sentences for the user about runs that are more than the cores of this machine can take."""
+    if resources.ray is not None:
+        return []
+    paths = (values_by_path(settings.get("data", {})).items() for settings in plan.settings.values())
+    workers = [number for values in paths for path, number in values if path.rpartition(".")[2] == "num_workers"]
+    count = max((number for number in workers if isinstance(number, int)), default=0)
+    return list(notes_on_cores(resources.jobs, count, resources.jobs > 1 and bool(visible_gpus())))
 
 
 def visible_gpus() -> list[str]:
@@ -284,7 +292,7 @@ class LeashedProcesses(Processes):
     @contextmanager
     def started(
         self, args: Sequence[str], environment: Mapping[str, str], options: Mapping[str, Any]
-    ) -> Iterator["subprocess.Popen[bytes]"]:
+    ) -> Iterator["subprocess.Popen[bytes] | ForkedProcess"]:
         """Start a command, as `Processes.started` does."""
         with super().started(args, environment, options) as process, _killed_with_this_process(process.pid):
             yield process

@@ -1,12 +1,13 @@
 """Validate a study before the first run, and write down the settings of all its runs."""
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
+from lightning_znorm.compare.cores import thread_variables
 from lightning_znorm.compare.files import (
     DamagedError,
     free_path,
@@ -48,14 +49,23 @@ from lightning_znorm.compare.settings import (
 )
 from lightning_znorm.compare.study import Plan, Run, Study, StudyError
 
+Tell: TypeAlias = Callable[[str, str], None]
+"""Takes the name of a method, and what happens to it: one of the words of `STEPS`."""
+STEPS = ("reading", "read", "trying", "tried")
 
-def make_plan(study: Study, processes: Processes, jobs: int) -> Plan:
+
+def ignore(name: str, step: str) -> None:
+    """Tell nobody."""
+
+
+def make_plan(study: Study, processes: Processes, jobs: int, tell: Tell = ignore) -> Plan:
     """Validate a study, and write the settings of its runs into its folder. The caller must hold the folder's lock.
 
     Args:
         study: The study.
         processes: Starts processes.
         jobs: Number of processes at a time.
+        tell: Told how far this has come.
 
     Raises:
         StudyError: If a file is missing or wrong, if the folder holds something else or a study with other settings, if
@@ -63,9 +73,9 @@ def make_plan(study: Study, processes: Processes, jobs: int) -> Plan:
             nothing logs the metric.
     """
     record, damage = _record(study)
-    resolved = processes.map(lambda name: _resolve(study, name, processes), study.files, jobs)
-    settings = dict(zip(study.files, resolved, strict=True))
-    _refuse_other_sweeps(study, record)
+    if not damage:
+        _refuse_other_sweeps(study, record)
+    settings = resolve_all(study, list(study.files), processes, jobs, tell)
     _refuse_changes(study, record, settings)
     _refuse_same_points(study, settings)
     check_experiment(study, settings)
@@ -75,7 +85,7 @@ def make_plan(study: Study, processes: Processes, jobs: int) -> Plan:
     tried = {study.arms[name].method for name in settings if name in record.get("methods", {}) and not damage}
     missing = {name: settings[name] for name in _first_arms(study) if study.arms[name].method not in tried}
     if missing:
-        known = sorted({*known, *try_methods(study, missing, monitor, processes, jobs)})
+        known = sorted({*known, *try_methods(study, missing, monitor, processes, jobs, tell)})
     metric, mode = choose_metric(study.metric, study.mode, monitor, known)
     if monitor is None and stage(metric) == "test" and all(map(reaches_validation, settings.values())):
         name = at_stage(metric, "val", known)
@@ -269,6 +279,31 @@ def _are_settings(content: Any) -> bool:
     return isinstance(content, dict) and isinstance(content.get("trainer"), dict)
 
 
+def resolve_all(
+    study: Study, names: Sequence[str], processes: Processes, jobs: int, tell: Tell = ignore
+) -> dict[str, dict[str, Any]]:
+    """Return the settings of methods, as `fit` resolves them.
+
+    Args:
+        study: The study.
+        names: Names of the methods.
+        processes: Starts processes.
+        jobs: Number of processes at a time.
+        tell: Told how far this has come.
+
+    Raises:
+        StudyError: If `fit` refuses the settings of a method.
+    """
+
+    def resolve(name: str) -> dict[str, Any]:
+        tell(name, "reading")
+        settings = _resolve(study, name, processes)
+        tell(name, "read")
+        return settings
+
+    return dict(zip(names, processes.map(resolve, names, jobs), strict=True))
+
+
 def _resolve(study: Study, name: str, processes: Processes) -> dict[str, Any]:
     try:
         code, out, err = processes.capture([*study.fit_args(name), "--print_config"])
@@ -360,7 +395,12 @@ def _refuse_other_tests(study: Study, monitored: bool) -> None:
 
 
 def try_methods(
-    study: Study, settings: dict[str, Any], monitor: tuple[str, str] | None, processes: Processes, jobs: int
+    study: Study,
+    settings: dict[str, Any],
+    monitor: tuple[str, str] | None,
+    processes: Processes,
+    jobs: int,
+    tell: Tell = ignore,
 ) -> set[str]:
     """Train each method for one batch, and test the first.
 
@@ -370,6 +410,7 @@ def try_methods(
         monitor: Metric that chooses the best checkpoint, and its mode.
         processes: Starts processes.
         jobs: Number of processes at a time.
+        tell: Told how far this has come.
 
     Returns:
         Names of everything that was logged.
@@ -380,11 +421,12 @@ def try_methods(
     folder = study.output / ".probe"
     shutil.rmtree(folder, ignore_errors=True)
     runs = [Run(name, study.seeds[0], folder / name) for name in settings]
+    threads = thread_variables(min(jobs, len(runs)))
 
     def execute(run: Run, command: list[str], expected: Path) -> None:
         start = run.log.stat().st_size if run.log.is_file() else 0
         try:
-            code = processes.run(command, run.log)
+            code = processes.run(command, run.log, threads)
             failure = "" if code == 0 and expected.is_file() else describe_exit(code, expected)
         except TimedOut as error:
             failure = str(error)
@@ -395,6 +437,7 @@ def try_methods(
             )
 
     def try_method(run: Run) -> set[str]:
+        tell(run.method, "trying")
         config = trial_config(run_config(settings[run.method], run, monitor))
         write_text(run.config, yaml.safe_dump(config, sort_keys=False))
         execute(run, command_to_fit(run), run.fit_file)
@@ -407,6 +450,7 @@ def try_methods(
         check_trial(study, run.method, settings[run.method], fit["methods"])
         if run is runs[0]:
             execute(run, command_to_test(run, monitor is not None), run.test_file)
+        tell(run.method, "tried")
         return logged_names(run)
 
     try:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import psutil
 
 from lightning_znorm.compare.files import with_path
+from lightning_znorm.compare.forks import CAN_FORK, ForkedProcess, ForkServer
 from lightning_znorm.compare.formatting import clock
 from lightning_znorm.errors import ZNormRuntimeError
 
@@ -48,6 +49,8 @@ class Processes:
 
     def __init__(self, timeout: float | None = None) -> None:
         self.timeout = timeout
+        self._forks: ForkServer | None = None
+        self._may_fork = False
         self._running: set[_Tree] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -100,7 +103,22 @@ class Processes:
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with self.started(args, {"PYTHONIOENCODING": "utf-8"}, options) as process:
             out, err = process.communicate(timeout=self._seconds())
-            return process.returncode, out.decode(), err.decode(errors="replace")
+            return process.wait(), out.decode(), err.decode(errors="replace")
+
+    @contextmanager
+    def forking(self, environment: Mapping[str, str] | None = None) -> Iterator[None]:
+        """Start processes in this context as copies of one that has the imports, on systems where that works.
+
+        Args:
+            environment: Environment variables of that one, in addition to this process's.
+        """
+        self._may_fork = CAN_FORK
+        self._forks_environment = environment or {}
+        try:
+            yield
+        finally:
+            self._may_fork = False
+            self._close_forks()
 
     def pause(self, seconds: float = 0.2) -> None:
         """Wait.
@@ -134,12 +152,15 @@ class Processes:
         with self._lock:
             self._stopped.set()
             running = list(self._running)
-        _end(running)
+        try:
+            _end(running)
+        finally:
+            self._close_forks()  # after the processes, of which it says how they end
 
     @contextmanager
     def started(
         self, args: Sequence[str], environment: Mapping[str, str], options: Mapping[str, Any]
-    ) -> Iterator["subprocess.Popen[bytes]"]:
+    ) -> Iterator["subprocess.Popen[bytes] | ForkedProcess"]:
         """Start a command, and end it and everything that it started on leaving the context.
 
         Args:
@@ -151,13 +172,18 @@ class Processes:
             Stopped: If `stop` was called.
             TimedOut: If a wait for the process within the context took too long.
         """
+        variables = {**os.environ, **import_paths(), **environment}
+        copy = self._fork(args, variables, options)
         with self._lock:
             if self._stopped.is_set():
+                if copy is not None:
+                    _Tree(copy).send_signal(_SIGKILL)
+                    copy.close_outputs()
                 raise Stopped
-            process = subprocess.Popen(
+            process = copy or subprocess.Popen(
                 [sys.executable, "-m", "lightning_znorm", *args],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **import_paths(), **environment},
+                env=variables,
                 start_new_session=True,  # a process group of its own
                 **options,
             )
@@ -167,7 +193,7 @@ class Processes:
             yield process
         except subprocess.TimeoutExpired as error:
             _end([tree])
-            raise TimedOut(f"was ended after {clock(error.timeout)} (--timeout)") from None
+            raise _timed_out(error) from None
         finally:
             # Other ranks may wait forever for the one that died; and if Ray interrupts this thread, the process itself
             # is still running.
@@ -180,6 +206,33 @@ class Processes:
                 self._running.discard(tree)
         if self._stopped.is_set():
             raise Stopped
+
+    def _fork(
+        self, args: Sequence[str], variables: Mapping[str, str], options: Mapping[str, Any]
+    ) -> ForkedProcess | None:
+        """Start a command as a copy of a process with the imports; return ``None`` if it needs a process of its own.
+
+        Raises:
+            TimedOut: If the imports took too long.
+        """
+        with self._lock:
+            if not self._may_fork or self._stopped.is_set():
+                return None
+            if self._forks is None:
+                self._forks = ForkServer({**variables, **self._forks_environment})
+            forks = self._forks
+        try:
+            copy = forks.start(args, variables, options, self._seconds())
+        except subprocess.TimeoutExpired as error:
+            raise _timed_out(error) from None
+        self._may_fork = copy is not None
+        return copy
+
+    def _close_forks(self) -> None:
+        with self._lock:
+            forks, self._forks = self._forks, None
+        if forks is not None:
+            forks.close()
 
     def _seconds(self) -> float | None:
         # Windows and `poll` accept no longer time than this one, of eleven days.
@@ -247,7 +300,7 @@ class _Tree:
         process: The process.
     """
 
-    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+    def __init__(self, process: "subprocess.Popen[bytes] | ForkedProcess") -> None:
         self.process = process
         self._descendants: set[psutil.Process] = set()
         try:
@@ -295,6 +348,10 @@ class _Tree:
             return os.getpgid(process.pid) == self.process.pid
         except ProcessLookupError:
             return True  # it has ended: nothing to signal
+
+
+def _timed_out(error: subprocess.TimeoutExpired) -> TimedOut:
+    return TimedOut(f"was ended after {clock(error.timeout)} (--timeout)")
 
 
 def _do_nothing(signum: int, frame: FrameType | None) -> None:

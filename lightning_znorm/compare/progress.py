@@ -1,5 +1,6 @@
 """Live progress: what runs, what is done, and how much time is left."""
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -8,12 +9,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table as RichTable
 from rich.text import Text
+from typing_extensions import Self
 
 from lightning_znorm.compare.engines import LostError
 from lightning_znorm.compare.formatting import clock, fixed, visible
@@ -39,6 +41,79 @@ class _View:
     count: str
     rows: tuple[tuple[str, str, str, str], ...]
     hidden: str
+
+
+class Preparation:
+    """Shows how methods are read and tried, before the first run: a line that moves, or one for each event.
+
+    Args:
+        console: The terminal, or the file that replaces it.
+        count: Number of methods.
+    """
+
+    def __init__(self, console: Console, count: int) -> None:
+        self.console = console
+        self.count = count
+        self._start = time.monotonic()
+        self._began: dict[str, float] = {}
+        self._steps: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self.console.is_interactive:
+            self._live = Live(
+                console=self.console, get_renderable=self._line, refresh_per_second=4, transient=True
+            ).__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._live is not None:
+            self._live.__exit__(*error)
+
+    def tell(self, name: str, step: str) -> None:
+        """Show what happens to a method. Threads may call this.
+
+        Args:
+            name: Name of the method.
+            step: One of `plan.STEPS`.
+        """
+        with self._lock:
+            now = time.monotonic()
+            took = now - self._began.pop(name, now)
+            self._steps[name] = step
+            if step in ("reading", "trying"):
+                self._began[name] = now
+            if not self.console.is_interactive:
+                self.console.print(Text(_writable(self._event(name, step, took), self.console)), soft_wrap=True)
+
+    def _event(self, name: str, step: str, seconds: float) -> str:
+        if step == "reading":
+            return f"{name}: its settings are read"
+        if step == "trying":
+            return f"{name}: is tried on one batch"
+        known = sum(other != "reading" for other in self._steps.values())
+        if step == "read":
+            return f"{name}: its settings were read in {clock(seconds)} ({known} of {self.count} methods)"
+        return f"{name}: was tried in {clock(seconds)} ({self._tried()})"
+
+    def _tried(self) -> str:
+        steps = list(self._steps.values())
+        remaining = steps.count("trying") + steps.count("read")
+        return f"{steps.count('tried')} tried, {remaining} left" if remaining else f"{steps.count('tried')} tried"
+
+    def _line(self) -> Text:
+        with self._lock:
+            now = time.monotonic()
+            current = [f"{name} {clock(now - began)}" for name, began in self._began.items()]
+            steps = set(self._steps.values())
+            if steps & {"trying", "tried"}:
+                what = f"trying new methods on one batch, {self._tried()}"
+            else:
+                known = sum(step != "reading" for step in self._steps.values())
+                what = f"reading settings, {known} of {self.count} methods are read"
+        text = f"{clock(now - self._start)}  {what}{': ' if current else ''}{', '.join(current)}"
+        return Text(_writable(text, self.console), no_wrap=True, overflow="ellipsis")
 
 
 class Progress:

@@ -19,6 +19,8 @@ from lightning_znorm.compare.study import Run, Study, StudyError
 
 STUDY_OPTIONS = ("logger", "enable_checkpointing", "enable_progress_bar", "barebones")
 """Settings of the trainer, besides its callbacks, that the study sets itself."""
+TRANSFORMS = ("GradientCentralizationCallback", "GradientTransform", "SINGCallback", "ZNormCallback")
+"""The gradient methods among the names of `lightning_znorm`, known without an import of Lightning, which is slow."""
 _PACKAGE = __package__
 
 
@@ -263,6 +265,11 @@ def _moved_logger(logger: dict[str, Any], logs: Path) -> dict[str, Any]:
 
 
 def _transforms_gradients(entry: dict[str, Any]) -> bool:
+    package, _, name = str(entry["class_path"]).rpartition(".")
+    if package == "lightning_znorm":
+        return name in TRANSFORMS
+    if package in ("lightning.pytorch.callbacks", "pytorch_lightning.callbacks"):
+        return False
     from lightning_znorm.callbacks import GradientTransform
 
     found = _class_of(entry)

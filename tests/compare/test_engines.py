@@ -7,7 +7,8 @@ from lightning_znorm.compare.study import Plan, Study
 
 
 class TestSharingAMachine:
-    def test_alone(self):
+    def test_alone(self, monkeypatch):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         assert environments(1, 1, ["0", "1"]) == [{}]
 
     def test_a_gpu_each(self, monkeypatch):
@@ -30,7 +31,7 @@ class TestSharingAMachine:
 
     def test_cores_are_shared(self, monkeypatch):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        monkeypatch.setattr("lightning_znorm.compare.engines.cores", lambda: 8)
+        monkeypatch.setattr("lightning_znorm.compare.cores.cores", lambda: 8)
         assert environments(3, 1, []) == [{"OMP_NUM_THREADS": "2"}] * 3
         assert environments(16, 1, [])[0] == {"OMP_NUM_THREADS": "1"}
 

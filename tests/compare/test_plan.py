@@ -198,7 +198,7 @@ class TestPreparation:
         ],
     )
     def test_try_that_does_not_end_well(self, code, message, tmp_path, monkeypatch):
-        def run(self, args, log):
+        def run(self, args, log, *rest):
             log.write_text("$ python -m lightning_znorm fit\nerror: it broke\n" if code == 1 else "")
             return code
 

@@ -55,6 +55,7 @@ def stand_in(tmp_path, monkeypatch):
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(path))
+        monkeypatch.setattr(processes, "CAN_FORK", False)  # test_forks.py is about copies of a process
 
     return make
 

@@ -11,6 +11,7 @@ PACKAGE = Path(lightning_znorm.compare.__file__).parent
 
 # From the ground up. A study's way goes up: study, plan, runner, results, statistics, report.
 FILES = [
+    "cores",
     "formatting",
     "files",
     "study",
@@ -18,6 +19,7 @@ FILES = [
     "checkpoints",
     "results",
     "recorder",
+    "forks",
     "processes",
     "runner",
     "plan",

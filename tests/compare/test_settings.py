@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+import lightning_znorm
+from lightning_znorm import GradientTransform
 from lightning_znorm.compare.settings import (
+    TRANSFORMS,
     changed_settings,
     check_experiment,
     gradient_callbacks,
@@ -85,6 +88,12 @@ def test_of_an_option(study, entry, name):
 )
 def test_of_the_method_file(study, method, settings):
     check_experiment(study(method, experiment="plain.yaml"), {method: settings})
+
+
+def test_methods_that_are_known_by_name():
+    """Without an import of Lightning, which would take seconds."""
+    found = (getattr(lightning_znorm, name) for name in lightning_znorm.__all__)
+    assert sorted(TRANSFORMS) == sorted(kind.__name__ for kind in found if issubclass(kind, GradientTransform))
 
 
 @pytest.mark.parametrize("known", [False, True])
