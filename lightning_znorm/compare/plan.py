@@ -16,6 +16,7 @@ from lightning_znorm.compare.files import (
     write_json,
     write_text,
 )
+from lightning_znorm.compare.looks import KEY, FirstLook, assumed_look, look_of
 from lightning_znorm.compare.processes import Processes, TimedOut
 from lightning_znorm.compare.results import (
     at_stage,
@@ -47,6 +48,8 @@ from lightning_znorm.compare.settings import (
     trial_config,
 )
 from lightning_znorm.compare.study import Plan, Run, Study, StudyError
+
+_OPTIONAL = {"alone": bool, KEY: dict | None}
 
 
 def make_plan(study: Study, processes: Processes, jobs: int) -> Plan:
@@ -89,9 +92,12 @@ def make_plan(study: Study, processes: Processes, jobs: int) -> Plan:
     methods = record.get("methods", {}) | {
         name: {"hash": settings_hash(found), "settings": found} for name, found in settings.items()
     }
+    path = study.output / "study.json"
+    first_look = look_of(path, record) if KEY in record else assumed_look(study.output, is_lost=bool(damage))
     new = {**record, "monitor": chosen, "logged": known, "methods": methods}
+    if not all(run.is_done for run in study.runs) or damage:  # what is assumed now must not depend on new runs later
+        new[KEY] = first_look and first_look.as_json()
     if new != record or damage:  # not written needlessly: a study that is done can be read from a full disk
-        path = study.output / "study.json"
         if damage and path.exists():
             path.rename(free_path(path.with_name("study.json.damaged")))
         write_json(path, new)
@@ -99,7 +105,7 @@ def make_plan(study: Study, processes: Processes, jobs: int) -> Plan:
         if not run.is_done:
             config = run_config(settings[run.method], run, monitor)
             write_text(run.config, f"# {run.method}, seed {run.seed}\n{yaml.safe_dump(config, sort_keys=False)}")
-    return Plan(study, settings, monitor, metric, mode, known, tuple(notes))
+    return Plan(study, settings, monitor, metric, mode, known, tuple(notes), first_look)
 
 
 def choose_metric(
@@ -152,7 +158,7 @@ def read_record(output: Path) -> dict[str, Any] | None:
         DamagedError: If the file holds something else.
     """
     path = output / "study.json"
-    record = read_object(path, {"methods": dict, "logged": list, "monitor": list | None}, {"alone": bool})
+    record = read_object(path, {"methods": dict, "logged": list, "monitor": list | None}, _OPTIONAL)
     if record is None:
         return None
     if not all(isinstance(name, str) for name in record["logged"]):
@@ -164,7 +170,24 @@ def read_record(output: Path) -> dict[str, Any] | None:
     for name, method in record["methods"].items():
         if not (isinstance(method, dict) and _are_settings(method.get("settings"))):
             raise DamagedError(path, f"it holds no settings of {name}")
+    look_of(path, record)
     return record
+
+
+def write_first_look(output: Path, look: FirstLook) -> None:
+    """Write down what was first looked at, for later commands. The caller must hold the folder's lock.
+
+    Args:
+        output: Folder of the study.
+        look: What was first looked at.
+
+    Raises:
+        DamagedError: If the record holds something else.
+        OSError: If it cannot be written.
+    """
+    record = read_record(output)
+    if record is not None and record.get(KEY) != look.as_json():
+        write_json(output / "study.json", {**record, KEY: look.as_json()})
 
 
 def _record(study: Study) -> tuple[dict[str, Any], str]:

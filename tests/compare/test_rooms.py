@@ -13,6 +13,7 @@ PACKAGE = Path(lightning_znorm.compare.__file__).parent
 FILES = [
     "formatting",
     "files",
+    "looks",
     "study",
     "settings",
     "checkpoints",
@@ -23,6 +24,7 @@ FILES = [
     "plan",
     "engines",
     "progress",
+    "power",
     "statistics",
     "plots",
     "report",
