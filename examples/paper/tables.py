@@ -10,7 +10,7 @@ import csv
 import sys
 from pathlib import Path
 
-from lightning_znorm.compare.statistics import Row, compare_methods
+from lightning_znorm.compare.statistics import Row, compare_methods, judge
 
 HERE = Path(__file__).parent
 # Our metrics, with the column of the paper's tables, and whether more or less is better.
@@ -70,15 +70,19 @@ def read_measured(path: Path, metric: str) -> dict[str, dict[int, float]]:
 
 
 def show(title: str, results: Path, reported: Reported, model: str) -> None:
-    """Print a table for each metric of a study."""
+    """Print a table for each metric of a study; the first one decides, and has words."""
     print(f"\n{title}")
+    decides = True
     for metric, (column, mode) in METRICS.items():
         measured = read_measured(results, metric)
         if not measured or column not in next(iter(reported.values())):
             continue
         print(f"\n  {metric:<16} {'reported':>9} {'difference':>11}   {'ours':>17} {'difference':>11}   95 % interval")
-        for row in compare_methods(metric, measured, mode):
-            print(f"  {row.method:<16} {_theirs(reported, model, row.method, column)}   {_ours(row)}   {row.verdict}")
+        rows = list(compare_methods(metric, measured))
+        for row in judge(rows, mode) if decides else rows:
+            theirs = _theirs(reported, model, row.method, column)
+            print(f"  {row.method:<16} {theirs}   {_ours(row)}   {row.verdict}".rstrip())
+        decides = False
 
 
 def _theirs(reported: Reported, model: str, method: str, column: str) -> str:

@@ -6,7 +6,8 @@
 2. ``study`` says what is to be run; ``plan`` validates it, and writes the ``settings`` of every run.
 3. ``runner`` trains and tests one run in ``processes``, on one of the ``engines``; ``progress`` shows how far they are.
 4. ``results`` reads what the runs logged, as one tidy table.
-5. ``statistics`` compares the methods: differences, intervals, seeds needed, speed.
+5. ``statistics`` compares the methods: differences, intervals, verdicts, speed. ``power`` says how many seeds a new
+   study needs, and ``looks`` keeps what was first looked at.
 6. ``report`` writes all of it, with ``plots``, by ``templates/``.
 
 Within a run, ``recorder`` logs what the study needs, and ``checkpoints`` keeps the best one.

@@ -13,14 +13,14 @@ from lightning_znorm.compare.cores import cores, thread_variables
 from lightning_znorm.compare.engines import Resources, notes_on_sharing, open_engine
 from lightning_znorm.compare.files import DamagedError, InUseError, locked, reason_of, with_path, write_json
 from lightning_znorm.compare.formatting import relative_path
-from lightning_znorm.compare.plan import make_plan, read_record
+from lightning_znorm.compare.plan import make_plan, read_record, write_first_look
 from lightning_znorm.compare.processes import Processes, interruptible
 from lightning_znorm.compare.progress import Preparation, Progress, watch
 from lightning_znorm.compare.report import build_report, write_report
 from lightning_znorm.compare.results import Measurement, read_run, write_results
 from lightning_znorm.compare.runner import repair_if_idle, shell_line
 from lightning_znorm.compare.settings import note_on_order, same_settings
-from lightning_znorm.compare.statistics import Table, make_rows
+from lightning_znorm.compare.statistics import Table, look_at, make_rows
 from lightning_znorm.compare.study import Outcome, Plan, Study, StudyError, parse_timeout
 
 _DESCRIPTION = """\
@@ -302,7 +302,10 @@ def _report(plan: Plan, resources: Resources, failures: list[Outcome], console: 
         command = command_line(study, resources)
         write_report(build_report(plan, measurements, table, command, alone), study.output)
 
+    look = look_at(plan, table.rows)
     if study.output.is_dir():
+        if look is not None and look != plan.first_look:  # before the report shows a verdict
+            attempt(lambda: write_first_look(study.output, look))
         attempt(lambda: write_results(study.output / "results.csv", measurements))
         attempt(write_all)
     else:

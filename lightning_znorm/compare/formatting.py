@@ -176,6 +176,18 @@ def interval_text(interval: tuple[float, float], digits: int) -> str:
     return " to ".join(signed(end, digits) for end in interval)
 
 
+def p_text(p: float) -> str:
+    """Format a p-value, with more digits where three would hide on which side of 0.05 it is.
+
+    Example:
+        >>> p_text(0.0123), p_text(0.04996), p_text(1e-9)
+        ('p = 0.012', 'p = 0.04996', 'p < 0.001')
+    """
+    if p < 1e-3:
+        return "p < 0.001"
+    return f"p = {p:.{5 if abs(p - 0.05) < 1e-3 else 3}f}"
+
+
 def clock(seconds: float) -> str:
     """Format a time span.
 

@@ -17,6 +17,7 @@ from lightning_znorm.compare.files import (
     write_json,
     write_text,
 )
+from lightning_znorm.compare.looks import KEY, FirstLook, assumed_look, look_of
 from lightning_znorm.compare.processes import Processes, TimedOut
 from lightning_znorm.compare.results import (
     at_stage,
@@ -52,6 +53,7 @@ from lightning_znorm.compare.study import Plan, Run, Study, StudyError
 Tell: TypeAlias = Callable[[str, str], None]
 """Takes the name of a method, and what happens to it: one of the words of `STEPS`."""
 STEPS = ("reading", "read", "trying", "tried")
+_OPTIONAL = {"alone": bool, "sweep": list, KEY: dict | None}
 
 
 def ignore(name: str, step: str) -> None:
@@ -104,11 +106,14 @@ def make_plan(study: Study, processes: Processes, jobs: int, tell: Tell = ignore
     methods = record.get("methods", {}) | {
         name: {"hash": settings_hash(found), "settings": found} for name, found in settings.items()
     }
+    path = study.output / "study.json"
+    first_look = look_of(path, record) if KEY in record else assumed_look(study.output, is_lost=bool(damage))
     new = {**record, "monitor": chosen, "logged": known, "methods": methods}
     if study.sweep:
         new["sweep"] = [key for key, _ in study.sweep]
+    if not all(run.is_done for run in study.runs) or damage:  # what is assumed now must not depend on new runs later
+        new[KEY] = first_look and first_look.as_json()
     if new != record or damage:  # not written needlessly: a study that is done can be read from a full disk
-        path = study.output / "study.json"
         if damage and path.exists():
             path.rename(free_path(path.with_name("study.json.damaged")))
         write_json(path, new)
@@ -116,7 +121,7 @@ def make_plan(study: Study, processes: Processes, jobs: int, tell: Tell = ignore
         if not run.is_done:
             config = run_config(settings[run.method], run, monitor)
             write_text(run.config, f"# {run.method}, seed {run.seed}\n{yaml.safe_dump(config, sort_keys=False)}")
-    return Plan(study, settings, monitor, metric, mode, known, tuple(notes))
+    return Plan(study, settings, monitor, metric, mode, known, tuple(notes), first_look)
 
 
 def choose_metric(
@@ -198,8 +203,7 @@ def read_record(output: Path) -> dict[str, Any] | None:
         DamagedError: If the file holds something else.
     """
     path = output / "study.json"
-    optional = {"alone": bool, "sweep": list}
-    record = read_object(path, {"methods": dict, "logged": list, "monitor": list | None}, optional)
+    record = read_object(path, {"methods": dict, "logged": list, "monitor": list | None}, _OPTIONAL)
     if record is None:
         return None
     if not all(isinstance(name, str) for name in record["logged"]):
@@ -211,7 +215,24 @@ def read_record(output: Path) -> dict[str, Any] | None:
     for name, method in record["methods"].items():
         if not (isinstance(method, dict) and _are_settings(method.get("settings"))):
             raise DamagedError(path, f"it holds no settings of {name}")
+    look_of(path, record)
     return record
+
+
+def write_first_look(output: Path, look: FirstLook) -> None:
+    """Write down what was first looked at, for later commands. The caller must hold the folder's lock.
+
+    Args:
+        output: Folder of the study.
+        look: What was first looked at.
+
+    Raises:
+        DamagedError: If the record holds something else.
+        OSError: If it cannot be written.
+    """
+    record = read_record(output)
+    if record is not None and record.get(KEY) != look.as_json():
+        write_json(output / "study.json", {**record, KEY: look.as_json()})
 
 
 def _record(study: Study) -> tuple[dict[str, Any], str]:

@@ -1,4 +1,4 @@
-"""Figures: curves over epochs, readable in print, in grey and by colour-blind readers."""
+"""Figures: curves over epochs, and differences by method; readable in print, in grey and by colour-blind readers."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ _LONGEST = 50
 """Letters of a name: longer ones would leave no room for the axes."""
 
 _LONGEST_BESIDE = 30
-"""Letters of a name in a legend beside the axes."""
+"""Letters of a name beside the axes, in a legend or of a row."""
 
 Curves = Mapping[str, Mapping[int, Mapping[int, float]]]
 """A value by method, seed and epoch."""
@@ -72,12 +72,88 @@ def _drawn(draw: Callable[[Any], Mapping[str, Any]]) -> dict[str, bytes]:
         axes.grid(axis="y", color="0.9", linewidth=0.6)
         axes.set_axisbelow(True)
         _add_legend(figure, lines)
-        images = {}
-        for kind, options in (("png", {"dpi": 130}), ("svg", {"metadata": {"Date": None}})):
-            data = BytesIO()
-            figure.savefig(data, format=kind, **options)
-            images[kind] = data.getvalue()
+        return _images(figure)
+
+
+def forest(
+    differences: Mapping[str, Sequence[float]],
+    intervals: Mapping[str, tuple[float, float] | None],
+    methods: Sequence[str],
+    label: str,
+    mode: str,
+) -> dict[str, bytes]:
+    """Draw a forest plot: for each method a dot for each seed, and below them the mean with its interval.
+
+    Args:
+        differences: Differences from the first method by method, one for each seed.
+        intervals: The interval of the mean by method; ``None`` where there is none.
+        methods: All methods of the study, the first one first, so that each looks the same in every figure.
+        label: Name of the metric.
+        mode: Whether ``"max"`` or ``"min"`` of the metric is better.
+
+    Returns:
+        The image, as ``"png"`` and as ``"svg"``.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    first, *others = methods
+    with rc_context({"svg.hashsalt": "lightning-znorm", "font.size": 9, "axes.unicode_minus": False}):
+        figure = Figure(figsize=(_SIZE[0], 1.1 + 0.55 * max(1, len(others))), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.axvline(0, color="0.35", linewidth=1)
+        for row, method in enumerate(others):
+            _draw_differences(axes, differences.get(method, ()), intervals.get(method), row, row + 1)
+        axes.set_ylim(max(1, len(others)) - 0.4, -0.6)
+        axes.set_yticks(range(len(others)))
+        axes.set_yticklabels([_shortened(method, _LONGEST_BESIDE) for method in others])
+        for text in axes.get_yticklabels():
+            text.set_parse_math(False)  # a name may hold a $
+        axes.tick_params(axis="y", length=0)
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(low, 0), max(high, 0))
+        name = _shortened(label, _LONGEST_BESIDE)
+        axes.set_xlabel(f"{name}: difference from {_shortened(first, _LONGEST_BESIDE)}", parse_math=False)
+        left, right = ("worse", "better") if mode == "max" else ("better", "worse")
+        # The vertical line at zero parts the two sides.
+        for words, shift, side in ((f"\u2190 {left}", -5, "right"), (f"{right} \u2192", 5, "left")):
+            style: dict[str, Any] = {"fontsize": "small", "color": "0.25", "va": "bottom", "ha": side}
+            axes.annotate(words, (0, 1), (shift, 2), ("data", "axes fraction"), "offset points", **style)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.grid(axis="x", color="0.9", linewidth=0.6)
+        axes.set_axisbelow(True)
+        return _images(figure)
+
+
+def _images(figure: Any) -> dict[str, bytes]:
+    images = {}
+    for kind, options in (("png", {"dpi": 130}), ("svg", {"metadata": {"Date": None}})):
+        data = BytesIO()
+        figure.savefig(data, format=kind, **options)
+        images[kind] = data.getvalue()
     return images
+
+
+def _draw_differences(
+    axes: Any, differences: Sequence[float], interval: tuple[float, float] | None, row: int, i: int
+) -> None:
+    """Draw the differences of the method with a number, and their mean with its interval, on one row."""
+    colour = _COLOURS[i % len(_COLOURS)]
+    shown = [difference for difference in differences if abs(difference) < _LARGEST]
+    if len(shown) < len(differences):
+        place = {"transform": axes.get_yaxis_transform(), "va": "center", "backgroundcolor": "white"}
+        axes.text(0.01, row, "not finite: a run has diverged", fontsize="small", color="0.25", **place)
+        return
+    # Dots that would cover one another lie side by side.
+    heights = [row - 0.22 - 0.11 * (k % 3 - 1) for k in range(len(shown))]
+    axes.plot(shown, heights, "o", color=colour, alpha=0.75, markersize=4, markeredgewidth=0)
+    if interval is not None and all(abs(end) < _LARGEST for end in interval):
+        axes.plot(interval, (row + 0.12, row + 0.12), color=colour, linewidth=1.8, solid_capstyle="butt")
+        axes.plot(interval, (row + 0.12, row + 0.12), "|", color=colour, markersize=8, markeredgewidth=1.8)
+        marker = _MARKERS[i % len(_MARKERS)]
+        axes.plot([mean(shown)], [row + 0.12], marker, color=colour, markersize=6.5, markerfacecolor="white")
 
 
 def _finite(by_seed: Mapping[int, Mapping[int, float]]) -> dict[int, dict[int, float]]:
@@ -131,9 +207,9 @@ def _add_legend(figure: Any, lines: Mapping[str, Any]) -> None:
         text.set_text(name)
 
 
-def _shortened(name: str) -> str:
+def _shortened(name: str, most: int = _LONGEST) -> str:
     shown = " ".join(visible(name).split())
-    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 3]}..."
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 
 @dataclass(frozen=True)

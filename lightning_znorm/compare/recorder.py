@@ -1,6 +1,7 @@
 """The callback that records what a study needs of each run, beside the experiment's own logs."""
 
 import hashlib
+import inspect
 import os
 import platform
 import random
@@ -79,6 +80,7 @@ class Recorder(Callback):
         self._adapter: GradientAdapter | None = None
         self._weights: str | None = None
         self._optimizers: list[str] = []
+        self._schedulers: list[str] | None = None
         self._methods: dict[str, list[str]] = {}
         self._logged: set[str] = set()
         self._logged_epochs: list[int] = []
@@ -95,6 +97,7 @@ class Recorder(Callback):
             "seconds": self._seconds,
             "weights": self._weights,
             "optimizers": self._optimizers,
+            "schedulers": self._schedulers,
             "methods": self._methods,
             "logged": sorted(self._logged),
             LOGGED_EPOCHS: self._logged_epochs,
@@ -104,6 +107,7 @@ class Recorder(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._epoch, self._seconds, self._weights = (state_dict[key] for key in ("epoch", "seconds", "weights"))
         self._optimizers = state_dict.get("optimizers", [])
+        self._schedulers = state_dict.get("schedulers")
         self._methods = state_dict.get("methods", {})
         self._logged = set(state_dict.get("logged", []))
         self._logged_epochs = list(state_dict.get(LOGGED_EPOCHS, []))
@@ -156,6 +160,7 @@ class Recorder(Callback):
             self._weights = _fingerprint(pl_module)
         if self._epoch == 0:
             self._optimizers = [_described(optimizer) for optimizer in trainer.optimizers]
+            self._schedulers = [_described_schedule(config) for config in trainer.lr_scheduler_configs]
         for logger in trainer.loggers:
             if trainer.is_global_zero and isinstance(logger, CSVLogger):
                 write_json(Path(logger.log_dir) / "attempt.json", {"step": logged_step(trainer)})
@@ -273,6 +278,7 @@ class Recorder(Callback):
             "parameters": _count_parameters(trainer, pl_module),
             "weights": self._weights,
             "optimizers": self._optimizers,
+            **({} if self._schedulers is None else {"schedulers": self._schedulers}),
             "methods": self._methods,
             "logged": sorted({*self._logged, *trainer.callback_metrics, *trainer.logged_metrics}),
             # By these, a log that is damaged later is told from a whole one.
@@ -386,6 +392,22 @@ def _described(optimizer: Optimizer) -> str:
         values = (f"{key}={_plain(value)}" for key, value in shown.items() if value is not None and value is not False)
         groups.append(", ".join(values))
     return f"{type(optimizer).__name__}({'; '.join(dict.fromkeys(groups))})"
+
+
+def _described_schedule(config: Any) -> str:
+    """Return a learning-rate scheduler and when it steps, such as ``StepLR(step_size=2, gamma=0.1) every epoch``."""
+    every = config.interval if config.frequency == 1 else f"{config.frequency} {config.interval}s"
+    return f"{_described_scheduler(config.scheduler)} every {every}"
+
+
+def _described_scheduler(scheduler: Any) -> str:
+    """Return a scheduler's class and those of its arguments that it keeps and that are plain values."""
+    names = [name for name in inspect.signature(type(scheduler)).parameters if name not in ("optimizer", "last_epoch")]
+    kept = {name: _plain(vars(scheduler)[name]) for name in names if name in vars(scheduler)}
+    values = [f"{name}={value}" for name, value in kept.items() if isinstance(value, bool | int | float | str | list)]
+    # Those that SequentialLR and ChainedScheduler are made of.
+    inner = map(_described_scheduler, getattr(scheduler, "_schedulers", ()))
+    return f"{type(scheduler).__name__}({', '.join([*inner, *values])})"
 
 
 def _plain(value: Any) -> Any:

@@ -37,7 +37,7 @@ from lightning_znorm.compare.formatting import (
     relative_path,
     signed,
 )
-from lightning_znorm.compare.plots import Curves, plot
+from lightning_znorm.compare.plots import Curves, forest, plot
 from lightning_znorm.compare.results import (
     GRADIENT_NORM,
     Evaluation,
@@ -46,6 +46,7 @@ from lightning_znorm.compare.results import (
     mean,
     read_fit,
     read_test,
+    stage,
     train_loss,
 )
 from lightning_znorm.compare.runner import command_to_fit, command_to_test
@@ -62,6 +63,7 @@ from lightning_znorm.compare.statistics import (
     Reach,
     Row,
     Table,
+    family_size,
     first_and_last,
     overheads,
     paired_interval,
@@ -100,11 +102,15 @@ class MetricSection:
     Args:
         name: Name of the metric.
         is_tested: Whether it was measured in the test, and not in training.
+        is_last_value: Whether its values are the last ones that were logged, as in validation, and not means.
+        counts: Smallest and largest number of logged values that a value is the mean of.
         rows: A row for each method.
     """
 
     name: str
     is_tested: bool
+    is_last_value: bool
+    counts: tuple[int, int]
     rows: list[Cells]
 
 
@@ -141,7 +147,12 @@ class ReportData:
         knows_weights: Whether all runs have told which weights they started from. Sharded runs cannot.
         other_data: Methods whose settings of the data are not the first method's.
         verdicts: For each method, what the metric that decides tells.
-        setups: For each method, what it does with gradients, and its optimizers.
+        exploratory: Why there are no verdicts from a test, as the end of a sentence; empty if there are.
+        compared: For how many methods p-values are adjusted.
+        diverged: Methods that are not among these, because a value is not finite.
+        forest: Figure of the differences of the metric that decides; ``None`` if there are none.
+        values: For each method, the value of the metric that decides for each seed, with the difference.
+        setups: For each method, what it does with gradients, its optimizers with their schedulers, and its precision.
         same_settings: Groups of methods with the same settings.
         missing_callbacks: A method, callbacks that it does not have, and a method that has them.
         failures: Runs that failed.
@@ -173,6 +184,11 @@ class ReportData:
     knows_weights: bool
     other_data: list[str]
     verdicts: list[tuple[str, str]]
+    exploratory: str
+    compared: int
+    diverged: list[str]
+    forest: Figure | None
+    values: list[Cells]
     setups: list[Cells]
     same_settings: list[list[str]]
     missing_callbacks: list[tuple[str, list[str], str]]
@@ -194,7 +210,8 @@ class ReportData:
     @property
     def figures(self) -> list[Figure]:
         """All figures."""
-        return [*self.curves, *(norm.figure for norm in self.gradient_norms)]
+        first = [] if self.forest is None else [self.forest]
+        return [*first, *self.curves, *(norm.figure for norm in self.gradient_norms)]
 
 
 def build_report(
@@ -217,6 +234,8 @@ def build_report(
     tests = {run: tested for run in done if (tested := read_test(run)) is not None}
     changes = {method: changed_settings(plan.settings[first], plan.settings[method]) for method in others}
     name_files = _FileNames()
+    deciding = [row for row in table.rows if row.metric == table.metric]
+    differences = _forest(plan, deciding)
     versions = sorted({", ".join(f"{k} {v}" for k, v in fit["versions"].items()) for fit in fits.values()})
     return ReportData(
         title=_title(plan),
@@ -231,7 +250,12 @@ def build_report(
         other_weights=[method for method in others if _starts_elsewhere(plan, fits, method)],
         knows_weights=all(fit.get("weights") is not None for fit in fits.values()),
         other_data=[method for method in others if any(key.startswith("data.") for key, *_ in changes[method])],
-        verdicts=_verdicts(table),
+        verdicts=_verdicts(deciding),
+        exploratory=plan.exploratory,
+        compared=family_size(deciding, len(others)),
+        diverged=[row.method for row in deciding if row.has_diverged],
+        forest=None if differences is None else name_files(differences),
+        values=_values(plan, deciding),
         setups=[_setup(plan, fits, method) for method in methods],
         same_settings=same_settings(plan.settings),
         missing_callbacks=_missing_callbacks(plan),
@@ -403,12 +427,16 @@ def _setup(plan: Plan, fits: Mapping[Run, dict[str, Any]], method: str) -> Cells
     schedulers = [entry for entry in kept_callbacks(settings) if class_name(entry) == "GradientAccumulationScheduler"]
     batches = ", ".join([str(trainer.get("accumulate_grad_batches") or 1), *map(as_call, schedulers)])
     optimizers = dict.fromkeys(joined(" and ", map(Code, fit["optimizers"])) for fit in found if fit.get("optimizers"))
+    recorded = [fit["schedulers"] for fit in found if "schedulers" in fit]
+    rates = dict.fromkeys(joined(" and ", map(Code, schedules)) or "none" for schedules in recorded)
     return (
         method,
         joined("; then ", callbacks) or "none",
         clipping,
         batches,
         joined("; ", optimizers) or "not recorded",
+        joined("; ", rates) or "not recorded",
+        str(trainer.get("precision") or "32-true"),
     )
 
 
@@ -431,23 +459,53 @@ def _other_callbacks(settings: dict[str, Any]) -> set[str]:
     return {class_name(entry) for entry in kept_callbacks(settings) if entry not in transforms}
 
 
-def _verdicts(table: Table) -> list[tuple[str, str]]:
-    digits = _decimals(table.rows, table.metric)
+def _verdicts(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Return method and verdict of the rows of the metric that decides."""
+    digits = _decimals(rows)
     found = []
-    for row in table.rows:
-        if row.metric == table.metric and row.verdict:
+    for row in rows:
+        if row.verdict:
             interval = "" if row.interval is None else f" ({interval_text(row.interval, digits)})"
             difference = "" if row.difference is None else f"{signed(row.difference, digits)}{interval}. "
             found.append((row.method, f"{difference}{row.verdict}"))
     return found
 
 
+def _forest(plan: Plan, rows: Sequence[Row]) -> Figure | None:
+    """Draw the differences of the metric that decides, if there are any."""
+    paired = {row.method: row.paired for row in rows if row.paired}
+    if not paired:
+        return None
+    methods = list(plan.study.files)
+    shown = ": mean with its 95 % interval, and a dot for each seed."
+    caption = ("Difference of ", Code(plan.metric), f" from {methods[0]}{shown}")
+    intervals = {row.method: row.interval for row in rows}
+    return Figure("differences", caption, forest(paired, intervals, methods, plan.metric, plan.mode))
+
+
+def _values(plan: Plan, rows: Sequence[Row]) -> list[Cells]:
+    """Return the value of the metric that decides for each method and seed, with the difference in parentheses."""
+    digits = _decimals(rows)
+    cells: list[Cells] = []
+    for row in rows:
+        differences = dict(zip(row.seeds, row.differences, strict=False))  # the first method has none
+        shown = {}
+        for seed, value in zip(row.seeds, row.values, strict=True):
+            difference = differences.get(seed)
+            shown[seed] = fixed(value, digits) + ("" if difference is None else f" ({signed(difference, digits)})")
+        cells.append((row.method, *(shown.get(seed, "-") for seed in plan.study.seeds)))
+    return cells
+
+
 def _metric_sections(rows: Sequence[Row], tested: set[str]) -> list[MetricSection]:
     sections = []
     for metric in dict.fromkeys(row.metric for row in rows):
-        digits = _decimals(rows, metric)
-        cells = [_cells(row, digits) for row in rows if row.metric == metric]
-        sections.append(MetricSection(metric, metric in tested, cells))
+        own = [row for row in rows if row.metric == metric]
+        digits = _decimals(own)
+        counts = [count for row in own for count in row.counts]
+        cells = [_cells(row, digits) for row in own]
+        is_last_value = stage(metric) == "val"
+        sections.append(MetricSection(metric, metric in tested, is_last_value, (min(counts), max(counts)), cells))
     return sections
 
 
@@ -455,12 +513,12 @@ def _cells(row: Row, digits: int) -> Cells:
     spread = "-" if row.spread is None else fixed(row.spread, digits)
     difference = "-" if row.difference is None else signed(row.difference, digits)
     interval = "-" if row.interval is None else interval_text(row.interval, digits)
-    return (row.method, str(len(row.seeds)), fixed(row.mean, digits), spread, difference, interval, row.verdict)
+    return (row.method, str(len(row.seeds)), fixed(row.mean, digits), spread, difference, interval)
 
 
-def _decimals(rows: Iterable[Row], metric: str) -> int:
-    found = [row for row in rows if row.metric == metric]
-    return decimals([number for row in found for number in (row.spread, row.difference)], [row.mean for row in found])
+def _decimals(rows: Sequence[Row]) -> int:
+    """Return the decimals that suit the numbers of a metric."""
+    return decimals([number for row in rows for number in (row.spread, row.difference)], [row.mean for row in rows])
 
 
 def _followed(plan: Plan, measurements: Iterable[Measurement]) -> list[tuple[str, str]]:

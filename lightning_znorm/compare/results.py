@@ -28,6 +28,7 @@ _FIT = {"epochs": int, "seconds": int | float, "parameters": int, "device": str,
 _FIT_OPTIONAL = {  # the first versions did not write these
     "weights": str | None,
     "optimizers": list,
+    "schedulers": list,
     "methods": dict,
     "logged": list,
     LOGGED_EPOCHS: list,
@@ -48,6 +49,8 @@ class Measurement:
         epoch: Epoch, from 0; for a test, the epoch of the checkpoint that was tested.
         metric: Name of the metric.
         value: Mean of the values logged under this name in the epoch; for validation, the last value.
+        count: Number of logged values that it is the mean of; 1 for a test and for validation. A value that was logged
+            at a step is of one batch; one that was logged for an epoch (``on_epoch``) is a mean over its batches.
     """
 
     run: str
@@ -56,6 +59,7 @@ class Measurement:
     epoch: int
     metric: str
     value: float
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -146,10 +150,13 @@ def read_run(run: Run) -> list[Measurement]:
         # The first versions did not count numbers.
         if sum(len(row.numbers) for row in rows) < fit.get("logged_numbers", min(fit["epochs"], 1)):
             raise DamagedError(run.logs, "it lacks numbers that were logged")
-    fitted = {key: found[-1] if stage(key[1]) == "val" else mean(found) for key, found in sorted(values.items())}
+    fitted = {
+        key: (found[-1], 1) if stage(key[1]) == "val" else (mean(found), len(found))
+        for key, found in sorted(values.items())
+    }
     if (tested := read_test(run)) is not None:
-        fitted |= {(tested.epoch, metric): value for metric, value in tested.metrics.items()}
-    return [Measurement(run.name, run.seed, run.method, key[0], key[1], value) for key, value in fitted.items()]
+        fitted |= {(tested.epoch, metric): (value, 1) for metric, value in tested.metrics.items()}
+    return [Measurement(run.name, run.seed, run.method, *key, *found) for key, found in fitted.items()]
 
 
 def curves(measurements: Iterable[Measurement], metric: str) -> dict[str, dict[int, dict[int, float]]]:
@@ -159,6 +166,16 @@ def curves(measurements: Iterable[Measurement], metric: str) -> dict[str, dict[i
         if m.metric == metric:
             found.setdefault(m.method, {}).setdefault(m.seed, {})[m.epoch] = m.value
     return found
+
+
+def last_counts(measurements: Iterable[Measurement], metric: str) -> dict[str, dict[int, int]]:
+    """Return how many logged values the last value of a metric is the mean of, by method and seed."""
+    found: dict[str, dict[int, tuple[int, int]]] = {}
+    for m in measurements:
+        if m.metric == metric:
+            by_seed = found.setdefault(m.method, {})
+            by_seed[m.seed] = max(by_seed.get(m.seed, (-1, 0)), (m.epoch, m.count))
+    return {method: {seed: count for seed, (_, count) in by_seed.items()} for method, by_seed in found.items()}
 
 
 def check_log(run: Run, epochs: Iterable[int]) -> int:

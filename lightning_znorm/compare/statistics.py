@@ -1,30 +1,33 @@
-"""Differences between methods with their intervals, the number of seeds that would suffice, and speed.
+"""Differences between methods with their intervals, what the metric that decides tells, and speed.
 
-Every method is compared with the first one, seed by seed.
+Every method is compared with the first one, seed by seed, because the seeds themselves vary much more (Bouthillier et
+al. 2021, Accounting for variance in machine learning benchmarks).
 """
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, stdev
 
-from lightning_znorm.compare.formatting import fixed, interval_text, signed
+from lightning_znorm.compare.formatting import fixed, interval_text, p_text, signed
+from lightning_znorm.compare.looks import FirstLook
+from lightning_znorm.compare.power import FEWEST_SEEDS, MOST_SEEDS, SeedsNeeded, seeds_needed
 from lightning_znorm.compare.results import (
     STEP_SECONDS,
     STUDY_PREFIX,
     TRAIN_SECONDS,
     Measurement,
     curves,
-    default_mode,
+    last_counts,
     mean,
     stage,
 )
 from lightning_znorm.compare.study import Outcome, Plan
 
-_CONFIDENCE = 0.95
+LEVEL = 0.05
+"""Significance level: how often a study of methods without any effect may call one of them better or worse."""
 _ROUNDING = 1e-3  # relative variation of equal differences between float32 metrics
-_MAX_SEEDS = 50
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,13 @@ class Row:
         spread: Standard deviation of the values over the seeds; ``None`` for one seed.
         difference: Mean difference from the first method, over the seeds that both have; ``None`` for the first method.
         interval: 95 % confidence interval of the difference; ``None`` for fewer than two seeds.
-        verdict: A sentence that says whether the seeds suffice to tell the method from the first.
+        verdict: What the seeds tell about the method, in words; empty for the first method, and for all metrics but the
+            one that decides.
+        p_value: p-value of the paired t test, adjusted for all methods that are compared (Holm); ``None`` where there
+            is no verdict from a test.
+        differences: Difference from the first method for each of the seeds, ``None`` where the first method lacks the
+            seed; empty for the first method.
+        counts: For each of the seeds, how many logged values its value is the mean of.
     """
 
     metric: str
@@ -51,7 +60,20 @@ class Row:
     spread: float | None
     difference: float | None
     interval: tuple[float, float] | None
-    verdict: str
+    verdict: str = ""
+    p_value: float | None = None
+    differences: tuple[float | None, ...] = ()
+    counts: tuple[int, ...] = ()
+
+    @property
+    def paired(self) -> list[float]:
+        """The differences, over the seeds that both methods have."""
+        return [difference for difference in self.differences if difference is not None]
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether a difference is not finite."""
+        return not all(map(math.isfinite, self.paired))
 
 
 @dataclass(frozen=True)
@@ -117,23 +139,27 @@ def make_rows(plan: Plan, measurements: Sequence[Measurement]) -> Iterator[Row]:
         plan: The study.
         measurements: Everything that was logged by the runs that are done.
     """
-    modes = dict([plan.monitor] if plan.monitor else []) | {plan.metric: plan.mode}
     for metric in _in_order(plan.metric, {measurement.metric for measurement in measurements}):
         found = curves(measurements, metric)
         values = {
             method: {seed: curve[max(curve)] for seed, curve in found.get(method, {}).items()}
             for method in plan.study.files
         }
-        yield from compare_methods(metric, values, modes.get(metric) or default_mode(metric))
+        rows = list(compare_methods(metric, values, last_counts(measurements, metric)))
+        if metric == plan.metric:
+            rows = judge(rows, plan.mode, plan.study.seeds, len(values) - 1, plan.exploratory)
+        yield from rows
 
 
-def compare_methods(metric: str, values: Mapping[str, Mapping[int, float]], mode: str | None) -> Iterator[Row]:
-    """Compare every method with the first.
+def compare_methods(
+    metric: str, values: Mapping[str, Mapping[int, float]], counts: Mapping[str, Mapping[int, int]] | None = None
+) -> Iterator[Row]:
+    """Compare every method with the first, in numbers. `judge` adds words.
 
     Args:
         metric: Name of the metric.
         values: Value of the metric by method and seed.
-        mode: Whether ``"max"`` or ``"min"`` of it is better; ``None`` if that is not known.
+        counts: By method and seed, how many logged values a value is the mean of; by default one.
     """
     first: Mapping[int, float] = next(iter(values.values()), {})
     for i, (method, by_seed) in enumerate(values.items()):
@@ -142,11 +168,122 @@ def compare_methods(metric: str, values: Mapping[str, Mapping[int, float]], mode
         seeds = tuple(sorted(by_seed))
         all_values = tuple(by_seed[seed] for seed in seeds)
         spread = standard_deviation(all_values) if len(seeds) > 1 and all(map(math.isfinite, all_values)) else None
-        paired = [by_seed[seed] - first[seed] for seed in seeds if seed in first]
-        difference = mean(paired) if i and paired else None
-        interval = paired_interval(paired) if i else None
-        verdict = judge(paired, interval, mode) if i else ""
-        yield Row(metric, method, seeds, all_values, mean(all_values), spread, difference, interval, verdict)
+        differences = tuple(by_seed[seed] - first[seed] if seed in first else None for seed in seeds) if i else ()
+        paired = [difference for difference in differences if difference is not None]
+        yield Row(
+            metric,
+            method,
+            seeds,
+            all_values,
+            mean(all_values),
+            spread,
+            difference=mean(paired) if paired else None,
+            interval=paired_interval(paired),
+            differences=differences,
+            counts=tuple((counts or {}).get(method, {}).get(seed, 1) for seed in seeds),
+        )
+
+
+def judge(
+    rows: Sequence[Row],
+    mode: str,
+    seeds: Collection[int] | None = None,
+    compared: int | None = None,
+    exploratory: str = "",
+) -> list[Row]:
+    """Say what the metric that decides tells about each method, with the p-values behind it.
+
+    A method is called better or worse if its p-value, adjusted for all methods that are compared, is below 0.05. There
+    is no such verdict before all planned seeds are done: whoever stops at those that look well errs more often.
+
+    Args:
+        rows: Every method under one metric, the first method first.
+        mode: Whether ``"max"`` or ``"min"`` of the metric is better.
+        seeds: The seeds that were planned; by default those of the rows.
+        compared: Number of methods that are compared with the first, also of those without a row; by default the rows'.
+        exploratory: Why there is no verdict, as the end of a sentence; empty if there is one.
+    """
+    planned = {seed for row in rows for seed in row.seeds} if seeds is None else set(seeds)
+    others = [row for row in rows if row.differences]
+    size = (len(others) if compared is None else compared) - sum(row.has_diverged for row in others)
+    tested = {} if exploratory else {row.method: p for row in others if (p := _p_value(row, len(planned))) is not None}
+    adjusted = holm(tested, size)
+    judged = []
+    for row in rows:
+        words = _words(row, len(planned), exploratory) if row.differences else ""
+        if (p := adjusted.get(row.method)) is not None:
+            words = _verdict(row, p, mode, size)
+        judged.append(replace(row, verdict=words, p_value=p))
+    return judged
+
+
+def family_size(rows: Sequence[Row], compared: int) -> int:
+    """Return for how many methods p-values are adjusted: all that are compared, without those that diverged."""
+    return compared - sum(row.has_diverged for row in rows)
+
+
+def look_at(plan: Plan, rows: Sequence[Row]) -> FirstLook | None:
+    """Return the first look at a study, if this is it or if it was before; methods that were added are added to it.
+
+    Args:
+        plan: The study.
+        rows: Its rows. A look sees an interval of the metric that decides, be it of some of the planned seeds.
+    """
+    methods = tuple(plan.study.files)
+    if plan.first_look is None:
+        has_interval = any(row.metric == plan.metric and row.interval is not None for row in rows)
+        return FirstLook(plan.metric, tuple(plan.study.seeds), methods) if has_interval else None
+    if plan.exploratory or not plan.first_look.methods:
+        return plan.first_look
+    return replace(plan.first_look, methods=tuple(dict.fromkeys((*plan.first_look.methods, *methods))))
+
+
+def p_value(differences: Sequence[float]) -> float | None:
+    """Return the two-sided p-value of a paired t test.
+
+    Args:
+        differences: A difference for each seed.
+
+    Returns:
+        The p-value; ``None`` for fewer than two differences, if one is not finite, or if they do not vary.
+
+    Example:
+        >>> round(p_value([0.01, 0.02, 0.03]), 4)
+        0.0742
+    """
+    from scipy.stats import t
+
+    interval = paired_interval(differences)
+    if interval is None or _is_point(interval):
+        return None
+    if not all(map(math.isfinite, interval)):
+        return 1.0
+    half = (interval[1] - interval[0]) / 2
+    statistic = abs(mean(differences)) / half * t_quantile(len(differences))
+    return float(2 * t.sf(statistic, df=len(differences) - 1))
+
+
+def holm(p_values: Mapping[str, float], size: int) -> dict[str, float]:
+    """Adjust p-values for several comparisons by Holm's step-down procedure.
+
+    Holm 1979, A simple sequentially rejective multiple test procedure. If methods have no effect, the probability that
+    any of their adjusted p-values is below 0.05 is at most 0.05, however the comparisons depend on one another: here
+    all have the first method in common.
+
+    Args:
+        p_values: p-value by method.
+        size: Number of comparisons, with those whose p-value is not known: they count as the largest.
+
+    Example:
+        >>> holm({"a": 0.03, "b": 0.01, "c": 0.04}, 3)
+        {'b': 0.03, 'a': 0.06, 'c': 0.06}
+    """
+    adjusted: dict[str, float] = {}
+    largest = 0.0
+    for rank, (method, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, (size - rank) * p))
+        adjusted[method] = largest
+    return adjusted
 
 
 def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
@@ -179,7 +316,7 @@ def t_quantile(seeds: int) -> float:
     """
     from scipy.stats import t
 
-    return float(t.ppf((1 + _CONFIDENCE) / 2, df=seeds - 1))
+    return float(t.ppf(1 - LEVEL / 2, df=seeds - 1))
 
 
 def standard_deviation(values: Sequence[float]) -> float:
@@ -193,43 +330,6 @@ def standard_deviation(values: Sequence[float]) -> float:
         return stdev(values)
     except OverflowError:
         return math.inf
-
-
-def seeds_needed(differences: Sequence[float]) -> int | None:
-    """Return how many seeds would tell a difference of this mean and spread from zero; ``None`` if more than 50."""
-    size, spread = abs(mean(differences)), standard_deviation(differences)
-    numbers = range(len(differences) + 1, _MAX_SEEDS + 1)
-    return next((n for n in numbers if t_quantile(n) * spread / math.sqrt(n) < size), None)
-
-
-def judge(differences: Sequence[float], interval: tuple[float, float] | None, mode: str | None) -> str:
-    """Return a sentence that says what paired differences tell.
-
-    Args:
-        differences: A difference for each seed that both methods have.
-        interval: Their interval, as `paired_interval` returns it.
-        mode: Whether ``"max"`` or ``"min"`` of the metric is better; ``None`` if that is not known.
-    """
-    n = len(differences)
-    if not n:
-        return "No seed is done under both methods."
-    if not all(map(math.isfinite, differences)):
-        return "Not comparable: a value is not finite, so a run has diverged."
-    if not any(differences):
-        return f"The same on {'the one seed' if n == 1 else f'each of {n} seeds'}."
-    words = {"max": ("better", "worse"), "min": ("worse", "better"), None: ("higher", "lower")}[mode]
-    word = words[0] if mean(differences) > 0 else words[1]
-    if interval is None:
-        return f"One seed, where it is {word}, cannot tell a difference from chance."
-    if math.isclose(*interval, rel_tol=_ROUNDING):
-        return (
-            f"{word.capitalize()}, by the same amount on each of {n} seeds: too few different values for an interval."
-        )
-    if interval[0] > 0 or interval[1] < 0:
-        return f"{word.capitalize()}: {n} seeds suffice to tell."
-    more = seeds_needed(differences)
-    advice = f"about {more} seeds would" if more else f"even {_MAX_SEEDS} seeds would not"
-    return f"{n} seeds cannot tell; if differences stay of this size and spread, {advice}."
 
 
 def reaches(measurements: Sequence[Measurement], metric: str, mode: str, methods: Sequence[str]) -> list[Reach]:
@@ -299,6 +399,58 @@ def _in_order(decides: str, metrics: Collection[str]) -> list[str]:
     order = ["test", "val", "train", None]
     shown = [metric for metric in metrics if not metric.startswith(STUDY_PREFIX) and not metric.endswith("_step")]
     return sorted(shown, key=lambda metric: (metric != decides, order.index(stage(metric)), metric))
+
+
+def _p_value(row: Row, planned: int) -> float | None:
+    """Return the p-value of a method that all planned seeds are done of."""
+    return p_value(row.paired) if len(row.paired) == planned else None
+
+
+def _is_point(interval: tuple[float, float]) -> bool:
+    """Return whether an interval is as narrow as the rounding of its ends: the differences are the same."""
+    return math.isclose(*interval, rel_tol=_ROUNDING)
+
+
+def _words(row: Row, planned: int, exploratory: str) -> str:
+    """Say why there is no verdict on a method."""
+    n = len(row.paired)
+    if not n:
+        return "No seed is done under both methods."
+    if row.has_diverged:
+        return "Not comparable: a value is not finite, so a run has diverged."
+    if exploratory:
+        return f"Exploratory, no verdict: {exploratory}."
+    if n < planned:
+        return f"{n} of {planned} seeds are done under both methods: no verdict before all are."
+    if not any(row.paired):
+        return f"The same on {'the one seed' if n == 1 else f'each of {n} seeds'}."
+    if n == 1:
+        return "One seed cannot tell a difference from chance."
+    return f"Differs by the same amount on each of {n} seeds: too few different values for a test."
+
+
+def _verdict(row: Row, p: float, mode: str, size: int) -> str:
+    """Say what the test tells about a method."""
+    n = len(row.paired)
+    shown = f"{'adjusted ' if size > 1 else ''}{p_text(p)}"
+    if p < LEVEL:
+        words = f"{'Better' if (mean(row.paired) > 0) == (mode == 'max') else 'Worse'}: {shown} with {n} seeds."
+    else:
+        words = f"{n} seeds cannot tell ({shown})."
+        if n < FEWEST_SEEDS:
+            return f"{words} An estimate of how many would takes {FEWEST_SEEDS} or more."
+    needed = seeds_needed(row.paired, LEVEL / size)
+    return f"{words} {_needed_text(needed)}" if needed else words
+
+
+def _needed_text(needed: SeedsNeeded) -> str:
+    if needed.low is None:
+        return f"A new study needs more than {MOST_SEEDS} seeds for 80 % power."
+    seeds, low, high = (
+        f"more than {MOST_SEEDS}" if number is None else str(number)
+        for number in (needed.seeds, needed.low, needed.high)
+    )
+    return f"A new study needs {seeds} seeds for 80 % power (80 % interval: {low} to {high})."
 
 
 def _numbers(row: Row) -> str:

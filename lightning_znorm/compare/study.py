@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any, TypeAlias
 
+from lightning_znorm.compare.looks import FirstLook
 from lightning_znorm.errors import ZNormValueError
 
 
@@ -296,6 +297,7 @@ class Plan:
         mode: Whether ``"max"`` or ``"min"`` of it is better.
         logged: Names of all metrics that the experiment logs.
         notes: A sentence about each file of the study that was damaged and set aside.
+        first_look: What was first looked at, if the results were looked at before.
     """
 
     study: Study
@@ -305,6 +307,14 @@ class Plan:
     mode: str
     logged: list[str]
     notes: tuple[str, ...] = ()
+    first_look: FirstLook | None = None
+
+    @property
+    def exploratory(self) -> str:
+        """Why a report is exploratory, as the end of a sentence; empty if it is not."""
+        if self.first_look is None:
+            return ""
+        return self.first_look.why_exploratory(self.metric, self.study.seeds, list(self.study.files))
 
     @property
     def monitored(self) -> bool:

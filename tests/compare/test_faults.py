@@ -376,6 +376,10 @@ RECORDS = JSON | {
     "monitor has no mode": with_values(RECORD, monitor=["val/accuracy"]),
     "methods are a list": with_values(RECORD, methods=["baseline"]),
     "a method without settings": with_values(RECORD, methods={"baseline": {"hash": "0"}}),
+    "first look is a list": with_values(RECORD, first_look=[]),
+    "first look of no methods": with_values(RECORD, first_look={"metric": None, "seeds": [0]}),
+    "first look at no numbers": with_values(RECORD, first_look={"metric": None, "seeds": ["0"], "methods": []}),
+    "first look at a metric that is none": with_values(RECORD, first_look={"metric": 1, "seeds": [0], "methods": []}),
     "settings without a trainer": with_values(RECORD, methods={"baseline": {"hash": "0", "settings": {}}}),
 }
 
@@ -392,18 +396,25 @@ def test_damaged_record(kind, tmp_path):
 
 @pytest.mark.parametrize("damage", [cut, make_folder, Path.unlink])
 def test_study_with_a_damaged_record(damage, study, capsys):
-    """Runs say what it said, except whether they were alone."""
+    """Runs say what it said, except whether they were alone, and which of them were first looked at."""
     before, path = study.run(), study.output / "study.json"
     record = json.loads(path.read_text())
     damage(path)
     missing = not path.exists()
     capsys.readouterr()
-    assert study.run().rows == before.rows
+    rows = study.run().rows
+    assert [(row.metric, row.method, row.values) for row in rows] == [
+        (row.metric, row.method, row.values) for row in before.rows
+    ]
+    assert rows[1].verdict == (
+        "Exploratory, no verdict: the record of the study was lost, so its first look is not known."
+    )
     assert study.done == []
     what = "is missing" if missing else r"is damaged: .+"
     out = capsys.readouterr().out
     assert re.search(rf"^{path} {what}\. It was restored from the settings of the runs\.$", out, re.MULTILINE)
-    assert json.loads(path.read_text()) == {**record, "alone": False}
+    unknown = {"metric": None, "seeds": None, "methods": []}
+    assert json.loads(path.read_text()) == {**record, "alone": False, "first_look": unknown}
     assert (study.output / "study.json.damaged-1").exists() is not missing
     study.run()
     assert "restored" not in capsys.readouterr().out

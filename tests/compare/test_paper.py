@@ -136,11 +136,11 @@ def test_what_is_said_of_a_study_is_in_its_report(text):
     report = (PAPER / "results" / "cifar10-10k" / "report.md").read_text(encoding="utf-8")
     assert all(number in report for number in numbers - {"0.010"})  # the paper's own
     results = PAPER / "results" / "cifar10-10k" / "results.csv"
-    for metric, mode in (("test/accuracy", "max"), ("train/loss", "min")):
-        for row in compare_methods(metric, TABLES["read_measured"](results, metric), mode):
+    for metric in ("test/accuracy", "train/loss"):
+        for row in compare_methods(metric, TABLES["read_measured"](results, metric)):
             shown = f"| {row.method} | 3 | {row.mean:.3f} | {row.spread:.3f} | "
             if row.interval:
-                shown += f"{row.difference:+.3f} | {row.interval[0]:+.3f} to {row.interval[1]:+.3f} | {row.verdict} |"
+                shown += f"{row.difference:+.3f} | {row.interval[0]:+.3f} to {row.interval[1]:+.3f} |"
             assert shown in report
 
 

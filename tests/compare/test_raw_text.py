@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from written import written
 
 from lightning_znorm.compare.formatting import Code
-from lightning_znorm.compare.plots import plot
+from lightning_znorm.compare.plots import forest, plot
 from lightning_znorm.compare.report import Figure, ReportData, build_report, write_report
 from lightning_znorm.compare.results import Measurement
 from lightning_znorm.compare.statistics import Table, make_rows
@@ -309,6 +309,7 @@ def a_study(folder: Path, name: str, **kept: object) -> ReportData:
         "threads": 1,
         "versions": {"python": name},
         "optimizers": [f"SGD({name})"],
+        "schedulers": [f"StepLR({name})"],
         "methods": {"added": [name], "attached": [name]},
     }
     found = []
@@ -329,7 +330,8 @@ def a_study(folder: Path, name: str, **kept: object) -> ReportData:
 @pytest.mark.parametrize("name", HARD)
 def test_a_whole_report(name, tmp_path, monkeypatch):
     """Its two files have the same elements with the same texts."""
-    monkeypatch.setattr("lightning_znorm.compare.report.plot", lambda *args: IMAGES)
+    for figure in ("plot", "forest"):
+        monkeypatch.setattr(f"lightning_znorm.compare.report.{figure}", lambda *args: IMAGES)
     write_report(a_study(tmp_path, name), tmp_path)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     markdown = rendered((tmp_path / "report.md").read_text(encoding="utf-8"))
@@ -343,9 +345,11 @@ def test_a_whole_report(name, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from")  # a font is no matter of the report's
 def test_figures(name):
     """A name is no formula, and nothing makes an image that no program opens."""
-    images = plot({name: {0: {0: 1.0, 1: 2.0}}, "b": {0: {0: 1.0}}}, [name, "b"], name)
-    assert images["png"].startswith(b"\x89PNG")
-    ElementTree.fromstring(images["svg"])
+    curves = plot({name: {0: {0: 1.0, 1: 2.0}}, "b": {0: {0: 1.0}}}, [name, "b"], name)
+    differences = forest({name: [1.0, 2.0]}, {name: (0.5, 2.5)}, ["b", name], name, "max")
+    for images in (curves, differences):
+        assert images["png"].startswith(b"\x89PNG")
+        ElementTree.fromstring(images["svg"])
 
 
 def test_figures_of_names_that_are_alike_have_files_of_their_own(tmp_path, monkeypatch):
@@ -354,8 +358,9 @@ def test_figures_of_names_that_are_alike_have_files_of_their_own(tmp_path, monke
         "lightning_znorm.compare.report.curve_figures",
         lambda *args: [Figure(name, name, IMAGES | {"png": name[-5:].encode()}) for name in names],
     )
-    monkeypatch.setattr("lightning_znorm.compare.report.plot", lambda *args: IMAGES)
+    for figure in ("plot", "forest"):
+        monkeypatch.setattr(f"lightning_znorm.compare.report.{figure}", lambda *args: IMAGES)
     write_report(a_study(tmp_path, "b"), tmp_path)
-    named = re.findall(r"\(figures/(.*)\)", (tmp_path / "report.md").read_text())[:4]
+    named = re.findall(r"\(figures/(.*)\)", (tmp_path / "report.md").read_text())[1:5]
     assert [(tmp_path / "figures" / name).read_bytes() for name in named] == [b"a", b"A", b"xxxx1", b"xxxxx"]
     assert len({name.casefold() for name in named}) == 4

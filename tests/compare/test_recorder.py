@@ -16,6 +16,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from study_module import NoisyGradients, ScriptedModule, StudyData, StudyModule
 
 from lightning_znorm import GradientMonitor, LastCheckpoint, ZNormCallback
@@ -23,7 +24,7 @@ from lightning_znorm.callbacks.measurement import GradientMeter
 from lightning_znorm.callbacks.steps import Step
 from lightning_znorm.compare.checkpoints import MONITORED, BestCheckpoint, read_checkpoint
 from lightning_znorm.compare.files import DamagedError
-from lightning_znorm.compare.recorder import Recorder, _fingerprint
+from lightning_znorm.compare.recorder import Recorder, _described_schedule, _fingerprint
 from lightning_znorm.compare.results import read_fit, read_run
 from lightning_znorm.compare.study import Run
 from lightning_znorm.gradients.adapters.plain import PlainAdapter
@@ -504,6 +505,27 @@ def test_optimizers_are_written_down(tmp_path):
     common = "lr=0.5, momentum=0.9, dampening=0, weight_decay=0"
     assert re.fullmatch(rf"SGD\({common}(, .*)?; {common}.1(, .*)?\)", first)
     assert second.startswith("Adam(lr=0.01, betas=(0.9, 0.999), eps=1e-08, weight_decay=0")
+
+
+def test_schedulers_are_written_down(tmp_path):
+    def schedules(name: str, **options) -> list[str]:
+        return json.loads(train(tmp_path / name, **options).fit_file.read_text())["schedulers"]
+
+    assert schedules("one") == []
+    (warm_up,) = schedules("two", module=Grouped())
+    assert re.fullmatch(r"LinearLR\(start_factor=0\.1, end_factor=1\.0, total_iters=5\) every epoch", warm_up)
+
+
+def test_a_schedule_of_several_parts():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    parts = [
+        torch.optim.lr_scheduler.StepLR(optimizer, 2),
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0),
+    ]
+    whole = torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[3])
+    assert _described_schedule(LRSchedulerConfig(whole, interval="step", frequency=2)) == (
+        "SequentialLR(StepLR(step_size=2, gamma=0.1), LambdaLR()) every 2 steps"
+    )
 
 
 def test_optimizers_that_the_user_has_wrapped(tmp_path):

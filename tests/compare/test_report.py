@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import re
+import shutil
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from pathlib import Path
@@ -14,6 +15,7 @@ from jinja2 import ChoiceLoader, DictLoader, FileSystemLoader, UndefinedError
 from measured import FIT, done, plan
 from written import written
 
+from lightning_znorm.compare.looks import FirstLook
 from lightning_znorm.compare.report import TEMPLATES, ReportData, build_report, render, write_report
 from lightning_znorm.compare.results import Measurement
 from lightning_znorm.compare.statistics import Table, first_and_last, make_rows
@@ -35,20 +37,22 @@ class TestReport:
     @pytest.fixture(autouse=True)
     def _quick(self, monkeypatch):
         """What figures look like is another test's."""
-        monkeypatch.setattr("lightning_znorm.compare.report.plot", lambda *args: {"png": b"", "svg": b""})
+        for figure in ("plot", "forest"):
+            monkeypatch.setattr(f"lightning_znorm.compare.report.{figure}", lambda *args: {"png": b"", "svg": b""})
 
     def test_numbers(self, tmp_path):
         text = report(plan(tmp_path), done(plan(tmp_path)))
         # Differences 0.01, 0.02, 0.03.
-        assert "| baseline | 3 | 0.820 | 0.010 | - | - |  |" in text
-        assert "| znorm | 3 | 0.840 | 0.020 | +0.020 | -0.005 to +0.045 | 3 seeds cannot tell; if" in text
-        assert "- znorm: +0.020 (-0.005 to +0.045). 3 seeds cannot tell" in text
+        assert "| baseline | 3 | 0.820 | 0.010 | - | - |\n" in text
+        assert "| znorm | 3 | 0.840 | 0.020 | +0.020 | -0.005 to +0.045 |\n" in text
+        assert "- znorm: +0.020 (-0.005 to +0.045). 3 seeds cannot tell (p = 0.074)." in text
         assert "| znorm | 2.0 | 4 | 3 of 3 |" in text
         assert "| znorm | 200 | +100.0% | +100.0% to +100.0% |" in text
         assert "| baseline | 10 | 2.5 |" in text
         assert "| znorm | trainer.lr | 0 | 1 |" in text
         assert "Training alone took 0:00:48, all runs together." in text
-        assert "methods are compared, and each interval" not in text
+        assert "A method is called better or worse if the p-value" in text
+        assert "Holm" not in text
 
     def test_metrics_in_order(self, tmp_path):
         text = report(plan(tmp_path), done(plan(tmp_path)))
@@ -85,22 +89,26 @@ class TestReport:
         scheduler = {"class_path": "lightning.pytorch.callbacks.GradientAccumulationScheduler", "init_args": {"x": 4}}
         for name, trainer in {
             "baseline": {"callbacks": [bar, stopping]},
-            "mine": {"callbacks": [callback], "accumulate_grad_batches": 2},
+            "mine": {"callbacks": [callback], "accumulate_grad_batches": 2, "precision": "bf16-mixed"},
             "clip": {"callbacks": [stopping, scheduler], "gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"},
             "copy": {"callbacks": [bar, stopping]},
         }.items():
             the_plan.settings[name] = {"trainer": trainer}
         for run in the_plan.study.runs:
             if run.method != "copy":
-                fit = {**FIT, "optimizers": ["SGD(lr=0.1)", "Adam(lr=1)"] if run.method == "mine" else ["SGD(lr=0.1)"]}
+                optimizers, schedulers = ["SGD(lr=0.1)"], []
+                if run.method == "mine":
+                    optimizers, schedulers = [*optimizers, "Adam(lr=1)"], ["StepLR(step_size=2) every epoch"]
+                fit = {**FIT, "optimizers": optimizers, "schedulers": schedulers}
                 run.fit_file.write_text(json.dumps(fit))
         text = report(the_plan, found)
         assert text.index("## Methods as they were run") < text.index("## Metrics")
         for row in (
-            "| baseline | none | none | 1 | `SGD(lr=0.1)` |",
-            "| mine | `NoisyGradients(eps=1e-10, include=['*fc*'])` | none | 2 | `SGD(lr=0.1)` and `Adam(lr=1)` |",
-            "| clip | none | value, 0.5 | 1, GradientAccumulationScheduler(x=4) | `SGD(lr=0.1)` |",
-            "| copy | none | none | 1 | not recorded |",  # by an older version
+            "| baseline | none | none | 1 | `SGD(lr=0.1)` | none | 32-true |",
+            "| mine | `NoisyGradients(eps=1e-10, include=['*fc*'])` | none | 2 "
+            "| `SGD(lr=0.1)` and `Adam(lr=1)` | `StepLR(step_size=2) every epoch` | bf16-mixed |",
+            "| clip | none | value, 0.5 | 1, GradientAccumulationScheduler(x=4) | `SGD(lr=0.1)` | none | 32-true |",
+            "| copy | none | none | 1 | not recorded | not recorded | 32-true |",  # by an older version
         ):
             assert row in text
         assert "baseline and copy have the same settings: what differs between them is chance." in text
@@ -109,15 +117,68 @@ class TestReport:
 
     def test_one_seed(self, tmp_path):
         text = report(plan(tmp_path, seeds=(5,)), done(plan(tmp_path, seeds=(5,))))
-        assert "| znorm | 1 | 0.920 | - | +0.060 | - | One seed, where it is better, cannot tell" in text
+        assert "| znorm | 1 | 0.920 | - | +0.060 | - |\n" in text
+        assert "- znorm: +0.060. One seed cannot tell a difference from chance." in text
 
     def test_one_method(self, tmp_path):
         text = report(plan(tmp_path, methods=("baseline",)), done(plan(tmp_path, methods=("baseline",))))
         assert text.startswith("# baseline: exp.yaml\n")
+        assert "p-value" not in text
+        assert "differences.png" not in text
 
     def test_several_methods(self, tmp_path):
         methods = ("a", "b", "c")
-        assert "2 methods are compared, and each" in report(plan(tmp_path, methods), done(plan(tmp_path, methods)))
+        the_plan = plan(tmp_path, methods)
+        found = done(the_plan)
+        text = report(the_plan, found)
+        assert "p is adjusted by Holm's procedure for 2 methods, so that" in text
+        assert "- c: +0.040 (-0.010 to +0.090). 3 seeds cannot tell (adjusted p = 0.148)." in text
+        assert "level of 0.05 / 2, the strictest of Holm's procedure" in text
+        diverged = [replace(m, value=math.nan) if (m.method, m.seed) == ("b", 1) else m for m in found]
+        text = report(the_plan, diverged)
+        assert "b cannot be tested, and p is not adjusted for it." in text
+        assert "3 seeds cannot tell (p = 0.074)." in text
+
+    def test_exploratory(self, tmp_path):
+        looked = replace(plan(tmp_path), first_look=FirstLook("test/accuracy", (0, 1)))
+        text = report(looked, done(looked))
+        why = "Exploratory, no verdict: seeds were added after a first look at seeds 0, 1."
+        assert f"- znorm: +0.020 (-0.005 to +0.045). {why}" in text
+        assert "A test counts only at the first look" in text
+        assert "A method is called better" not in text
+
+    def test_values_per_seed(self, tmp_path):
+        the_plan = plan(tmp_path)
+        found = done(the_plan)
+        text = report(the_plan, [m for m in found if (m.method, m.seed) != ("znorm", 1)])
+        assert "| method | seed 0 | seed 1 | seed 2 |\n| --- | --: | --: | --: |" in text
+        assert "| baseline | 0.810 | 0.820 | 0.830 |" in text
+        assert "| znorm | 0.820 (+0.010) | - | 0.860 (+0.030) |" in text
+
+    def test_in_which_order(self, tmp_path):
+        """What is asked first comes first: the verdict, the differences, the curves, the values."""
+        text = report(plan(tmp_path), done(plan(tmp_path)))
+        marks = ("cannot tell", "differences.png", "## Curves", "train-loss.png", "## Values per", "## Methods as they")
+        assert sorted(marks, key=text.index) == list(marks)
+
+    def test_how_many_logged_values_a_number_is_the_mean_of(self, tmp_path):
+        the_plan = plan(tmp_path)
+
+        def sentence(metric, counts):
+            found = [replace(m, count=counts[m.seed % 2]) if m.metric == metric else m for m in done(the_plan)]
+            shutil.rmtree(tmp_path / "runs")
+            done(the_plan)
+            text = report(the_plan, found)
+            shutil.rmtree(tmp_path / "runs")
+            return text.split(f"### `{metric}`")[1].split("\n\n")[1]
+
+        assert sentence("train/loss", (23, 23)).startswith("Each run's value is the mean of 23 logged numbers, each of")
+        assert sentence("train/loss", (23, 22)).startswith("Each run's value is the mean of 22 to 23 logged numbers,")
+        assert sentence("train/loss", (1, 1)).startswith(
+            "Each run's value is the mean of 1 logged number, which is its"
+        )
+        assert sentence("val/accuracy", (1, 1)) == "Each run's value is the last number that was logged."
+        assert sentence("test/accuracy", (1, 1)) == "Each run's value is the number that its test logged."
 
     def test_some_seeds_do_not_get_there(self, tmp_path):
         found = [m for m in done(plan(tmp_path)) if (m.method, m.seed, m.metric) != ("znorm", 1, "val/accuracy")]
@@ -165,9 +226,9 @@ class TestReport:
         found = [m for m in done(plan(tmp_path)) if m.metric != "test/accuracy"]
         for method, values in (("baseline", (0.5, 0.6)), ("znorm", (math.nan, 0.7))):
             found += [Measurement("", seed, method, 3, "test/accuracy", value) for seed, value in enumerate(values)]
-        assert "| znorm | 2 | nan | - | nan | - | Not comparable: a value is not finite" in report(
-            plan(tmp_path), found
-        )
+        text = report(plan(tmp_path), found)
+        assert "| znorm | 2 | nan | - | nan | - |\n" in text
+        assert "- znorm: nan. Not comparable: a value is not finite, so a run has diverged." in text
 
     def test_different_versions(self, tmp_path):
         found = done(plan(tmp_path))
@@ -223,7 +284,10 @@ class TestReport:
             Measurement(run.name, run.seed, run.method, 3, "test/mse", 1e-9 * (2 + run.seed + len(run.method)))
             for run in plan(tmp_path).study.runs
         ]
-        assert "| baseline | 3 | 0.0000000110 | 0.0000000010 | - | - |  |" in report(plan(tmp_path), found)
+        assert "| baseline | 3 | 0.0000000110 | 0.0000000010 | - | - |\n" in report(plan(tmp_path), found)
+
+
+NAMES = ("differences", "train-loss", "val-accuracy", "gradient-norm")
 
 
 class TestFullDisk:
@@ -233,10 +297,9 @@ class TestFullDisk:
         the_plan = plan(tmp_path)
         found = done(the_plan)
         images = {"png": b"new", "svg": b"new"}
-        monkeypatch.setattr("lightning_znorm.compare.report.plot", lambda *args: images)
-        names = [
-            f"figures/{name}.{kind}" for name in ("train-loss", "val-accuracy", "gradient-norm") for kind in images
-        ]
+        for figure in ("plot", "forest"):
+            monkeypatch.setattr(f"lightning_znorm.compare.report.{figure}", lambda *args: images)
+        names = [f"figures/{name}.{kind}" for name in NAMES for kind in images]
         files = {tmp_path / name for name in ("report.html", "report.md", *names)}
         for path in files:
             path.parent.mkdir(exist_ok=True)
@@ -273,7 +336,7 @@ class TestFullDisk:
 def test_html_needs_nothing_else(tmp_path):
     report(plan(tmp_path), done(plan(tmp_path)))
     html = (tmp_path / "report.html").read_text()
-    assert html.count('<img src="data:image/svg+xml;base64,') == 3
+    assert html.count('<img src="data:image/svg+xml;base64,') == 4
     assert not re.findall(r"https?:|url\(|<script|<link|@import", html)
     assert "<code>val/accuracy</code>" in html
 
@@ -332,7 +395,8 @@ class TestNewSection:
 """
 
     def test_in_both_formats(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("lightning_znorm.compare.report.plot", lambda *args: {"png": b"", "svg": b""})
+        for figure in ("plot", "forest"):
+            monkeypatch.setattr(f"lightning_znorm.compare.report.{figure}", lambda *args: {"png": b"", "svg": b""})
         the_plan = plan(tmp_path, methods=("base_line_", "z<norm>"))
         found = done(the_plan)
         known = data(the_plan, found, (), True)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from lightning_znorm.compare.results import Evaluation, Measurement, read_run, read_test, write_results
+from lightning_znorm.compare.results import Evaluation, Measurement, last_counts, read_run, read_test, write_results
 from lightning_znorm.compare.study import Run
 
 
@@ -54,8 +54,16 @@ def test_half_a_line(tmp_path):
 
 
 def test_several_values_in_an_epoch(tmp_path):
-    attempt(tmp_path, 0, 0, "epoch,step,train/loss,val/loss\n0,4,1.0,3.0\n0,9,2.0,5.0\n")
-    assert values(read_run(run(tmp_path))) == {(0, "train/loss"): 1.5, (0, "val/loss"): 5.0}
+    attempt(tmp_path, 0, 0, "epoch,step,train/loss,val/loss\n0,4,1.0,3.0\n0,9,2.0,5.0\n1,14,4.0,\n")
+    found = read_run(run(tmp_path))
+    assert values(found) == {(0, "train/loss"): 1.5, (0, "val/loss"): 5.0, (1, "train/loss"): 4.0}
+    assert {(one.epoch, one.metric): one.count for one in found} == {
+        (0, "train/loss"): 2,
+        (0, "val/loss"): 1,  # the last one
+        (1, "train/loss"): 1,
+    }
+    assert last_counts(found, "train/loss") == {"znorm": {3: 1}}
+    assert last_counts(found[:2], "train/loss") == {"znorm": {3: 2}}
 
 
 def test_values_of_a_run_that_diverged(tmp_path):
@@ -91,4 +99,4 @@ def test_tidy(tmp_path):
     write_results(tmp_path / "results.csv", [Measurement("znorm-3", 3, "znorm", 0, "val/loss", 0.1)])
     assert (
         tmp_path / "results.csv"
-    ).read_text() == "run,seed,method,epoch,metric,value\nznorm-3,3,znorm,0,val/loss,0.1\n"
+    ).read_text() == "run,seed,method,epoch,metric,value,count\nznorm-3,3,znorm,0,val/loss,0.1,1\n"

@@ -193,7 +193,7 @@ class TestStudy:
             assert written("baseline-0", name) != written("baseline-1", name)
 
     def test_results_are_tidy(self, study):
-        assert list(study.results[0]) == ["run", "seed", "method", "epoch", "metric", "value"]
+        assert list(study.results[0]) == ["run", "seed", "method", "epoch", "metric", "value", "count"]
         found = {(row["run"], row["metric"], row["epoch"]) for row in study.results}
         assert len(found) == len(study.results)
         assert {("noisy-1", "train/loss", str(epoch)) for epoch in range(4)} <= found
@@ -238,7 +238,7 @@ class TestStudy:
         for name in re.findall(r"!\[.*\]\((.*)\)", study.report):
             assert (study.output / name).stat().st_size > 10_000
         html = (study.output / "report.html").read_text()
-        assert html.count("<img") == study.report.count("![") == 3
+        assert html.count("<img") == study.report.count("![") == 4
         assert not re.search(r"(src|href)=\"(?!data:)", html)
 
     def test_again_from_python(self, study, quick):
