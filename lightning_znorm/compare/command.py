@@ -22,6 +22,7 @@ from lightning_znorm.compare.runner import repair_if_idle, shell_line
 from lightning_znorm.compare.settings import note_on_order, same_settings
 from lightning_znorm.compare.statistics import Table, look_at, make_rows
 from lightning_znorm.compare.study import Outcome, Plan, Study, StudyError, parse_timeout
+from lightning_znorm.compare.sweep import tune, tuned
 
 _DESCRIPTION = """\
 Does a method help? Runs every method with every seed, each in its own process: fit, then test of the best checkpoint.
@@ -284,7 +285,12 @@ def _report(plan: Plan, resources: Resources, failures: list[Outcome], console: 
                 failures.append(Outcome(run, _sentence(error, run.folder)))
                 with suppress(OSError):  # the next command repairs it otherwise
                     _say(console, repair_if_idle(run, plan.monitored, resumes=False))
-    table = Table(plan.metric, tuple(make_rows(plan, measurements)), tuple(failures), study.output)
+    sweep, compared, shown = None, plan, measurements
+    if study.sweep:
+        sweep = tune(plan, measurements)
+        compared, shown = tuned(plan, measurements, sweep)
+    chosen = {method: dict(point) for method, point in sweep.chosen.items()} if sweep else {}
+    table = Table(plan.metric, tuple(make_rows(compared, shown)), tuple(failures), study.output, chosen)
     problems = []
 
     def attempt(write: Callable[[], None]) -> None:
@@ -300,13 +306,13 @@ def _report(plan: Plan, resources: Resources, failures: list[Outcome], console: 
         # Commands of a dry run may have run side by side, so nothing is known about runs that no study started.
         alone = (read_record(study.output) or {}).get("alone", False)
         command = command_line(study, resources)
-        write_report(build_report(plan, measurements, table, command, alone), study.output)
+        write_report(build_report(compared, shown, table, command, alone, sweep), study.output)
 
-    look = look_at(plan, table.rows)
+    look = look_at(compared, table.rows, sweep is None or sweep.is_settled)
     if study.output.is_dir():
         if look is not None and look != plan.first_look:  # before the report shows a verdict
             attempt(lambda: write_first_look(study.output, look))
-        attempt(lambda: write_results(study.output / "results.csv", measurements))
+        attempt(lambda: write_results(study.output / "results.csv", measurements, study))
         attempt(write_all)
     else:
         problems.append(f"{study.output} was deleted while the study ran.")

@@ -8,10 +8,11 @@ what was first looked at, and other looks give numbers without a verdict.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from lightning_znorm.compare.files import DamagedError
 
+Swept: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
 KEY = "first_look"
 """Key in `study.json`: ``None`` before the first look. Records of older versions do not have it."""
 _REPORTS = ("report.md", "report.html", "results.csv")
@@ -25,19 +26,23 @@ class FirstLook:
         metric: The metric that decided.
         seeds: The seeds of the study; ``None`` also if the record was lost.
         methods: The methods, the first one first, and those that were added later.
+        sweep: The swept settings with their values, among which the methods' were chosen; empty also if a best value
+            lay at an edge, because then the validation metric, and not the test, asks for more values.
     """
 
     metric: str | None
     seeds: tuple[int, ...] | None
     methods: tuple[str, ...] = ()
+    sweep: Swept = ()
 
-    def why_exploratory(self, metric: str, seeds: Sequence[int], methods: Sequence[str]) -> str:
+    def why_exploratory(self, metric: str, seeds: Sequence[int], methods: Sequence[str], sweep: Swept = ()) -> str:
         """Return why another look is exploratory, as the end of a sentence; empty if it is not.
 
         Args:
             metric: The metric that decides now.
             seeds: The seeds of the study now.
             methods: The methods now.
+            sweep: The swept settings with their values now.
 
         Example:
             >>> FirstLook("test/accuracy", (0, 1)).why_exploratory("test/accuracy", [0, 1, 2], [])
@@ -55,12 +60,16 @@ class FirstLook:
             return f"methods were compared with {self.methods[0]} at the first look"
         if dropped := [method for method in self.methods if method not in methods]:
             return f"methods were left out after the first look: {', '.join(dropped)}"
+        tried = {key: set(values) for key, values in self.sweep}
+        if other := [key for key, values in sweep if set(values) != tried.get(key, set(values))]:
+            return f"other values of {', '.join(other)} were tried at the first look"
         return ""
 
     def as_json(self) -> dict[str, Any]:
         """Return what `study.json` holds of it."""
         seeds = None if self.seeds is None else list(self.seeds)
-        return {"metric": self.metric, "seeds": seeds, "methods": list(self.methods)}
+        swept = {key: list(values) for key, values in self.sweep}
+        return {"metric": self.metric, "seeds": seeds, "methods": list(self.methods), "sweep": swept}
 
 
 def look_of(path: Path, record: dict[str, Any]) -> FirstLook | None:
@@ -76,14 +85,17 @@ def look_of(path: Path, record: dict[str, Any]) -> FirstLook | None:
     content = record.get(KEY)
     if content is None:
         return None
-    metric, seeds, methods = (content.get(key) for key in ("metric", "seeds", "methods"))
+    metric, seeds, methods, sweep = (content.get(key) for key in ("metric", "seeds", "methods", "sweep"))
+    sweep = {} if sweep is None else sweep  # the first versions did not sweep
     if not (
         isinstance(metric, str | None)
         and (seeds is None or (isinstance(seeds, list) and all(type(seed) is int for seed in seeds)))
         and (isinstance(methods, list) and all(isinstance(name, str) for name in methods))
+        and (isinstance(sweep, dict) and all(isinstance(values, list) for values in sweep.values()))
     ):
         raise DamagedError(path, f"its {KEY} is not a metric, seeds and methods")
-    return FirstLook(metric, None if seeds is None else tuple(seeds), tuple(methods))
+    swept = tuple((key, tuple(map(str, values))) for key, values in sweep.items())
+    return FirstLook(metric, None if seeds is None else tuple(seeds), tuple(methods), swept)
 
 
 def assumed_look(output: Path, is_lost: bool) -> FirstLook | None:

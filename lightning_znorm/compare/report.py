@@ -5,6 +5,7 @@ each sentence stands once; ``report.html.j2`` and ``report.md.j2`` say how eleme
 """
 
 import base64
+import math
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from jinja2 import BaseLoader, Environment, FileSystemLoader, StrictUndefined, p
 from jinja2.runtime import Context
 from markupsafe import Markup
 
+from lightning_znorm.compare.advice import advise
 from lightning_znorm.compare.files import with_path, write_text
 from lightning_znorm.compare.formatting import (
     Code,
@@ -37,7 +39,7 @@ from lightning_znorm.compare.formatting import (
     relative_path,
     signed,
 )
-from lightning_znorm.compare.plots import Curves, forest, plot
+from lightning_znorm.compare.plots import Curves, SweptValue, forest, plot, plot_sweep
 from lightning_znorm.compare.results import (
     GRADIENT_NORM,
     Evaluation,
@@ -68,9 +70,11 @@ from lightning_znorm.compare.statistics import (
     overheads,
     paired_interval,
     reaches,
+    standard_deviation,
     step_seconds,
 )
 from lightning_znorm.compare.study import Outcome, Plan, Run
+from lightning_znorm.compare.sweep import Sweep, best_trial
 
 Format: TypeAlias = Literal["html", "md"]
 Cells: TypeAlias = tuple[Inline, ...]
@@ -130,11 +134,37 @@ class NormSection:
 
 
 @dataclass(frozen=True)
+class SweepSection:
+    """How each method's values were chosen.
+
+    Args:
+        metric: The validation metric that chose.
+        mode: Whether ``"max"`` or ``"min"`` of it is better.
+        keys: The swept settings.
+        chosen: For each method, the values at which it is compared.
+        warnings: A sentence for each method whose values are not settled.
+        rows: A row for each method at each point.
+        figures: The metric over the values of each setting.
+    """
+
+    metric: str
+    mode: str
+    keys: list[str]
+    chosen: list[tuple[str, str]]
+    warnings: list[str]
+    rows: list[Cells]
+    figures: list[Figure]
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything that the templates show.
 
     Args:
         title: Title of the report.
+        sweep: In a sweep, how each method's values were chosen; ``None`` without one.
+        untuned: Without a sweep, the optimizer settings that all methods ran with; empty if each has its own.
+        advice: What to try if a method's usual learning rates lie elsewhere.
         methods: Names of the methods; the others are compared with the first.
         seeds: Seeds of the study.
         done: Number of runs that are done.
@@ -172,6 +202,9 @@ class ReportData:
     """
 
     title: str
+    sweep: SweepSection | None
+    untuned: Inline
+    advice: list[str]
     methods: list[str]
     seeds: Sequence[int]
     done: int
@@ -211,25 +244,32 @@ class ReportData:
     def figures(self) -> list[Figure]:
         """All figures."""
         first = [] if self.forest is None else [self.forest]
-        return [*first, *self.curves, *(norm.figure for norm in self.gradient_norms)]
+        swept = [] if self.sweep is None else self.sweep.figures
+        return [*first, *swept, *self.curves, *(norm.figure for norm in self.gradient_norms)]
 
 
 def build_report(
-    plan: Plan, measurements: Sequence[Measurement], table: Table, command: str, alone: bool
+    plan: Plan,
+    measurements: Sequence[Measurement],
+    table: Table,
+    command: str,
+    alone: bool,
+    sweep: Sweep | None = None,
 ) -> ReportData:
     """Collect what the report of a study shows.
 
     Args:
-        plan: The study.
-        measurements: Everything that was logged by the runs that are done.
+        plan: The study; of a sweep, the runs that are compared.
+        measurements: Everything that was logged by the runs of the plan that are done.
         table: Every metric under every method, and the runs that failed.
         command: Command that runs the study.
         alone: Whether each run had the machine to itself, as far as the study knows.
+        sweep: The result of the sweep, if there was one.
     """
     study, methods = plan.study, list(plan.study.files)
     first, *others = methods
-    failed = {outcome.run for outcome in table.failures}
-    done = [run for run in study.runs if run.is_done and run not in failed]
+    failed = {outcome.run.folder for outcome in table.failures}
+    done = [run for run in study.runs if run.is_done and run.folder not in failed]
     fits = {run: fit for run in done if (fit := read_fit(run)) is not None}
     tests = {run: tested for run in done if (tested := read_test(run)) is not None}
     changes = {method: changed_settings(plan.settings[first], plan.settings[method]) for method in others}
@@ -237,12 +277,19 @@ def build_report(
     deciding = [row for row in table.rows if row.metric == table.metric]
     differences = _forest(plan, deciding)
     versions = sorted({", ".join(f"{k} {v}" for k, v in fit["versions"].items()) for fit in fits.values()})
+    optimizers = {
+        method: list(dict.fromkeys(name for run, fit in fits.items() if run.method == method for name in _used(fit)))
+        for method in methods
+    }
     return ReportData(
         title=_title(plan),
+        sweep=None if sweep is None else _sweep_section(plan, sweep, name_files),
+        untuned=_untuned(optimizers),
+        advice=advise(plan, optimizers),
         methods=methods,
         seeds=study.seeds,
-        done=len(fits),
-        total=len(study.runs),
+        done=sweep.done if sweep else len(fits),
+        total=sweep.total if sweep else len(study.runs),
         metric=plan.metric,
         mode=plan.mode,
         monitor=plan.monitor,
@@ -396,6 +443,62 @@ class _FileNames:
         name = next(name for name in names if name.casefold() not in self._taken)
         self._taken.add(name.casefold())
         return replace(figure, name=name)
+
+
+def _sweep_section(plan: Plan, sweep: Sweep, name_files: "_FileNames") -> SweepSection:
+    study = plan.study
+    digits = decimals([], [score for trial in sweep.trials for score in trial.validation.values()])
+    rows: list[Cells] = []
+    for trial in sweep.trials:
+        scores = list(trial.validation.values())
+        spread = standard_deviation(scores) if len(scores) > 1 and all(map(math.isfinite, scores)) else None
+        rows.append(
+            (
+                trial.method,
+                study.label(trial.point),
+                str(len(scores)),
+                fixed(trial.score, digits) if scores else "-",
+                "-" if spread is None else fixed(spread, digits),
+                fixed(mean(trial.values.values()), digits) if scores else "-",
+                "chosen" if trial.chosen else "",
+            )
+        )
+    figures = [name_files(_sweep_figure(plan, sweep, key, list(values))) for key, values in study.sweep]
+    chosen = [(trial.method, study.label(trial.point)) for trial in sweep.trials if trial.chosen]
+    keys = [key for key, _ in study.sweep]
+    return SweepSection(sweep.metric, sweep.mode, keys, chosen, sweep.warnings, rows, figures)
+
+
+def _sweep_figure(plan: Plan, sweep: Sweep, key: str, values: list[str]) -> Figure:
+    """Draw the metric over the values of a setting, each with the best values of the others."""
+    by_method: dict[str, list[SweptValue]] = {}
+    for method in plan.study.files:
+        for value in values:
+            trials = [trial for trial in sweep.trials if trial.method == method and dict(trial.point)[key] == value]
+            best = best_trial(trials, sweep.mode)
+            swept = SweptValue(value, list(best.validation.values()), any(trial.chosen for trial in trials))
+            by_method.setdefault(method, []).append(swept)
+    short = plan.study.short_key(key)
+    caption: Inline = (
+        Code(sweep.metric),
+        " over ",
+        Code(short),
+        ": mean over seeds, and a dot for each. Filled: chosen.",
+    )
+    if len(plan.study.sweep) > 1:
+        caption = (*caption, " Each value stands with the best values of the other settings.")
+    return Figure(f"sweep-{short}", caption, plot_sweep(by_method, values, short, sweep.metric))
+
+
+def _used(fit: Mapping[str, Any]) -> list[str]:
+    """Return the optimizers that a run recorded."""
+    return list(fit.get("optimizers") or [])
+
+
+def _untuned(optimizers: Mapping[str, Sequence[str]]) -> Inline:
+    """Return the optimizers that all methods ran with; empty if they differ, or were not recorded."""
+    found = [tuple(names) for names in optimizers.values() if names]
+    return joined(" and ", map(Code, found[0])) if found and len({*found}) == 1 else ""
 
 
 def _title(plan: Plan) -> str:

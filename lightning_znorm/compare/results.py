@@ -8,13 +8,13 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from lightning_znorm.compare.files import DamagedError, read_object, write_text
-from lightning_znorm.compare.study import Run
+from lightning_znorm.compare.study import Run, Study
 
 STUDY_PREFIX = "compare/"
 """Prefix of the names that the study logs, besides the experiment."""
@@ -263,12 +263,21 @@ def train_loss(logged: Collection[str]) -> str | None:
     return found[0] if found else None
 
 
-def write_results(path: Path, measurements: Iterable[Measurement]) -> None:
-    """Write a tidy CSV file: one number a row."""
+def write_results(path: Path, measurements: Iterable[Measurement], study: Study) -> None:
+    """Write a tidy CSV file: one number a row. In a sweep, each swept setting has a column of its own.
+
+    Args:
+        path: The file.
+        measurements: Everything that was logged.
+        study: The study.
+    """
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in fields(Measurement)])
-    writer.writerows(astuple(measurement) for measurement in measurements)
+    writer.writerow([*(field.name for field in fields(Measurement)), *(key for key, _ in study.sweep)])
+    for measurement in measurements:
+        arm = study.arms[measurement.method]
+        row = replace(measurement, method=arm.method)
+        writer.writerow([*astuple(row), *(value for _, value in arm.point)])
     write_text(path, text.getvalue())
 
 

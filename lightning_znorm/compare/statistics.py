@@ -6,7 +6,7 @@ al. 2021, Accounting for variance in machine learning benchmarks).
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median, stdev
 
@@ -85,12 +85,14 @@ class Table:
         rows: Every metric under every method; the metric that decides comes first.
         failures: Runs that failed. They are not in the rows.
         output: Folder with ``results.csv``, ``report.md`` and ``report.html``.
+        chosen: In a sweep, the values at which each method is compared, by swept setting.
     """
 
     metric: str
     rows: tuple[Row, ...]
     failures: tuple[Outcome, ...]
     output: Path
+    chosen: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def row(self, method: str, metric: str | None = None) -> Row:
         """Return the row of a method.
@@ -110,8 +112,11 @@ class Table:
 
     def __str__(self) -> str:
         rows = [row for row in self.rows if row.metric == self.metric]
-        width = max((len(row.method) for row in rows), default=0)
-        lines = [f"{row.method:<{width}}  {_numbers(row)}  {row.verdict}".rstrip() for row in rows]
+        names = [" ".join([row.method, *self.chosen.get(row.method, {}).values()]) for row in rows]
+        width = max(map(len, names), default=0)
+        lines = [
+            f"{name:<{width}}  {_numbers(row)}  {row.verdict}".rstrip() for name, row in zip(names, rows, strict=True)
+        ]
         return "\n".join([self.metric, *lines])
 
 
@@ -222,20 +227,24 @@ def family_size(rows: Sequence[Row], compared: int) -> int:
     return compared - sum(row.has_diverged for row in rows)
 
 
-def look_at(plan: Plan, rows: Sequence[Row]) -> FirstLook | None:
+def look_at(plan: Plan, rows: Sequence[Row], is_settled: bool = True) -> FirstLook | None:
     """Return the first look at a study, if this is it or if it was before; methods that were added are added to it.
 
     Args:
         plan: The study.
         rows: Its rows. A look sees an interval of the metric that decides, be it of some of the planned seeds.
+        is_settled: Whether no best value of a sweep lies at an edge. Where validation says that values are missing, the
+            look leaves open which ones are added.
     """
     methods = tuple(plan.study.files)
+    sweep = plan.study.sweep if is_settled else ()
     if plan.first_look is None:
         has_interval = any(row.metric == plan.metric and row.interval is not None for row in rows)
-        return FirstLook(plan.metric, tuple(plan.study.seeds), methods) if has_interval else None
+        return FirstLook(plan.metric, tuple(plan.study.seeds), methods, sweep) if has_interval else None
     if plan.exploratory or not plan.first_look.methods:
         return plan.first_look
-    return replace(plan.first_look, methods=tuple(dict.fromkeys((*plan.first_look.methods, *methods))))
+    methods = tuple(dict.fromkeys((*plan.first_look.methods, *methods)))
+    return replace(plan.first_look, methods=methods, sweep=plan.first_look.sweep or sweep)
 
 
 def p_value(differences: Sequence[float]) -> float | None:

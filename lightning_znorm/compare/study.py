@@ -314,7 +314,7 @@ class Plan:
         """Why a report is exploratory, as the end of a sentence; empty if it is not."""
         if self.first_look is None:
             return ""
-        return self.first_look.why_exploratory(self.metric, self.study.seeds, list(self.study.files))
+        return self.first_look.why_exploratory(self.metric, self.study.seeds, list(self.study.files), self.study.sweep)
 
     @property
     def monitored(self) -> bool:

@@ -44,16 +44,22 @@ class Sweep:
         trials: Every method at every point, in the order of the study.
         warnings: A sentence for each method whose values are not settled: the best one is the least or the greatest
             that was tried, or runs of it are missing.
+        is_settled: Whether no best value is the least or the greatest that was tried.
+        done: Number of runs that are done.
+        total: Number of runs.
     """
 
     metric: str
     mode: str
     trials: list[Trial]
     warnings: list[str]
+    is_settled: bool
+    done: int
+    total: int
 
     @property
     def chosen(self) -> dict[str, Point]:
-        """The point of each method of which a run is done."""
+        """The point of each method."""
         return {trial.method: trial.point for trial in self.trials if trial.chosen}
 
 
@@ -71,11 +77,12 @@ def tune(plan: Plan, measurements: Sequence[Measurement]) -> Sweep:
     trials = _read_trials(plan, measurements, metric)
     chosen: dict[str, Trial] = {}
     for method in dict.fromkeys(trial.method for trial in trials):
-        of_method = [trial for trial in trials if trial.method == method]
-        if any(trial.validation for trial in of_method):
-            chosen[method] = _best(of_method, mode)
+        chosen[method] = best_trial([trial for trial in trials if trial.method == method], mode)
     trials = [replace(trial, chosen=chosen.get(trial.method) is trial) for trial in trials]
-    return Sweep(metric, mode, trials, [*_unsettled(plan.study, trials)])
+    done = sum(len(trial.validation) for trial in trials)
+    edges = _at_edges(plan.study, trials)
+    warnings = [*edges, *_incomplete(plan.study, trials)]
+    return Sweep(metric, mode, trials, warnings, not edges, done, len(plan.study.runs))
 
 
 def tuned(plan: Plan, measurements: Sequence[Measurement], sweep: Sweep) -> tuple[Plan, list[Measurement]]:
@@ -91,6 +98,20 @@ def tuned(plan: Plan, measurements: Sequence[Measurement], sweep: Sweep) -> tupl
     settings = {method: plan.settings[name] for name, method in names.items()}
     found = [replace(m, method=names[m.method]) for m in measurements if m.method in names]
     return replace(plan, study=study.at(sweep.chosen), settings=settings), found
+
+
+def best_trial(trials: Sequence[Trial], mode: str) -> Trial:
+    """Return the trial with the best mean over seeds, among those with the most finished seeds and finite values.
+
+    Args:
+        trials: Trials of one method.
+        mode: Whether ``"max"`` or ``"min"`` of the metric is better.
+    """
+    most = max(len(trial.validation) for trial in trials)
+    complete = [trial for trial in trials if len(trial.validation) == most]
+    finite = [trial for trial in complete if math.isfinite(trial.score)]
+    pick = max if mode == "max" else min
+    return pick(finite, key=lambda trial: trial.score) if finite else complete[0]
 
 
 def _read_trials(plan: Plan, measurements: Sequence[Measurement], metric: str) -> list[Trial]:
@@ -114,18 +135,10 @@ def _read_trials(plan: Plan, measurements: Sequence[Measurement], metric: str) -
     return trials
 
 
-def _best(trials: Sequence[Trial], mode: str) -> Trial:
-    most = max(len(trial.validation) for trial in trials)
-    complete = [trial for trial in trials if len(trial.validation) == most]
-    finite = [trial for trial in complete if math.isfinite(trial.score)]
-    pick = max if mode == "max" else min
-    return pick(finite, key=lambda trial: trial.score) if finite else complete[0]
-
-
-def _unsettled(study: Study, trials: Sequence[Trial]) -> list[str]:
+def _at_edges(study: Study, trials: Sequence[Trial]) -> list[str]:
     found = []
     for trial in trials:
-        if not trial.chosen:
+        if not trial.chosen or not math.isfinite(trial.score):
             continue
         for key, value in trial.point:
             if edge := _edge(key, value, study):
@@ -134,13 +147,18 @@ def _unsettled(study: Study, trials: Sequence[Trial]) -> list[str]:
                     f"be better still beyond it. Add {'smaller' if edge == 'least' else 'greater'} values to the sweep "
                     "before you compare."
                 )
+    return found
+
+
+def _incomplete(study: Study, trials: Sequence[Trial]) -> list[str]:
+    found = []
     for method in dict.fromkeys(trial.method for trial in trials):
         of_method = [trial for trial in trials if trial.method == method]
         if missing := [trial for trial in of_method if len(trial.validation) < len(study.seeds)]:
             points = "; ".join(study.label(trial.point) for trial in missing)
             found.append(f"{method}: not all seeds are done at {points}, so these values were chosen among the others.")
-        if any(trial.chosen and not math.isfinite(trial.score) for trial in of_method):
-            found.append(f"{method}: at none of its values the validation metric is finite, so nothing was chosen.")
+        if any(trial.chosen and trial.validation and not math.isfinite(trial.score) for trial in of_method):
+            found.append(f"{method}: at none of its values is the validation metric finite, so nothing was chosen.")
     return found
 
 

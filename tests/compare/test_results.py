@@ -6,7 +6,7 @@ import math
 import pytest
 
 from lightning_znorm.compare.results import Evaluation, Measurement, last_counts, read_run, read_test, write_results
-from lightning_znorm.compare.study import Run
+from lightning_znorm.compare.study import Run, Study
 
 
 def run(folder) -> Run:
@@ -96,7 +96,19 @@ def test_a_test_of_nobody_knows_what_is_none(tmp_path, text):
 
 
 def test_tidy(tmp_path):
-    write_results(tmp_path / "results.csv", [Measurement("znorm-3", 3, "znorm", 0, "val/loss", 0.1)])
+    study = Study(("exp.yaml",), ("znorm.yaml",), (3,), tmp_path)
+    write_results(tmp_path / "results.csv", [Measurement("znorm-3", 3, "znorm", 0, "val/loss", 0.1)], study)
     assert (
         tmp_path / "results.csv"
     ).read_text() == "run,seed,method,epoch,metric,value,count\nznorm-3,3,znorm,0,val/loss,0.1,1\n"
+
+
+def test_tidy_sweep(tmp_path):
+    sweep = (("model.lr", ("0.1", "1")), ("data.name", ("a", "b,c")))
+    study = Study(("exp.yaml",), ("znorm.yaml",), (3,), tmp_path, sweep=sweep)
+    name = list(study.arms)[3]
+    write_results(tmp_path / "results.csv", [Measurement(f"{name}-3", 3, name, 0, "val/loss", 0.1)], study)
+    assert (tmp_path / "results.csv").read_text() == (
+        "run,seed,method,epoch,metric,value,count,model.lr,data.name\n"
+        f'{name}-3,3,znorm,0,val/loss,0.1,1,1,"b,c"\n'
+    )

@@ -144,7 +144,7 @@ class TestChoice:
         scores = dict(zip(ARMS, [(0.1, 0.1), (0.4, bad), (bad, bad), (bad, bad)], strict=True))
         found = tune(swept, done(swept, scores))
         assert chosen(found) == {"baseline": "0.1", "znorm": "0.1"}
-        assert any("znorm: at none of its values the validation metric is finite" in text for text in found.warnings)
+        assert any("znorm: at none of its values is the validation metric finite" in text for text in found.warnings)
 
     def test_a_value_at_which_runs_failed_is_not_chosen_and_named(self, tmp_path):
         swept = plan(tmp_path)
@@ -153,10 +153,16 @@ class TestChoice:
         assert chosen(found) == {"baseline": "0.1", "znorm": "0.1"}
         assert any(text.startswith("baseline: not all seeds are done at lr=1.0") for text in found.warnings)
 
-    def test_a_method_without_runs_is_left_out(self, tmp_path):
+    def test_a_method_without_runs_has_no_values(self, tmp_path):
         swept = plan(tmp_path)
-        found = tune(swept, done(swept, dict(zip(ARMS, [(0.1, 0.1), (0.9, 0.8), (), ()], strict=True))))
-        assert chosen(found) == {"baseline": "1.0"}
+        measurements = done(swept, dict(zip(ARMS, [(0.1, 0.1), (0.9, 0.8), (), ()], strict=True)))
+        found = tune(swept, measurements)
+        assert chosen(found)["baseline"] == "1.0"
+        assert (found.done, found.total) == (4, 8)
+        reduced, left = tuned(swept, measurements, found)
+        assert list(reduced.study.files) == ["baseline", "znorm"]
+        assert {m.method for m in left} == {"baseline"}
+        assert any(text.startswith("znorm: not all seeds are done at lr=0.1; lr=1.0") for text in found.warnings)
 
     def test_validation_less_often_than_tests(self, tmp_path):
         swept = plan(tmp_path)
