@@ -38,6 +38,7 @@ from lightning_znorm.data.base import ImageDataModule
 from lightning_znorm.tasks import ClassificationTask, SegmentationTask
 from lightning_znorm.tasks.base import Task
 
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
 
 
@@ -47,11 +48,12 @@ def has_native_bfloat16() -> bool:
     return features.exists() and re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", features.read_text()) is not None
 
 
-def by_hand(task: Task, batches: list[Batch], precision: str, channels_last: bool, watch: Stopwatch) -> None:
+def by_hand(
+    task: Task, batches: list[Batch], precision: str, memory_format: torch.memory_format, watch: Stopwatch
+) -> None:
     # The network and the loss of a task, which are plain modules. Its weights have the memory format already.
     network, criterion = task.model.train(), task.criterion
     optimizer = SGD(network.parameters())
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     for images, target in batches:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
             logits = network(images.to(memory_format=memory_format))
@@ -87,7 +89,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help="turns of each row (default: 8)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--precisions", nargs="+", choices=["32-true", "bf16-mixed"], help="(default: see above)")
-    parser.add_argument("--eager", action="store_true", help="no compiled networks")
+    parser.add_argument("--memory-formats", nargs="+", choices=list(MEMORY_FORMATS), default=list(MEMORY_FORMATS))
+    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -124,29 +127,27 @@ def main() -> None:
     print(
         f"| {'-' * 26} | {'-' * 4}: | {'-' * 37} | {'-' * 22} | {'-' * 12}: | {'-' * 22}: | {'-' * 13}: | {'-' * 11}: |"
     )
-    memory_formats = {"contiguous": False, "channels_last": True}
-    modes = {"eager": False} if args.eager else {"eager": False, "compiled": True}
-    for precision, memory_format, mode in itertools.product(precisions, memory_formats, modes):
-        channels_last = memory_formats[memory_format]
+    for precision, name, mode in itertools.product(precisions, args.memory_formats, args.modes):
+        memory_format = MEMORY_FORMATS[name]
         torch.manual_seed(0)
-        task = make(optimizer=SGD, channels_last=channels_last)
+        task = make(optimizer=SGD, channels_last=memory_format is torch.channels_last)
         tasks = [deepcopy(task) for _ in range(3)]
-        if modes[mode]:
+        if mode == "compiled":
             for task in tasks:
                 task.model.compile()
         rows: dict[str, Callable[[Stopwatch], None]] = {
-            "loop by hand": partial(by_hand, tasks[0], batches, precision, channels_last),
+            "loop by hand": partial(by_hand, tasks[0], batches, precision, memory_format),
             "fit": partial(fit, tasks[1], data, precision, args.steps),
             "fit with ZNormCallback": partial(fit, tasks[2], data, precision, args.steps, ZNormCallback()),
         }
         watches = measured(rows, args.rounds)
-        setting = f"{precision}, {memory_format}, {mode}"
-        for name, watch in watches.items():
+        setting = f"{precision}, {name}, {mode}"
+        for step, watch in watches.items():
             batch_size = data.hparams["batch_size"]
             process, wall = statistics.median(watch.process), statistics.median(watch.wall)
             figures = f"{process:13.2f} | {ratio(watch.process, watches['loop by hand'].process)} | {wall:14.2f}"
             figures += f" | {1e3 * batch_size / process:12.1f}"
-            print(f"| {workload:26} | {batch_size:5} | {setting:37} | {name:22} | {figures} |", flush=True)
+            print(f"| {workload:26} | {batch_size:5} | {setting:37} | {step:22} | {figures} |", flush=True)
 
 
 def measured(rows: dict[str, Callable[[Stopwatch], None]], rounds: int) -> dict[str, Stopwatch]:

@@ -85,7 +85,7 @@ def test_lightning_step() -> None:
 
 
 def test_fit() -> None:
-    arguments = ("--batch-size", "2", "--steps", "4", "--rounds", "1", "--precisions", "32-true", "--eager")
+    arguments = ("--batch-size", "2", "--steps", "4", "--rounds", "1", "--precisions", "32-true", "--modes", "eager")
     output = output_of("benchmarks.fit", *arguments)
     assert "bf16-mixed is left out" in output
     table = rows(output)

@@ -79,7 +79,8 @@ class ClassificationTask(Task):
             `torch.channels_last_3d` for volumes. Results differ by rounding at most, and names, shapes and values in
             checkpoints stay as they are, so that a task with the other setting loads them. Many convolutions are faster
             so, above all in half precision on GPUs (PyTorch's tutorial "Channels Last Memory Format in PyTorch",
-            https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html).
+            https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html);
+            ``docs/performance.md`` says where.
 
     Raises:
         ValueError: If no network has the name, if ``model_kwargs`` come with a module or hold anything but plain
