@@ -9,10 +9,13 @@ Torch is loaded only when a command runs, so that help and refusals come at once
 
 import argparse
 import difflib
+import gc
 import io
+import json
 import os
 import shlex
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from lightning_znorm import __version__
@@ -30,6 +33,10 @@ from lightning_znorm.cli.launchers import is_first_process, started_processes
 from lightning_znorm.errors import ZNormValueError
 
 __all__ = ["main"]
+
+THEN_TEST = "LIGHTNING_ZNORM_THEN_TEST"
+"""Environment variable by which a study lets the process of `fit` test, too: JSON with the arguments of `test`, and the
+file that exists once the training is complete."""
 
 _COMMANDS = ("fit", "validate", "test", "predict", "compare")
 _HELP = """\
@@ -84,6 +91,8 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run(args: list[str]) -> None:
+    # Not for the processes that Lightning may start.
+    then_test = os.environ.pop(THEN_TEST, None)
     options = _Options(prog="python -m lightning_znorm", add_help=False, allow_abbrev=False)
     options.usage = _HELP.splitlines()[0].removeprefix("usage: ")
     options.add_argument("-c", "--config", action="append", default=[])
@@ -109,7 +118,29 @@ def _run(args: list[str]) -> None:
 
     from lightning_znorm.cli.run import RunCLI
 
-    RunCLI(ordered, remaining)
+    world_size = RunCLI(ordered, remaining).trainer.world_size
+    # After a training in several processes, the study starts others for the test.
+    if then_test and world_size == 1:
+        _test_as_well(**json.loads(then_test))
+
+
+def _test_as_well(args: list[str], once: str) -> None:
+    """Test in this process what it has trained.
+
+    Args:
+        args: Arguments of ``python -m lightning_znorm``.
+        once: File that exists once the training is complete.
+    """
+    if not Path(once).is_file():
+        return
+    gc.collect()  # the model and the data of the training
+    torch = sys.modules["torch"]
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    sys.stderr.flush()
+    print(f"$ python -m lightning_znorm {' '.join(args)}", flush=True)
+    sys.argv[1:] = args
+    _run(args)
 
 
 class _Options(argparse.ArgumentParser):

@@ -1,5 +1,6 @@
-"""One run: fit, then test. What is damaged is set aside first, and what is done is not repeated."""
+"""One run: fit, then test, in one process if possible. Damaged files are set aside, and what is done is kept."""
 
+import json
 import math
 import shlex
 import shutil
@@ -34,6 +35,7 @@ _REASONS = {
     "SIGTERM": "which somebody sent, such as a batch system at a time limit",
     "SIGXCPU": "at the limit of CPU time",
 }
+_TEST_LINE = b"$ python -m lightning_znorm test "
 _FULL_DISK_BYTES = 2**20
 """A disk with less free space counts as full."""
 
@@ -196,20 +198,44 @@ def printed_since(log: Path, start: int) -> str:
 
 def _execute(run: Run, monitored: bool, environment: Mapping[str, str] | None, processes: Processes, lock: int) -> str:
     """Execute the remaining commands of a run; return why one failed."""
-    commands = (command_to_fit(run), command_to_test(run, monitored))
-    for command, expected in zip(commands, (run.fit_file, run.test_file), strict=True):
-        if expected.is_file():
-            continue
-        start = run.log.stat().st_size if run.log.is_file() else 0
-        try:
-            code = processes.run(command, run.log, environment, lock=lock)
-        except TimedOut as error:
-            return f"{command[0]} {error}.{_details(run, start)}"
-        if code or not expected.is_file():
+    from lightning_znorm.cli import THEN_TEST  # imported here, because `cli` imports `compare`
+
+    if not run.fit_file.is_file():
+        test = command_to_test(run, monitored)
+        then = {THEN_TEST: json.dumps({"args": test, "once": str(run.fit_file)})}
+        error = _run_command(run, command_to_fit(run), run.fit_file, {**(environment or {}), **then}, processes, lock)
+        if error:
+            return error
+    # It trained in several processes, or only the test is missing.
+    if not run.test_file.is_file():
+        return _run_command(run, command_to_test(run, monitored), run.test_file, environment, processes, lock)
+    return ""
+
+
+def _run_command(
+    run: Run,
+    command: list[str],
+    expected: Path,
+    environment: Mapping[str, str] | None,
+    processes: Processes,
+    lock: int,
+) -> str:
+    """Run a command; return why it, or a test in the same process, failed."""
+    name, start = command[0], run.log.stat().st_size if run.log.is_file() else 0
+    try:
+        code = processes.run(command, run.log, environment, lock=lock, milestone=run.fit_file)
+        failure = describe_exit(code, expected) if code or not expected.is_file() else ""
+    except TimedOut as error:
+        failure = str(error)
+    else:
+        if failure:
             with suppress(OSError):  # it is useless, and on a full disk the results of other runs need its space
                 _unfinished(run).unlink(missing_ok=True)
-            return f"{command[0]} {describe_exit(code, expected)}.{_details(run, start)}"
-    return ""
+    if not failure:
+        return ""
+    if name == "fit" and (test := _start_of_test(run.log, start)):
+        name, start = "test", test
+    return f"{name} {failure}.{_details(run, start)}"
 
 
 def _damage(read: Callable[[], object]) -> DamagedError | None:
@@ -272,6 +298,24 @@ def _lock_wait(run: Run, processes: Processes) -> Callable[[], None]:
             raise TimedOut(f"{run.folder} was in use for {limit} (--timeout), by {holder}: see whether that hangs.")
 
     return wait
+
+
+def _start_of_test(log: Path, start: int) -> int:
+    """Return where in a log the test begins that a process has started after its training; 0 if it has not.
+
+    Args:
+        log: The log.
+        start: Size of the log before the process started.
+    """
+    if not log.is_file():
+        return 0
+    with log.open("rb") as file:
+        position = file.seek(start)
+        for line in file:
+            if line.startswith(_TEST_LINE):
+                return position
+            position += len(line)
+    return 0
 
 
 def _details(run: Run, start: int) -> str:

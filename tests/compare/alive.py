@@ -3,6 +3,7 @@
 import os
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -23,4 +24,9 @@ def is_gone(pid: int) -> bool:
 def processes_of(folder: Path) -> list[int]:
     """Process ids of what runs in a run's folder."""
     listed = subprocess.run(["ps", "-axww", "-o", "pid=,args="], capture_output=True, text=True, check=True).stdout
-    return [int(line.split()[0]) for line in listed.splitlines() if f"{folder}{os.sep}run.yaml" in line]
+    pids = [int(line.split()[0]) for line in listed.splitlines() if f"{folder}{os.sep}run.yaml" in line]
+    for links in Path("/proc").glob("[0-9]*/fd"):  # copies of another process keep its command line
+        with suppress(OSError):
+            if (links / "1").readlink() == folder.resolve() / "log.txt":
+                pids.append(int(links.parent.name))
+    return sorted(set(pids))
