@@ -1,4 +1,4 @@
-"""Tuned against tuned: of a sweep's values, the validation metric chooses each method's, and only those are compared."""
+"""Tuned against tuned: the validation metric chooses each method's values, and only those are compared."""
 
 import math
 from collections.abc import Sequence
@@ -143,9 +143,8 @@ def _at_edges(study: Study, trials: Sequence[Trial]) -> list[str]:
         for key, value in trial.point:
             if edge := _edge(key, value, study):
                 found.append(
-                    f"{trial.method}: its best {study.short_key(key)}, {value}, is the {edge} that was tried, so it may "
-                    f"be better still beyond it. Add {'smaller' if edge == 'least' else 'greater'} values to the sweep "
-                    "before you compare."
+                    f"{trial.method}: its best {study.short_key(key)}, {value}, is the {edge} that was tried. It may be "
+                    f"better still beyond it: add {'smaller' if edge == 'least' else 'greater'} values to the sweep."
                 )
     return found
 

@@ -109,6 +109,5 @@ def test_tidy_sweep(tmp_path):
     name = list(study.arms)[3]
     write_results(tmp_path / "results.csv", [Measurement(f"{name}-3", 3, name, 0, "val/loss", 0.1)], study)
     assert (tmp_path / "results.csv").read_text() == (
-        "run,seed,method,epoch,metric,value,count,model.lr,data.name\n"
-        f'{name}-3,3,znorm,0,val/loss,0.1,1,1,"b,c"\n'
+        f'run,seed,method,epoch,metric,value,count,model.lr,data.name\n{name}-3,3,znorm,0,val/loss,0.1,1,1,"b,c"\n'
     )
