@@ -511,7 +511,7 @@ def test_schedulers_are_written_down(tmp_path):
     def schedules(name: str, **options) -> list[str]:
         return json.loads(train(tmp_path / name, **options).fit_file.read_text())["schedulers"]
 
-    assert schedules("one") == []
+    assert schedules("one") == ["ExponentialLR(gamma=0.7) every epoch"]
     (warm_up,) = schedules("two", module=Grouped())
     assert re.fullmatch(r"LinearLR\(start_factor=0\.1, end_factor=1\.0, total_iters=5\) every epoch", warm_up)
 
