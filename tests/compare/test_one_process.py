@@ -5,6 +5,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -152,11 +153,23 @@ def test_results_are_the_same(study):
     assert best[0] == best[1]
 
 
-@pytest.mark.full
-def test_several_processes_test_in_others(study):
-    """Of a training in several processes, the study starts others for the test."""
-    commands = study("out", together=True, strategy="ddp_fork", devices=2)
-    assert commands == ["fit", "test"]
+@pytest.mark.parametrize(("world_size", "exists", "tests"), [(1, True, 1), (1, False, 0), (2, True, 0)])
+def test_when_fit_tests(world_size, exists, tests, tmp_path, monkeypatch):
+    """After a training in several processes, the study starts others for the test; one that was cut short has none."""
+    asked = []
+
+    def run_cli(files, args) -> SimpleNamespace:
+        asked.append(args)
+        return SimpleNamespace(trainer=SimpleNamespace(world_size=world_size))
+
+    monkeypatch.setattr("lightning_znorm.cli.run.RunCLI", run_cli)
+    if exists:
+        (tmp_path / "fit.json").touch()
+    then = {"args": ["test", "--ckpt_path", "best.ckpt"], "once": str(tmp_path / "fit.json")}
+    monkeypatch.setenv(THEN_TEST, json.dumps(then))
+    monkeypatch.setattr(sys, "argv", ["program"])
+    cli.main(["fit"])
+    assert asked == [["fit"], ["test", "--ckpt_path", "best.ckpt"]][: 1 + tests]
 
 
 def test_variable_is_not_inherited(monkeypatch):
