@@ -41,6 +41,7 @@ NAMES: dict[str, tuple[str, str]] = {
         "before `setup` has ended, no public name leads to the loader of the training batches",
     ),
     "_generate_state_key": ("lightning.pytorch:Callback", "callbacks make the key of their state by it"),
+    "_is_in_bad_fork": ("torch.cuda", "torch has no public way to ask whether CUDA can start in a copy of a process"),
     "_logger_connector": ("lightning.pytorch:Trainer", "only it tells whether a value may be logged now"),
     "_parse_ckpt_path": (
         "lightning.pytorch.cli:LightningCLI",

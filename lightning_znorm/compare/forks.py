@@ -249,10 +249,16 @@ def _become(channel: socket.socket, files: Sequence[int]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.argv[1:] = request["args"]
-    if (asked := os.environ.get("OMP_NUM_THREADS", "")) != threads and asked.isdecimal():
-        import torch  # which has read the variable when it was loaded
-
-        torch.set_num_threads(int(asked))
+    torch: Any = sys.modules.get("torch")
+    if (
+        torch is not None and torch.cuda._is_in_bad_fork()
+    ):  # an import has counted GPUs: only a process of its own can use them now
+        for file in files[2:]:
+            os.set_inheritable(file, True)
+        os.execv(sys.executable, [sys.executable, "-m", _COMMAND, *request["args"]])
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if torch is not None and asked != threads and asked.isdecimal():
+        torch.set_num_threads(int(asked))  # torch has read the variable when it was loaded
 
 
 def _import() -> bool:

@@ -143,8 +143,8 @@ def _at_edges(study: Study, trials: Sequence[Trial]) -> list[str]:
         for key, value in trial.point:
             if edge := _edge(key, value, study):
                 found.append(
-                    f"{trial.method}: its best {study.short_key(key)}, {value}, is the {edge} that was tried. It may be "
-                    f"better still beyond it: add {'smaller' if edge == 'least' else 'greater'} values to the sweep."
+                    f"{trial.method}: its best {study.short_key(key)}, {value}, is the {edge} that was tried. There "
+                    f"may be a better one beyond it: add {'smaller' if edge == 'least' else 'greater'} values."
                 )
     return found
 

@@ -111,6 +111,19 @@ def test_where_there_are_no_copies(copies, tmp_path, imports):
     assert len(copies.started) == 3
 
 
+def test_after_gpus_were_counted(copies, tmp_path):
+    """CUDA does not start in a copy of a process that has counted GPUs, so the copy begins anew."""
+    processes = copies("__import__('torch')._C._cuda_getDeviceCount() >= 0")
+    with processes.forking(), locked(tmp_path / "lock") as lock:
+        open_files = "{os.path.realpath(f'/proc/self/fd/{file}') for file in os.listdir('/proc/self/fd')}"
+        holds_lock = f"{str(tmp_path / 'lock')!r} in {open_files}"
+        program = f"import torch; print(torch.cuda._is_in_bad_fork(), {holds_lock}); sys.exit(4)"
+        code = processes.run([program], tmp_path / "log", lock=lock)
+    assert (tmp_path / "log").read_text().splitlines()[1:] == ["imported False", "False True"]
+    assert code == 4
+    assert len(copies.started) == 1
+
+
 def test_server_that_is_killed(copies, tmp_path):
     """The next command has a process of its own."""
     processes = copies()

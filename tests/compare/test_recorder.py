@@ -414,7 +414,7 @@ class Scripted(ScriptedModule):
 def test_tested_checkpoint_is_written_down(scores, options, epoch, value, tmp_path):
     run = train(tmp_path, module=Scripted(scores), num_sanity_val_steps=0, **options)
     tested = evaluate(run, run.best, Scripted(scores))
-    expected = {"path": str(run.best), "epoch": epoch, "monitor": "val/accuracy"}
+    expected = {"path": "checkpoints/best.ckpt", "epoch": epoch, "monitor": "val/accuracy"}
     assert tested["checkpoint"] == {**expected, "value": pytest.approx(value, nan_ok=True)}
     assert tested["metrics"]["test/score"] == epoch + 1
     with pytest.warns(UserWarning, match=r"is not changed, because this test differs from the study's: last\.ckpt"):
@@ -427,7 +427,7 @@ def test_a_checkpoint_of_an_older_version_is_read_too(tmp_path):
     value = checkpoint.pop(MONITORED)["value"]
     torch.save(checkpoint, run.best)
     assert evaluate(run, run.best)["checkpoint"] == {
-        "path": str(run.best),
+        "path": "checkpoints/best.ckpt",
         "epoch": checkpoint["epoch"],
         "monitor": "val/accuracy",
         "value": value,
