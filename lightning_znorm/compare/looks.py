@@ -68,8 +68,8 @@ class FirstLook:
     def as_json(self) -> dict[str, Any]:
         """Return what `study.json` holds of it."""
         seeds = None if self.seeds is None else list(self.seeds)
-        swept = {key: list(values) for key, values in self.sweep}
-        return {"metric": self.metric, "seeds": seeds, "methods": list(self.methods), "sweep": swept}
+        swept = {"sweep": {key: list(values) for key, values in self.sweep}} if self.sweep else {}
+        return {"metric": self.metric, "seeds": seeds, "methods": list(self.methods), **swept}
 
 
 def look_of(path: Path, record: dict[str, Any]) -> FirstLook | None:
@@ -86,7 +86,7 @@ def look_of(path: Path, record: dict[str, Any]) -> FirstLook | None:
     if content is None:
         return None
     metric, seeds, methods, sweep = (content.get(key) for key in ("metric", "seeds", "methods", "sweep"))
-    sweep = {} if sweep is None else sweep  # the first versions did not sweep
+    sweep = {} if sweep is None else sweep
     if not (
         isinstance(metric, str | None)
         and (seeds is None or (isinstance(seeds, list) and all(type(seed) is int for seed in seeds)))

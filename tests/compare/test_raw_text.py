@@ -17,7 +17,7 @@ from lightning_znorm.compare.plots import forest, plot
 from lightning_znorm.compare.report import Figure, ReportData, build_report, write_report
 from lightning_znorm.compare.results import Measurement
 from lightning_znorm.compare.statistics import Table, make_rows
-from lightning_znorm.compare.study import Outcome, Plan, Study
+from lightning_znorm.compare.study import Arm, Outcome, Plan, Study
 
 NASTY = [
     "<script>alert(1)</script>",
@@ -300,7 +300,7 @@ def a_study(folder: Path, name: str, **kept: object) -> ReportData:
         "max",
         [],
     )
-    study.__dict__["files"] = {"baseline": "m/baseline.yaml", name: f"m/{name}.yaml"}
+    study.__dict__["arms"] = {method: Arm(method, f"m/{method}.yaml", (), method) for method in ("baseline", name)}
     fit = {
         "epochs": 1,
         "seconds": 1.0,

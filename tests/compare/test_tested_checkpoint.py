@@ -88,7 +88,7 @@ def check_the_best_was_tested() -> None:
     assert {metric: table.row("baseline", metric).values[0] for metric in best} == best
     assert json.loads((run / "test.json").read_text()) == {
         "checkpoint": {
-            "path": str(run / "checkpoints/best.ckpt"),
+            "path": "checkpoints/best.ckpt",
             "epoch": 1,
             "monitor": "val/score",
             "value": pytest.approx(0.9),
