@@ -4,6 +4,7 @@
     python -m examples.imbalance.report studies/imbalance DIR    your own, with figures and numbers, written to DIR
 
 A study is a folder with ``results.csv``, as ``compare`` writes it. Differences are paired by seed, with 95 % intervals.
+Verdicts are those of ``compare`` on the metric of the test: Holm's procedure for all methods of a study.
 """
 
 import math
@@ -13,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 
 from examples.stability.report import Styles, Values, difference, draw_curves, keep, ratio, read
+from lightning_znorm.compare.statistics import compare_methods, judge
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = (
@@ -45,7 +47,7 @@ def main(source: Path | None = None, target: Path = RESULTS) -> None:
                 figure = draw_curves(label, values, STYLES, log=log)
                 figure.savefig(target / f"{metric.partition('/')[2]}.png", dpi=110)
     for name, metrics in studies.items():
-        print(f"\n### `{name}`\n\n{table(metrics)}")
+        print(f"\n### `{name}`\n\n{table(metrics)}\n\n{verdicts(metrics)}")
         if f"{name}-prior" in studies:
             print(f"\n### `{name}`, with `prior` against without\n\n{prior_table(metrics, studies[f'{name}-prior'])}")
 
@@ -70,6 +72,15 @@ def table(metrics: Mapping[str, Values]) -> str:
         cells += [f"{fmean(probabilities[method].values()):.4f}", f"{fmean(shares[method].values()):.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def verdicts(metrics: Mapping[str, Values]) -> str:
+    """Return what the metric of the test tells about each method against the baseline, in the words of `compare`."""
+    score = _score(metrics)
+    values = last(metrics[score])
+    in_order = {method: values[method] for method in STYLES if method in values}
+    rows = judge(list(compare_methods(score, in_order)), "min" if score == "test/loss" else "max")
+    return "\n".join(f"- {row.method}: {row.verdict}" for row in rows if row.verdict)
 
 
 def prior_table(without: Mapping[str, Values], with_prior: Mapping[str, Values]) -> str:

@@ -19,6 +19,8 @@ _LARGEST = 1e100
 _LONGEST = 50
 """Letters of a name: longer ones would leave no room for the axes."""
 
+_MOST_TICKS = 8
+"""Values of a swept setting that all have their tick on the axis."""
 _LONGEST_BESIDE = 30
 """Letters of a name beside the axes, in a legend or of a row."""
 
@@ -259,8 +261,12 @@ def plot_sweep(
                 lines[method] = _draw_swept(axes, shown, i)
         if numbers is None:
             axes.set_xticks(list(places.values()), [_shortened(value) for value in places], parse_math=False)
-        elif min(numbers) > 0 and max(numbers) / min(numbers) >= 10:
-            axes.set_xscale("log")
+        else:
+            if min(numbers) > 0 and max(numbers) / min(numbers) >= 10:
+                axes.set_xscale("log")
+            if len(values) <= _MOST_TICKS:
+                axes.set_xticks(numbers, list(values), parse_math=False)
+                axes.minorticks_off()
         axes.set_xlabel(_shortened(key), parse_math=False)
         axes.set_ylabel(_shortened(metric), parse_math=False)
         return lines

@@ -38,7 +38,7 @@ class Pretended:
         patch.setattr(Processes, "capture", lambda processes, args: (0, self.settings, ""))
         patch.setattr(Processes, "run", lambda processes, args, log, *_, **__: self.process(args, log))
         # What figures look like is another test's.
-        for figure in ("plot", "forest"):
+        for figure in ("plot", "forest", "plot_sweep"):
             patch.setattr(f"lightning_znorm.compare.report.{figure}", lambda *args: {"png": b"", "svg": b""})
 
     def run(self, **options: object) -> compare.Table:
@@ -60,7 +60,8 @@ class Pretended:
     def process(self, args: list[str], log: Path) -> int:
         """Do at once what a process of a run does."""
         command, folder = args[0], Path(args[2]).parent
-        run = Run(folder.name, int(folder.name.rpartition("-")[2]) if "-" in folder.name else 0, folder)
+        seed = folder.name.rpartition("-")[2]  # a trial has none
+        run = Run(folder.name, int(seed) if seed.isdecimal() else 0, folder)
         what = f"{run.method}: {command}"
         if command == "fit" and "--ckpt_path" in args:
             what += f" from {Path(args[-1]).name}"

@@ -234,7 +234,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_tables_in_the_documentation_are_those_of_the_results(capsys: pytest.CaptureFixture[str]) -> None:
     report.main()
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| ", "- "))]
     assert printed
     text = (ROOT / "docs" / "imbalance.md").read_text(encoding="utf-8")
     assert [line for line in printed if line not in text] == []

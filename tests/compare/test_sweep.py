@@ -1,16 +1,21 @@
 """Tuned against tuned: which runs a sweep has, what it refuses, and which values it chooses."""
 
+import csv
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
+from pretended import Pretended
 
 from lightning_znorm import compare
 from lightning_znorm.compare.command import command_line
 from lightning_znorm.compare.engines import Resources
 from lightning_znorm.compare.plan import tuning_metric
 from lightning_znorm.compare.plots import SweptValue, plot_sweep, read_numbers
+from lightning_znorm.compare.processes import Processes
 from lightning_znorm.compare.results import Measurement
 from lightning_znorm.compare.study import Plan, Study, StudyError
 from lightning_znorm.compare.sweep import Sweep, tune, tuned
@@ -234,3 +239,108 @@ def test_from_python_values_are_written_as_options(tmp_path, monkeypatch):
     )
     compare.run("e.yaml", ["m.yaml"], output=tmp_path, sweep={"a": [0.1, 1], "b": ["x", True, None]})
     assert given[0].sweep == (("a", ("0.1", "1")), ("b", ("x", "true", "null")))
+
+
+class Swept(Pretended):
+    """A study whose validation accuracy, in the epoch that is tested, depends on the swept value."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        super().__init__(folder, patch)
+        self.scores = {"0.1": 0.6, "0.2": 0.9, "0.4": 0.7}
+        patch.setattr(Processes, "capture", lambda processes, args: self.resolve(args))
+
+    def resolve(self, args: list[str]) -> tuple[int, str, str]:
+        values = [word.partition("=")[2] for word in args if word.startswith("--model.lr=")]
+        return 0, yaml.safe_dump({**yaml.safe_load(self.settings), "model": {"lr": float(values[0])}}), ""
+
+    def process(self, args: list[str], log: Path) -> int:
+        code = super().process(args, log)
+        folder = Path(args[2]).parent
+        score = next((value for lr, value in self.scores.items() if f"lr={lr}-" in folder.name), 0.5)
+        for path in folder.glob("logs/version_*/metrics.csv"):
+            path.write_text(path.read_text().replace(",1,19,,0.75", f",1,19,,{score}"))
+        return code
+
+    def sweep(self, *values: float, **options: object) -> compare.Table:
+        return self.run(sweep={"model.lr": values}, **options)
+
+
+@pytest.fixture
+def swept(tmp_path, monkeypatch) -> Swept:
+    return Swept(tmp_path, monkeypatch)
+
+
+class TestWholeStudy:
+    def test_report_table_and_results(self, swept):
+        table = swept.sweep(0.1, 0.2, 0.4)
+        assert table.chosen == {"baseline": {"model.lr": "0.2"}, "znorm": {"model.lr": "0.2"}}
+        assert [row.method for row in table.rows if row.metric == "test/accuracy"] == ["baseline", "znorm"]
+        assert "znorm 0.2 " in str(table)
+        assert swept.done.count("znorm-lr=0.4-1: test") == 1
+        report = Path("out/report.md").read_text()
+        assert "12 of 12 runs are done: 2 methods, seeds 0, 1." in report
+        assert "own best `model.lr`: baseline at lr=0.2; znorm at lr=0.2. `val/accuracy` (max)" in report
+        assert "| znorm | lr=0.2 | 2 | 0.9000 | 0.0000 | 0.6000 | chosen |" in report
+        assert "| znorm | lr=0.4 | 2 | 0.7000 | 0.0000 | 0.6000 |  |" in report
+        assert "--model.lr=0.2 --seed_everything 1" in report
+        assert "Nothing was tuned" not in report
+        assert Path("out/figures/sweep-lr.png").is_file()
+        assert "sweep-lr" not in Path("out/report.html").read_text()  # images are within the file
+        with Path("out/results.csv").open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["metric"] == "test/accuracy"]
+        assert Counter((row["method"], row["model.lr"]) for row in rows) == {
+            (method, lr): 2 for method in ("baseline", "znorm") for lr in ("0.1", "0.2", "0.4")
+        }
+
+    def test_the_same_command_runs_nothing_and_more_values_run_what_is_missing(self, swept):
+        swept.sweep(0.1, 0.2)
+        assert len(swept.done) == 16  # fit and test
+        assert "is the greatest that was tried" in Path("out/report.md").read_text()
+        swept.sweep(0.1, 0.2)
+        assert swept.done == []
+        # Validation has asked for more values, so they do not make the study exploratory.
+        swept.sweep(0.1, 0.2, 0.4)
+        assert {name.partition("-")[2].partition("-")[0] for name in swept.done} == {"lr=0.4"}
+        assert "Exploratory" not in Path("out/report.md").read_text()
+        assert "that was tried" not in Path("out/report.md").read_text()
+
+    def test_other_values_after_a_look_that_was_settled_are_exploratory(self, swept):
+        swept.sweep(0.1, 0.2, 0.4)
+        swept.scores["0.3"] = 0.95
+        table = swept.sweep(0.1, 0.2, 0.3, 0.4)
+        assert table.chosen["znorm"] == {"model.lr": "0.3"}
+        assert table.row("znorm").verdict == (
+            "Exploratory, no verdict: other values of model.lr were tried at the first look."
+        )
+
+    def test_a_study_without_and_with_sweep_do_not_mix(self, swept):
+        swept.sweep(0.1, 0.2)
+        with pytest.raises(StudyError, match=r"holds a study that sweeps model.lr, and now it would sweep nothing"):
+            swept.run(args=["--model.lr=0.1"])
+        with pytest.raises(StudyError, match=r"sweeps model.lr, and now it would sweep model.lr, data.n"):
+            swept.run(sweep={"model.lr": [0.1, 0.2], "data.n": [1]})
+
+    def test_a_record_that_is_lost(self, swept):
+        swept.sweep(0.1, 0.2, 0.4)
+        Path("out/study.json").unlink()
+        table = swept.sweep(0.1, 0.2, 0.4)
+        assert not any("fit" in what for what in swept.done)
+        assert table.chosen["znorm"] == {"model.lr": "0.2"}
+
+    def test_values_that_are_the_same(self, swept):
+        with pytest.raises(StudyError, match=r"lr=0.1 and lr=1e-1 give baseline the same settings: name each value"):
+            swept.sweep(0.2, "0.1", "1e-1")
+        assert swept.done == []
+
+    def test_without_validation_metric_it_is_refused_before_the_first_run(self, swept):
+        with pytest.raises(StudyError, match="--sweep chooses values by a validation metric"):
+            swept.sweep(0.1, 0.2, metric="train/loss", mode="min")
+        assert swept.done == []
+
+    def test_without_a_sweep_the_report_says_so(self, swept, monkeypatch):
+        monkeypatch.setattr(Processes, "capture", lambda *_: (0, swept.settings, ""))
+        swept.run()
+        assert (
+            "Nothing was tuned: all methods ran with `SGD(lr=0.1)`. `--sweep` compares"
+            in Path("out/report.md").read_text()
+        )
