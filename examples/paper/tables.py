@@ -40,8 +40,7 @@ REDUCED = {
     "cifar10-10k": (
         "table1_cifar10",
         "ResNet-56",
-        "ResNet-20, 9,000 training images and 6 epochs in place of ResNet-56, 50,000 and 100; tests of the last "
-        "checkpoints, not of the best",
+        "ResNet-20, 9,000 training images and 6 epochs in place of ResNet-56, 50,000 and 100",
     )
 }
 

@@ -81,7 +81,7 @@ def run(
 
     from lightning_znorm.compare.command import run_study
     from lightning_znorm.compare.engines import Resources
-    from lightning_znorm.compare.study import Study, as_option, parse_timeout
+    from lightning_znorm.compare.study import Study, parse_sweep, parse_timeout
 
     configs = [config] if isinstance(config, str | Path) else config
     study = Study(
@@ -93,7 +93,7 @@ def run(
         mode,
         tuple(args),
         parse_timeout(timeout),
-        tuple((key, tuple(map(as_option, values))) for key, values in (sweep or {}).items()),
+        parse_sweep(sweep or {}),
     )
     table, problems = run_study(study, Resources(jobs, ray, cpus, gpus), Console())
     for problem in problems:

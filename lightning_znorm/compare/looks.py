@@ -26,14 +26,16 @@ class FirstLook:
         metric: The metric that decided.
         seeds: The seeds of the study; ``None`` also if the record was lost.
         methods: The methods, the first one first, and those that were added later.
-        sweep: The swept settings with their values, among which the methods' were chosen; empty also if a best value
-            lay at an edge, because then the validation metric, and not the test, asks for more values.
+        sweep: The swept settings with their values, among which the methods' were chosen.
+        is_settled: Whether no best value lay at an edge. Otherwise values may be added: the validation metric, and not
+            the test, asks for them.
     """
 
     metric: str | None
     seeds: tuple[int, ...] | None
     methods: tuple[str, ...] = ()
     sweep: Swept = ()
+    is_settled: bool = True
 
     def why_exploratory(self, metric: str, seeds: Sequence[int], methods: Sequence[str], sweep: Swept = ()) -> str:
         """Return why another look is exploratory, as the end of a sentence; empty if it is not.
@@ -61,15 +63,20 @@ class FirstLook:
         if dropped := [method for method in self.methods if method not in methods]:
             return f"methods were left out after the first look: {', '.join(dropped)}"
         tried = {key: set(values) for key, values in self.sweep}
-        if other := [key for key, values in sweep if set(values) != tried.get(key, set(values))]:
-            return f"other values of {', '.join(other)} were tried at the first look"
+        for key, values in sweep:
+            if left_out := sorted(tried.get(key, set()) - set(values)):
+                return f"values of {key} were left out after the first look: {', '.join(left_out)}"
+            if self.is_settled and (added := sorted(set(values) - tried.get(key, set(values)))):
+                return f"values of {key} were added after the first look: {', '.join(added)}"
         return ""
 
     def as_json(self) -> dict[str, Any]:
         """Return what `study.json` holds of it."""
         seeds = None if self.seeds is None else list(self.seeds)
-        swept = {"sweep": {key: list(values) for key, values in self.sweep}} if self.sweep else {}
-        return {"metric": self.metric, "seeds": seeds, "methods": list(self.methods), **swept}
+        content: dict[str, Any] = {"metric": self.metric, "seeds": seeds, "methods": list(self.methods)}
+        if self.sweep:
+            content |= {"sweep": {key: list(values) for key, values in self.sweep}, "is_settled": self.is_settled}
+        return content
 
 
 def look_of(path: Path, record: dict[str, Any]) -> FirstLook | None:
@@ -92,10 +99,12 @@ def look_of(path: Path, record: dict[str, Any]) -> FirstLook | None:
         and (seeds is None or (isinstance(seeds, list) and all(type(seed) is int for seed in seeds)))
         and (isinstance(methods, list) and all(isinstance(name, str) for name in methods))
         and (isinstance(sweep, dict) and all(isinstance(values, list) for values in sweep.values()))
+        and isinstance(content.get("is_settled", True), bool)
     ):
         raise DamagedError(path, f"its {KEY} is not a metric, seeds and methods")
     swept = tuple((key, tuple(map(str, values))) for key, values in sweep.items())
-    return FirstLook(metric, None if seeds is None else tuple(seeds), tuple(methods), swept)
+    is_settled = content.get("is_settled", True)
+    return FirstLook(metric, None if seeds is None else tuple(seeds), tuple(methods), swept, is_settled)
 
 
 def assumed_look(output: Path, is_lost: bool) -> FirstLook | None:

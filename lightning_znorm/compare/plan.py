@@ -85,7 +85,7 @@ def make_plan(study: Study, processes: Processes, jobs: int, tell: Tell = ignore
     known = record.get("logged", [])
     # If the record was lost, all methods are tried again, to find what they log.
     tried = {study.arms[name].method for name in settings if name in record.get("methods", {}) and not damage}
-    missing = {name: settings[name] for name in _first_arms(study) if study.arms[name].method not in tried}
+    missing = {name: settings[name] for name in settings if study.arms[name].method not in tried}
     if missing:
         known = sorted({*known, *try_methods(study, missing, monitor, processes, jobs, tell)})
     metric, mode = choose_metric(study.metric, study.mode, monitor, known)
@@ -352,14 +352,6 @@ def _resolve(study: Study, name: str, processes: Processes) -> dict[str, Any]:
     return settings
 
 
-def _first_arms(study: Study) -> list[str]:
-    """Return the first arm of each method: others differ in values that `fit` has read already."""
-    firsts: dict[str, str] = {}
-    for name, arm in study.arms.items():
-        firsts.setdefault(arm.method, name)
-    return list(firsts.values())
-
-
 def _refuse_other_sweeps(study: Study, record: dict[str, Any]) -> None:
     """Refuse to mix runs of another sweep, or of none, with those of this one."""
     swept, before = [key for key, _ in study.sweep], record.get("sweep", [])
@@ -423,11 +415,11 @@ def try_methods(
     jobs: int,
     tell: Tell = ignore,
 ) -> set[str]:
-    """Train each method for one batch, and test the first.
+    """Train each method for one batch, and test the first. Of a sweep, one value of each method has to work.
 
     Args:
         study: The study.
-        settings: Resolved settings of the methods to try.
+        settings: Resolved settings of the arms to try.
         monitor: Metric that chooses the best checkpoint, and its mode.
         processes: Starts processes.
         jobs: Number of processes at a time.
@@ -437,12 +429,20 @@ def try_methods(
         Names of everything that was logged.
 
     Raises:
-        StudyError: If a method fails, or trains with a gradient method that its settings do not name.
+        StudyError: If a method fails, at all of its values, or trains with a gradient method that its settings do not
+            name.
     """
     folder = study.output / ".probe"
     shutil.rmtree(folder, ignore_errors=True)
-    runs = [Run(name, study.seeds[0], folder / name) for name in settings]
-    threads = thread_variables(min(jobs, len(runs)))
+    methods: dict[str, list[Run]] = {}
+    for name in settings:
+        methods.setdefault(study.arms[name].method, []).append(Run(name, study.seeds[0], folder / name))
+    first = next(iter(methods), None)
+    threads = thread_variables(min(jobs, len(methods)))
+
+    def described(run: Run) -> str:
+        arm = study.arms[run.method]
+        return f"{arm.file} with {study.label(arm.point)}" if arm.point else arm.file
 
     def execute(run: Run, command: list[str], expected: Path) -> None:
         start = run.log.stat().st_size if run.log.is_file() else 0
@@ -453,7 +453,7 @@ def try_methods(
             failure = str(error)
         if failure:
             raise StudyError(
-                f"{study.files[run.method]}: in a first try at one batch, {command[0]} {failure}. "
+                f"{described(run)}: in a first try at one batch, {command[0]} {failure}. "
                 f"{_reason(printed_since(run.log, start))}".strip()
             )
 
@@ -465,17 +465,25 @@ def try_methods(
         fit = read_fit(run) or {}
         if not fit["epochs"]:
             raise StudyError(
-                f"{study.files[run.method]}: a first try at one batch has not trained, because there is no batch: give "
-                "the training more images than a batch has, or smaller batches."
+                f"{described(run)}: a first try at one batch has not trained, because there is no batch: give the "
+                "training more images than a batch has, or smaller batches."
             )
         check_trial(study, run.method, settings[run.method], fit["methods"])
-        if run is runs[0]:
+        if study.arms[run.method].method == first:
             execute(run, command_to_test(run, monitor is not None), run.test_file)
         tell(run.method, "tried")
         return logged_names(run)
 
+    def try_values(runs: list[Run]) -> set[str]:
+        for run in runs[:-1]:
+            try:
+                return try_method(run)
+            except StudyError:  # as at a learning rate that is too large: its runs fail, and it is not chosen
+                continue
+        return try_method(runs[-1])
+
     try:
-        return set().union(*processes.map(try_method, runs, jobs))
+        return set().union(*processes.map(try_values, methods.values(), jobs))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

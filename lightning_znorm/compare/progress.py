@@ -48,7 +48,7 @@ class Preparation:
 
     Args:
         console: The terminal, or the file that replaces it.
-        count: Number of methods.
+        count: Number of methods, each at all values of a sweep.
     """
 
     def __init__(self, console: Console, count: int) -> None:
@@ -94,13 +94,11 @@ class Preparation:
             return f"{name}: is tried on one batch"
         known = sum(other != "reading" for other in self._steps.values())
         if step == "read":
-            return f"{name}: its settings were read in {clock(seconds)} ({known} of {self.count} methods)"
+            return f"{name}: its settings were read in {clock(seconds)} ({known} of {self.count})"
         return f"{name}: was tried in {clock(seconds)} ({self._tried()})"
 
     def _tried(self) -> str:
-        steps = list(self._steps.values())
-        remaining = steps.count("trying") + steps.count("read")
-        return f"{steps.count('tried')} tried, {remaining} left" if remaining else f"{steps.count('tried')} tried"
+        return f"{list(self._steps.values()).count('tried')} tried"
 
     def _line(self) -> Text:
         with self._lock:
@@ -111,7 +109,7 @@ class Preparation:
                 what = f"trying new methods on one batch, {self._tried()}"
             else:
                 known = sum(step != "reading" for step in self._steps.values())
-                what = f"reading settings, {known} of {self.count} methods are read"
+                what = f"reading settings, {known} of {self.count} are read"
         text = f"{clock(now - self._start)}  {what}{': ' if current else ''}{', '.join(current)}"
         return Text(_writable(text, self.console), no_wrap=True, overflow="ellipsis")
 

@@ -143,6 +143,7 @@ class SweepSection:
         keys: The swept settings.
         chosen: For each method, the values at which it is compared.
         warnings: A sentence for each method whose values are not settled.
+        is_settled: Whether no best value lies at an edge.
         rows: A row for each method at each point.
         figures: The metric over the values of each setting.
     """
@@ -152,6 +153,7 @@ class SweepSection:
     keys: list[str]
     chosen: list[tuple[str, str]]
     warnings: list[str]
+    is_settled: bool
     rows: list[Cells]
     figures: list[Figure]
 
@@ -316,7 +318,7 @@ def build_report(
         ],
         tests=_tests(plan, fits, tests),
         environment=_environment(fits.values(), versions),
-        training_time=clock(sum(fit["seconds"] for fit in fits.values())),
+        training_time=clock(sweep.seconds if sweep else sum(fit["seconds"] for fit in fits.values())),
         has_several_versions=len(versions) > 1,
         changed_settings=[(method, *change) for method in others for change in changes[method]],
         hashes=[(name, settings_hash(settings)) for name, settings in plan.settings.items()],
@@ -466,7 +468,7 @@ def _sweep_section(plan: Plan, sweep: Sweep, name_files: "_FileNames") -> SweepS
     figures = [name_files(_sweep_figure(plan, sweep, key, list(values))) for key, values in study.sweep]
     chosen = [(trial.method, study.label(trial.point)) for trial in sweep.trials if trial.chosen]
     keys = [key for key, _ in study.sweep]
-    return SweepSection(sweep.metric, sweep.mode, keys, chosen, sweep.warnings, rows, figures)
+    return SweepSection(sweep.metric, sweep.mode, keys, chosen, sweep.warnings, sweep.is_settled, rows, figures)
 
 
 def _sweep_figure(plan: Plan, sweep: Sweep, key: str, values: list[str]) -> Figure:
@@ -480,10 +482,8 @@ def _sweep_figure(plan: Plan, sweep: Sweep, key: str, values: list[str]) -> Figu
             by_method.setdefault(method, []).append(swept)
     short = plan.study.short_key(key)
     caption: Inline = (
-        Code(sweep.metric),
-        " over ",
-        Code(short),
-        ": mean over seeds, and a dot for each. Filled: chosen.",
+        *(Code(sweep.metric), " over ", Code(short)),
+        ": mean over seeds, and a dot for each. Filled: chosen. Values that are not finite are left out.",
     )
     if len(plan.study.sweep) > 1:
         caption = (*caption, " Each value stands with the best values of the other settings.")

@@ -112,12 +112,15 @@ class Table:
 
     def __str__(self) -> str:
         rows = [row for row in self.rows if row.metric == self.metric]
-        names = [" ".join([row.method, *self.chosen.get(row.method, {}).values()]) for row in rows]
+        names = [" ".join([row.method, *self._chosen(row.method)]) for row in rows]
         width = max(map(len, names), default=0)
         lines = [
             f"{name:<{width}}  {_numbers(row)}  {row.verdict}".rstrip() for name, row in zip(names, rows, strict=True)
         ]
         return "\n".join([self.metric, *lines])
+
+    def _chosen(self, method: str) -> list[str]:
+        return [f"{key.rpartition('.')[2]}={value}" for key, value in self.chosen.get(method, {}).items()]
 
 
 @dataclass(frozen=True)
@@ -233,18 +236,17 @@ def look_at(plan: Plan, rows: Sequence[Row], is_settled: bool = True) -> FirstLo
     Args:
         plan: The study.
         rows: Its rows. A look sees an interval of the metric that decides, be it of some of the planned seeds.
-        is_settled: Whether no best value of a sweep lies at an edge. Where validation says that values are missing, the
-            look leaves open which ones are added.
+        is_settled: Whether no best value of a sweep lies at an edge, so that no values have to be added.
     """
-    methods = tuple(plan.study.files)
-    sweep = plan.study.sweep if is_settled else ()
+    methods, sweep = tuple(plan.study.files), plan.study.sweep
     if plan.first_look is None:
         has_interval = any(row.metric == plan.metric and row.interval is not None for row in rows)
-        return FirstLook(plan.metric, tuple(plan.study.seeds), methods, sweep) if has_interval else None
+        look = FirstLook(plan.metric, tuple(plan.study.seeds), methods, sweep, is_settled)
+        return look if has_interval else None
     if plan.exploratory or not plan.first_look.methods:
         return plan.first_look
     methods = tuple(dict.fromkeys((*plan.first_look.methods, *methods)))
-    return replace(plan.first_look, methods=methods, sweep=plan.first_look.sweep or sweep)
+    return replace(plan.first_look, methods=methods, sweep=sweep, is_settled=is_settled)
 
 
 def p_value(differences: Sequence[float]) -> float | None:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -345,14 +345,25 @@ def parse_timeout(value: float | str | None) -> float | None:
     return float(value)
 
 
-def as_option(value: Any) -> str:
-    """Write a value as an option of ``fit``.
+def parse_sweep(sweep: Mapping[str, Sequence[Any]]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Write the values of a sweep as options of ``fit``.
+
+    Raises:
+        StudyError: If the values of a setting are not a list, or cannot be written.
 
     Example:
-        >>> [as_option(value) for value in (0.1, "adam", True, None, [1, 2])]
-        ['0.1', 'adam', 'true', 'null', '[1, 2]']
+        >>> parse_sweep({"lr": [0.1, 1], "data.name": ["a", True, None]})
+        (('lr', ('0.1', '1')), ('data.name', ('a', 'true', 'null')))
     """
-    return value if isinstance(value, str) else json.dumps(value)
+    found = []
+    for key, values in sweep.items():
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise StudyError(f"sweep: the values of {key} are a list, such as [0.01, 0.1], got {values!r}.")
+        try:
+            found.append((key, tuple(value if isinstance(value, str) else json.dumps(value) for value in values)))
+        except TypeError as error:
+            raise StudyError(f"sweep: a value of {key} cannot be written in YAML ({error}).") from error
+    return tuple(found)
 
 
 def _file_name(text: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from lightning_znorm.compare.plan import tuning_metric
 from lightning_znorm.compare.plots import read_numbers
-from lightning_znorm.compare.results import Measurement, curves, mean, read_test
+from lightning_znorm.compare.results import Measurement, curves, mean, read_fit, read_test
 from lightning_znorm.compare.study import Plan, Point, Study
 
 
@@ -47,6 +47,7 @@ class Sweep:
         is_settled: Whether no best value is the least or the greatest that was tried.
         done: Number of runs that are done.
         total: Number of runs.
+        seconds: Time of all trainings.
     """
 
     metric: str
@@ -56,6 +57,7 @@ class Sweep:
     is_settled: bool
     done: int
     total: int
+    seconds: float
 
     @property
     def chosen(self) -> dict[str, Point]:
@@ -82,7 +84,10 @@ def tune(plan: Plan, measurements: Sequence[Measurement]) -> Sweep:
     done = sum(len(trial.validation) for trial in trials)
     edges = _at_edges(plan.study, trials)
     warnings = [*edges, *_incomplete(plan.study, trials)]
-    return Sweep(metric, mode, trials, warnings, not edges, done, len(plan.study.runs))
+    read = {(m.method, m.seed) for m in measurements}  # without runs whose files are damaged
+    fits = (read_fit(run) for run in plan.study.runs if (run.method, run.seed) in read)
+    seconds = sum(fit["seconds"] for fit in fits if fit is not None)
+    return Sweep(metric, mode, trials, warnings, not edges, done, len(plan.study.runs), seconds)
 
 
 def tuned(plan: Plan, measurements: Sequence[Measurement], sweep: Sweep) -> tuple[Plan, list[Measurement]]:
@@ -155,9 +160,12 @@ def _incomplete(study: Study, trials: Sequence[Trial]) -> list[str]:
         of_method = [trial for trial in trials if trial.method == method]
         if missing := [trial for trial in of_method if len(trial.validation) < len(study.seeds)]:
             points = "; ".join(study.label(trial.point) for trial in missing)
-            found.append(f"{method}: not all seeds are done at {points}, so these values were chosen among the others.")
-        if any(trial.chosen and trial.validation and not math.isfinite(trial.score) for trial in of_method):
-            found.append(f"{method}: at none of its values is the validation metric finite, so nothing was chosen.")
+            found.append(f"{method}: not all seeds are done at {points}.")
+        if diverged := [trial for trial in of_method if trial.validation and not math.isfinite(trial.score)]:
+            points = "; ".join(study.label(trial.point) for trial in diverged)
+            found.append(f"{method}: the validation metric is not finite at {points}.")
+        if any(trial.chosen and not math.isfinite(trial.score) for trial in of_method):
+            found.append(f"{method}: no value was chosen, because none has a finite validation metric.")
     return found
 
 

@@ -44,10 +44,10 @@ def test_a_line_for_each_event(at):
     assert text.getvalue().splitlines() == [
         "one: its settings are read",
         "two: its settings are read",
-        "two: its settings were read in 0:00:03 (1 of 2 methods)",
-        "one: its settings were read in 0:00:04 (2 of 2 methods)",
+        "two: its settings were read in 0:00:03 (1 of 2)",
+        "one: its settings were read in 0:00:04 (2 of 2)",
         "one: is tried on one batch",
-        "one: was tried in 0:01:26 (1 tried, 1 left)",
+        "one: was tried in 0:01:26 (1 tried)",
         "two: is tried on one batch",
         "two: was tried in 0:00:05 (2 tried)",
     ]
@@ -56,20 +56,20 @@ def test_a_line_for_each_event(at):
 def test_a_line_that_moves(at):
     console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
     with Preparation(console, 2) as shown:
-        assert str(shown._line()) == "0:00:00  reading settings, 0 of 2 methods are read"
+        assert str(shown._line()) == "0:00:00  reading settings, 0 of 2 are read"
         shown.tell("one", "reading")
         at(7)
-        assert str(shown._line()) == "0:00:07  reading settings, 0 of 2 methods are read: one 0:00:07"
+        assert str(shown._line()) == "0:00:07  reading settings, 0 of 2 are read: one 0:00:07"
         shown.tell("one", "read")
         shown.tell("two", "reading")
         at(9)
-        assert str(shown._line()) == "0:00:09  reading settings, 1 of 2 methods are read: two 0:00:02"
+        assert str(shown._line()) == "0:00:09  reading settings, 1 of 2 are read: two 0:00:02"
         shown.tell("two", "read")
         shown.tell("two", "trying")
         at(12)
-        assert str(shown._line()) == "0:00:12  trying new methods on one batch, 0 tried, 2 left: two 0:00:03"
+        assert str(shown._line()) == "0:00:12  trying new methods on one batch, 0 tried: two 0:00:03"
         shown.tell("two", "tried")
-        assert str(shown._line()) == "0:00:12  trying new methods on one batch, 1 tried, 1 left"
+        assert str(shown._line()) == "0:00:12  trying new methods on one batch, 1 tried"
         shown._live.refresh()
         assert "trying new methods" in console.file.getvalue()
 

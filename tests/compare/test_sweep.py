@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from pretended import Pretended
+from samples import FIT
 
 from lightning_znorm import compare
 from lightning_znorm.compare.command import command_line
@@ -95,7 +96,7 @@ def done(plan: Plan, scores: dict[str, tuple[float, ...]], epoch: int = 1) -> li
         if run.seed < len(scores[run.method]):
             score = scores[run.method][run.seed]
             run.folder.mkdir(parents=True)
-            run.fit_file.write_text("{}")
+            run.fit_file.write_text(json.dumps(FIT))
             checkpoint = {"path": "best.ckpt", "epoch": epoch, "monitor": "val/loss", "value": 0.5}
             run.test_file.write_text(json.dumps({"checkpoint": checkpoint, "metrics": {}}))
             # Epochs that are not tested have other scores.
@@ -149,7 +150,8 @@ class TestChoice:
         scores = dict(zip(ARMS, [(0.1, 0.1), (0.4, bad), (bad, bad), (bad, bad)], strict=True))
         found = tune(swept, done(swept, scores))
         assert chosen(found) == {"baseline": "0.1", "znorm": "0.1"}
-        assert any("znorm: at none of its values is the validation metric finite" in text for text in found.warnings)
+        assert "baseline: the validation metric is not finite at lr=1.0." in found.warnings
+        assert "znorm: no value was chosen, because none has a finite validation metric." in found.warnings
 
     def test_a_value_at_which_runs_failed_is_not_chosen_and_named(self, tmp_path):
         swept = plan(tmp_path)
@@ -239,6 +241,11 @@ def test_from_python_values_are_written_as_options(tmp_path, monkeypatch):
     )
     compare.run("e.yaml", ["m.yaml"], output=tmp_path, sweep={"a": [0.1, 1], "b": ["x", True, None]})
     assert given[0].sweep == (("a", ("0.1", "1")), ("b", ("x", "true", "null")))
+    for wrong in (0.1, "0.1"):
+        with pytest.raises(StudyError, match=r"sweep: the values of a are a list, such as \[0.01, 0.1\], got"):
+            compare.run("e.yaml", ["m.yaml"], output=tmp_path, sweep={"a": wrong})
+    with pytest.raises(StudyError, match="a value of a cannot be written in YAML"):
+        compare.run("e.yaml", ["m.yaml"], output=tmp_path, sweep={"a": [Path()]})
 
 
 class Swept(Pretended):
@@ -275,7 +282,7 @@ class TestWholeStudy:
         table = swept.sweep(0.1, 0.2, 0.4)
         assert table.chosen == {"baseline": {"model.lr": "0.2"}, "znorm": {"model.lr": "0.2"}}
         assert [row.method for row in table.rows if row.metric == "test/accuracy"] == ["baseline", "znorm"]
-        assert "znorm 0.2 " in str(table)
+        assert "znorm lr=0.2 " in str(table)
         assert swept.done.count("znorm-lr=0.4-1: test") == 1
         report = Path("out/report.md").read_text()
         assert "12 of 12 runs are done: 2 methods, seeds 0, 1." in report
@@ -310,8 +317,47 @@ class TestWholeStudy:
         table = swept.sweep(0.1, 0.2, 0.3, 0.4)
         assert table.chosen["znorm"] == {"model.lr": "0.3"}
         assert table.row("znorm").verdict == (
-            "Exploratory, no verdict: other values of model.lr were tried at the first look."
+            "Exploratory, no verdict: values of model.lr were added after the first look: 0.3."
         )
+
+    @pytest.mark.parametrize("first", [(0.1, 0.2, 0.4), (0.1, 0.2)], ids=["settled", "at an edge"])
+    def test_values_that_are_left_out_after_a_look_are_exploratory(self, swept, first):
+        swept.sweep(*first)
+        verdict = swept.sweep(0.1).row("znorm").verdict
+        assert verdict.startswith("Exploratory, no verdict: values of model.lr were left out after the first look: 0.2")
+        assert "Exploratory" not in swept.sweep(*first).row("znorm").verdict  # with the first look's own values
+
+    def test_a_run_that_is_damaged_is_left_out(self, swept):
+        swept.sweep(0.1, 0.2, 0.4)
+        path = Path("out/runs/znorm-lr=0.2-0/logs/version_0/metrics.csv")
+        content = path.read_text()
+        swept.does["znorm-lr=0.2-0: fit"] = lambda run: path.write_text(content[:40]) or 1  # and it cannot be repaired
+        path.write_text(content[:40])
+        table = swept.sweep(0.1, 0.2, 0.4)
+        assert [outcome.run.name for outcome in table.failures] == ["znorm-lr=0.2-0"]
+        assert table.chosen == {"baseline": {"model.lr": "0.2"}, "znorm": {"model.lr": "0.4"}}
+
+    def test_time_of_all_trainings(self, swept):
+        swept.sweep(0.1, 0.2, 0.4)
+        assert "Training alone took 0:01:36, all runs together." in Path("out/report.md").read_text()  # 12 of 8 seconds
+
+    def test_a_value_that_fails_at_once_is_not_chosen(self, swept):
+        """Whichever place it has."""
+        for method in ("baseline", "znorm"):
+            swept.does[f"{method}-lr=0.2: fit"] = lambda run: 1  # in the trial
+            for seed in (0, 1):
+                swept.does[f"{method}-lr=0.2-{seed}: fit"] = lambda run: 1
+        table = swept.sweep(0.2, 0.1, 0.4)
+        assert table.chosen["znorm"] == {"model.lr": "0.4"}
+        assert len(table.failures) == 4
+        assert "znorm: not all seeds are done at lr=0.2." in Path("out/report.md").read_text()
+
+    def test_a_method_that_fails_at_all_values_is_refused_with_its_value(self, swept):
+        for lr in (0.1, 0.2):
+            swept.does[f"znorm-lr={lr}: fit"] = lambda run: 1
+        with pytest.raises(StudyError, match=r"znorm.yaml with lr=0.2: in a first try at one batch, fit ended with"):
+            swept.sweep(0.1, 0.2)
+        assert swept.done == []
 
     def test_a_study_without_and_with_sweep_do_not_mix(self, swept):
         swept.sweep(0.1, 0.2)
