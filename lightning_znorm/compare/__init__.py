@@ -4,11 +4,13 @@
 
 1. ``command`` takes what was typed, and hands it on from step to step.
 2. ``study`` says what is to be run; ``plan`` validates it, and writes the ``settings`` of every run.
-3. ``runner`` trains and tests one run in ``processes``, on one of the ``engines``; ``progress`` shows how far they are.
+3. ``runner`` trains and tests one run in ``processes`` (on Linux, copies that ``forks`` makes), on one of the
+   ``engines``, with its share of the ``cores``; ``progress`` shows how far they are.
 4. ``results`` reads what the runs logged, as one tidy table.
 5. ``statistics`` compares the methods: differences, intervals, verdicts, speed. ``power`` says how many seeds a new
    study needs, and ``looks`` keeps what was first looked at.
-6. ``report`` writes all of it, with ``plots``, by ``templates/``.
+6. ``sweep`` chooses each method's values, if there are several. ``advice`` says what to try, if there are not.
+7. ``report`` writes all of it, with ``plots``, by ``templates/``.
 
 Within a run, ``recorder`` logs what the study needs, and ``checkpoints`` keeps the best one.
 """

@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -26,8 +27,8 @@ from lightning_znorm.compare.sweep import tune, tuned
 
 _DESCRIPTION = """\
 Does a method help? Runs every method with every seed, each in its own process: fit, then test of the best checkpoint.
-Writes DIR/report.html, report.md and results.csv. After an interruption, the same command runs what is missing; more
-seeds or methods may be added. All other options are those of `fit`.
+Writes DIR/report.html, report.md and results.csv. After an interruption, the same command runs what is missing.
+Methods may be added; with more seeds, the report is exploratory. All other options are those of `fit`.
 
   python -m lightning_znorm compare --config configs/digits/resnet20.yaml \\
       --methods configs/methods/baseline.yaml configs/methods/znorm.yaml --seeds 0 1 2 --output studies/digits
@@ -308,10 +309,13 @@ def _report(plan: Plan, resources: Resources, failures: list[Outcome], console: 
         command = command_line(study, resources)
         write_report(build_report(compared, shown, table, command, alone, sweep), study.output)
 
-    look = look_at(compared, table.rows, sweep is None or sweep.is_settled)
+    look = look_at(compared, table.rows)
     if study.output.is_dir():
-        if look is not None and look != plan.first_look:  # before the report shows a verdict
+        if look is not None and look != plan.first_look:
             attempt(lambda: write_first_look(study.output, look))
+            if problems:  # otherwise the next command would take its look for the first one
+                compared = replace(compared, unsettled="this first look could not be written down")
+                table = replace(table, rows=tuple(make_rows(compared, shown)))
         attempt(lambda: write_results(study.output / "results.csv", measurements, study))
         attempt(write_all)
     else:

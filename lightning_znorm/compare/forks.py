@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-CAN_FORK = sys.platform == "linux"
+CAN_FORK = sys.platform == "linux" and hasattr(os, "memfd_create")
 _NUMBER = struct.Struct("q")
 _COMMAND = "lightning_znorm"
 
@@ -85,8 +85,9 @@ class ForkServer:
 
     def close(self) -> None:
         """End the server. Copies that run go on, but nobody learns how they end."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._process.poll() is None:  # otherwise its id may be another's by now
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         with self._lock:
             self._socket.close()
@@ -195,7 +196,12 @@ def _serve(connection: socket.socket) -> tuple[socket.socket, list[int]] | None:
         if not content:
             return None
         channel = socket.socket(fileno=files[0])
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:  # too many processes, or too little memory: who has asked starts one of its own
+            for file in (channel.detach(), *files[1:]):
+                os.close(file)
+            continue
         if pid == 0:
             os.setsid()
             signal.set_wakeup_fd(before)
@@ -214,8 +220,9 @@ def _reap(running: dict[int, socket.socket]) -> None:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if not pid:
             return
-        with running.pop(pid) as channel:
-            _say(channel, os.waitstatus_to_exitcode(status))
+        if (channel := running.pop(pid, None)) is not None:  # None for a process that an import has started
+            with channel:
+                _say(channel, os.waitstatus_to_exitcode(status))
 
 
 def _say(channel: socket.socket, number: int) -> None:
@@ -234,7 +241,9 @@ def _receive(channel: socket.socket, size: int) -> bytes:
 
 
 def _become(channel: socket.socket, files: Sequence[int]) -> None:
-    """Make of a copy what a new process would be: its files, variables, arguments and threads.
+    """Give a copy its files, environment variables, arguments and number of threads.
+
+    Variables that Python or a library reads only when it starts, such as PYTHONHASHSEED, stay as the server had them.
 
     Args:
         channel: Where the arguments and environment variables come from.

@@ -27,15 +27,12 @@ class FirstLook:
         seeds: The seeds of the study; ``None`` also if the record was lost.
         methods: The methods, the first one first, and those that were added later.
         sweep: The swept settings with their values, among which the methods' were chosen.
-        is_settled: Whether no best value lay at an edge. Otherwise values may be added: the validation metric, and not
-            the test, asks for them.
     """
 
     metric: str | None
     seeds: tuple[int, ...] | None
     methods: tuple[str, ...] = ()
     sweep: Swept = ()
-    is_settled: bool = True
 
     def why_exploratory(self, metric: str, seeds: Sequence[int], methods: Sequence[str], sweep: Swept = ()) -> str:
         """Return why another look is exploratory, as the end of a sentence; empty if it is not.
@@ -66,7 +63,7 @@ class FirstLook:
         for key, values in sweep:
             if left_out := sorted(tried.get(key, set()) - set(values)):
                 return f"values of {key} were left out after the first look: {', '.join(left_out)}"
-            if self.is_settled and (added := sorted(set(values) - tried.get(key, set(values)))):
+            if added := sorted(set(values) - tried.get(key, set(values))):
                 return f"values of {key} were added after the first look: {', '.join(added)}"
         return ""
 
@@ -75,7 +72,7 @@ class FirstLook:
         seeds = None if self.seeds is None else list(self.seeds)
         content: dict[str, Any] = {"metric": self.metric, "seeds": seeds, "methods": list(self.methods)}
         if self.sweep:
-            content |= {"sweep": {key: list(values) for key, values in self.sweep}, "is_settled": self.is_settled}
+            content["sweep"] = {key: list(values) for key, values in self.sweep}
         return content
 
 
@@ -99,12 +96,10 @@ def look_of(path: Path, record: dict[str, Any]) -> FirstLook | None:
         and (seeds is None or (isinstance(seeds, list) and all(type(seed) is int for seed in seeds)))
         and (isinstance(methods, list) and all(isinstance(name, str) for name in methods))
         and (isinstance(sweep, dict) and all(isinstance(values, list) for values in sweep.values()))
-        and isinstance(content.get("is_settled", True), bool)
     ):
         raise DamagedError(path, f"its {KEY} is not a metric, seeds and methods")
     swept = tuple((key, tuple(map(str, values))) for key, values in sweep.items())
-    is_settled = content.get("is_settled", True)
-    return FirstLook(metric, None if seeds is None else tuple(seeds), tuple(methods), swept, is_settled)
+    return FirstLook(metric, None if seeds is None else tuple(seeds), tuple(methods), swept)
 
 
 def assumed_look(output: Path, is_lost: bool) -> FirstLook | None:

@@ -52,8 +52,12 @@ from lightning_znorm.compare.study import Plan, Run, Study, StudyError
 
 Tell: TypeAlias = Callable[[str, str], None]
 """Takes the name of a method, and what happens to it: one of the words of `STEPS`."""
-STEPS = ("reading", "read", "trying", "tried")
+STEPS = ("reading", "read", "trying", "tried", "failed")
 _OPTIONAL = {"alone": bool, "sweep": list, KEY: dict | None}
+
+
+class _TrialFailed(StudyError):
+    """A first try at one batch has failed, and did not only do something that is refused."""
 
 
 def ignore(name: str, step: str) -> None:
@@ -452,7 +456,7 @@ def try_methods(
         except TimedOut as error:
             failure = str(error)
         if failure:
-            raise StudyError(
+            raise _TrialFailed(
                 f"{described(run)}: in a first try at one batch, {command[0]} {failure}. "
                 f"{_reason(printed_since(run.log, start))}".strip()
             )
@@ -478,8 +482,8 @@ def try_methods(
         for run in runs[:-1]:
             try:
                 return try_method(run)
-            except StudyError:  # as at a learning rate that is too large: its runs fail, and it is not chosen
-                continue
+            except _TrialFailed:  # as at a learning rate that is too large: its runs fail, and it is not chosen
+                tell(run.method, "failed")
         return try_method(runs[-1])
 
     try:

@@ -92,6 +92,8 @@ class Preparation:
             return f"{name}: its settings are read"
         if step == "trying":
             return f"{name}: is tried on one batch"
+        if step == "failed":
+            return f"{name}: has failed on one batch, another value is tried"
         known = sum(other != "reading" for other in self._steps.values())
         if step == "read":
             return f"{name}: its settings were read in {clock(seconds)} ({known} of {self.count})"

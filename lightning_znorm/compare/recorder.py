@@ -8,6 +8,7 @@ import random
 import shlex
 import shutil
 import time
+from collections import Counter
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ChainedScheduler, SequentialLR
 from typing_extensions import override
 
 from lightning_znorm.callbacks import GradientTransform
@@ -37,6 +39,8 @@ from lightning_znorm.functional import attached_optimizers
 from lightning_znorm.gradients import UnsupportedGradientError
 from lightning_znorm.gradients.adapters import GradientAdapter
 from lightning_znorm.tasks.random_states import random_state, set_random_state
+
+_COMPOSED = (ChainedScheduler, SequentialLR)
 
 
 class Recorder(Callback):
@@ -402,15 +406,21 @@ def _described_schedule(config: Any) -> str:
 
 def _described_scheduler(scheduler: Any) -> str:
     """Return a scheduler's class and those of its arguments that it keeps and that are plain values."""
-    names = [name for name in inspect.signature(type(scheduler)).parameters if name not in ("optimizer", "last_epoch")]
-    kept = {name: _plain(vars(scheduler)[name]) for name in names if name in vars(scheduler)}
+    try:
+        parameters, found = inspect.signature(type(scheduler)).parameters, vars(scheduler)
+    except (TypeError, ValueError):  # a class of a user's own may have neither
+        return type(scheduler).__name__
+    names = [name for name in parameters if name not in ("optimizer", "last_epoch")]
+    kept = {name: _plain(found[name]) for name in names if name in found}
     values = [f"{name}={value}" for name, value in kept.items() if isinstance(value, bool | int | float | str | list)]
     # Those that SequentialLR and ChainedScheduler are made of.
-    inner = map(_described_scheduler, getattr(scheduler, "_schedulers", ()))
+    inner = map(_described_scheduler, found["_schedulers"] if isinstance(scheduler, _COMPOSED) else ())
     return f"{type(scheduler).__name__}({', '.join([*inner, *values])})"
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Counter):  # MultiStepLR's milestones
+        return sorted(value.elements())
     return value.tolist() if isinstance(value, Tensor) else value
 
 

@@ -143,7 +143,6 @@ class SweepSection:
         keys: The swept settings.
         chosen: For each method, the values at which it is compared.
         warnings: A sentence for each method whose values are not settled.
-        is_settled: Whether no best value lies at an edge.
         rows: A row for each method at each point.
         figures: The metric over the values of each setting.
     """
@@ -153,7 +152,6 @@ class SweepSection:
     keys: list[str]
     chosen: list[tuple[str, str]]
     warnings: list[str]
-    is_settled: bool
     rows: list[Cells]
     figures: list[Figure]
 
@@ -179,7 +177,8 @@ class ReportData:
         knows_weights: Whether all runs have told which weights they started from. Sharded runs cannot.
         other_data: Methods whose settings of the data are not the first method's.
         verdicts: For each method, what the metric that decides tells.
-        exploratory: Why there are no verdicts from a test, as the end of a sentence; empty if there are.
+        exploratory: Why there are no verdicts from a test any more, as the end of a sentence; empty if there are.
+        unsettled: Why there are none yet, as the end of a sentence.
         compared: For how many methods p-values are adjusted.
         diverged: Methods that are not among these, because a value is not finite.
         forest: Figure of the differences of the metric that decides; ``None`` if there are none.
@@ -220,6 +219,7 @@ class ReportData:
     other_data: list[str]
     verdicts: list[tuple[str, str]]
     exploratory: str
+    unsettled: str
     compared: int
     diverged: list[str]
     forest: Figure | None
@@ -301,6 +301,7 @@ def build_report(
         other_data=[method for method in others if any(key.startswith("data.") for key, *_ in changes[method])],
         verdicts=_verdicts(deciding),
         exploratory=plan.exploratory,
+        unsettled=plan.unsettled,
         compared=family_size(deciding, len(others)),
         diverged=[row.method for row in deciding if row.has_diverged],
         forest=None if differences is None else name_files(differences),
@@ -468,7 +469,7 @@ def _sweep_section(plan: Plan, sweep: Sweep, name_files: "_FileNames") -> SweepS
     figures = [name_files(_sweep_figure(plan, sweep, key, list(values))) for key, values in study.sweep]
     chosen = [(trial.method, study.label(trial.point)) for trial in sweep.trials if trial.chosen]
     keys = [key for key, _ in study.sweep]
-    return SweepSection(sweep.metric, sweep.mode, keys, chosen, sweep.warnings, sweep.is_settled, rows, figures)
+    return SweepSection(sweep.metric, sweep.mode, keys, chosen, sweep.warnings, rows, figures)
 
 
 def _sweep_figure(plan: Plan, sweep: Sweep, key: str, values: list[str]) -> Figure:

@@ -155,7 +155,7 @@ def make_rows(plan: Plan, measurements: Sequence[Measurement]) -> Iterator[Row]:
         }
         rows = list(compare_methods(metric, values, last_counts(measurements, metric)))
         if metric == plan.metric:
-            rows = judge(rows, plan.mode, plan.study.seeds, len(values) - 1, plan.exploratory)
+            rows = judge(rows, plan.mode, plan.study.seeds, len(values) - 1, plan.exploratory, plan.unsettled)
         yield from rows
 
 
@@ -198,6 +198,7 @@ def judge(
     seeds: Collection[int] | None = None,
     compared: int | None = None,
     exploratory: str = "",
+    unsettled: str = "",
 ) -> list[Row]:
     """Say what the metric that decides tells about each method, with the p-values behind it.
 
@@ -209,16 +210,18 @@ def judge(
         mode: Whether ``"max"`` or ``"min"`` of the metric is better.
         seeds: The seeds that were planned; by default those of the rows.
         compared: Number of methods that are compared with the first, also of those without a row; by default the rows'.
-        exploratory: Why there is no verdict, as the end of a sentence; empty if there is one.
+        exploratory: Why there is no verdict any more, as the end of a sentence; empty if there is one.
+        unsettled: Why there is none yet, as the end of a sentence.
     """
     planned = {seed for row in rows for seed in row.seeds} if seeds is None else set(seeds)
     others = [row for row in rows if row.differences]
     size = (len(others) if compared is None else compared) - sum(row.has_diverged for row in others)
-    tested = {} if exploratory else {row.method: p for row in others if (p := _p_value(row, len(planned))) is not None}
+    p_values = {row.method: p for row in others if (p := _p_value(row, len(planned))) is not None}
+    tested = {} if exploratory or unsettled else p_values
     adjusted = holm(tested, size)
     judged = []
     for row in rows:
-        words = _words(row, len(planned), exploratory) if row.differences else ""
+        words = _words(row, len(planned), exploratory, unsettled) if row.differences else ""
         if (p := adjusted.get(row.method)) is not None:
             words = _verdict(row, p, mode, size)
         judged.append(replace(row, verdict=words, p_value=p))
@@ -230,23 +233,23 @@ def family_size(rows: Sequence[Row], compared: int) -> int:
     return compared - sum(row.has_diverged for row in rows)
 
 
-def look_at(plan: Plan, rows: Sequence[Row], is_settled: bool = True) -> FirstLook | None:
+def look_at(plan: Plan, rows: Sequence[Row]) -> FirstLook | None:
     """Return the first look at a study, if this is it or if it was before; methods that were added are added to it.
+
+    A sweep that is not settled has no verdict, so it is not a look.
 
     Args:
         plan: The study.
         rows: Its rows. A look sees an interval of the metric that decides, be it of some of the planned seeds.
-        is_settled: Whether no best value of a sweep lies at an edge, so that no values have to be added.
     """
-    methods, sweep = tuple(plan.study.files), plan.study.sweep
+    methods = tuple(plan.study.files)
     if plan.first_look is None:
         has_interval = any(row.metric == plan.metric and row.interval is not None for row in rows)
-        look = FirstLook(plan.metric, tuple(plan.study.seeds), methods, sweep, is_settled)
-        return look if has_interval else None
+        is_look = has_interval and not plan.unsettled
+        return FirstLook(plan.metric, tuple(plan.study.seeds), methods, plan.study.sweep) if is_look else None
     if plan.exploratory or not plan.first_look.methods:
         return plan.first_look
-    methods = tuple(dict.fromkeys((*plan.first_look.methods, *methods)))
-    return replace(plan.first_look, methods=methods, sweep=sweep, is_settled=is_settled)
+    return replace(plan.first_look, methods=tuple(dict.fromkeys((*plan.first_look.methods, *methods))))
 
 
 def p_value(differences: Sequence[float]) -> float | None:
@@ -422,7 +425,7 @@ def _is_point(interval: tuple[float, float]) -> bool:
     return math.isclose(*interval, rel_tol=_ROUNDING)
 
 
-def _words(row: Row, planned: int, exploratory: str) -> str:
+def _words(row: Row, planned: int, exploratory: str, unsettled: str) -> str:
     """Say why there is no verdict on a method."""
     n = len(row.paired)
     if not n:
@@ -431,6 +434,8 @@ def _words(row: Row, planned: int, exploratory: str) -> str:
         return "Not comparable: a value is not finite, so a run has diverged."
     if exploratory:
         return f"Exploratory, no verdict: {exploratory}."
+    if unsettled:
+        return f"No verdict yet: {unsettled}."
     if n < planned:
         return f"{n} of {planned} seeds are done under both methods: no verdict before all are."
     if not any(row.paired):

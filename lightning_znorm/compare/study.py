@@ -217,9 +217,11 @@ class Study:
                 raise StudyError(f"{key} cannot be swept: {_REFUSED_OPTIONS[f'--{key}']}.")
             if twice := [value for j, value in enumerate(values) if value in values[:j]]:
                 raise StudyError(f"--sweep {key}: {twice[0]} is named twice: name it once.")
-        folders = [name.casefold() for name in self.arms]  # not every disk tells a from A
+        methods = [PurePath(file).stem for file in self.methods]
+        # Not every disk tells a from A.
+        folders = [self._name_arm(method, point).casefold() for method in methods for point in self.points]
         if len({*folders}) < len(folders):
-            raise StudyError("Two methods with their swept values have the same name: rename a method file.")
+            raise StudyError("The folders of two methods would have the same name: rename a method file.")
 
     @cached_property
     def points(self) -> list[Point]:
@@ -298,6 +300,7 @@ class Plan:
         logged: Names of all metrics that the experiment logs.
         notes: A sentence about each file of the study that was damaged and set aside.
         first_look: What was first looked at, if the results were looked at before.
+        unsettled: Why there is no verdict yet, as the end of a sentence; empty if there may be one.
     """
 
     study: Study
@@ -308,6 +311,7 @@ class Plan:
     logged: list[str]
     notes: tuple[str, ...] = ()
     first_look: FirstLook | None = None
+    unsettled: str = ""
 
     @property
     def exploratory(self) -> str:

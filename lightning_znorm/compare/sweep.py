@@ -44,7 +44,7 @@ class Sweep:
         trials: Every method at every point, in the order of the study.
         warnings: A sentence for each method whose values are not settled: the best one is the least or the greatest
             that was tried, or runs of it are missing.
-        is_settled: Whether no best value is the least or the greatest that was tried.
+        unsettled: Why methods are not compared yet, as the end of a sentence; empty if they are.
         done: Number of runs that are done.
         total: Number of runs.
         seconds: Time of all trainings.
@@ -54,7 +54,7 @@ class Sweep:
     mode: str
     trials: list[Trial]
     warnings: list[str]
-    is_settled: bool
+    unsettled: str
     done: int
     total: int
     seconds: float
@@ -84,10 +84,16 @@ def tune(plan: Plan, measurements: Sequence[Measurement]) -> Sweep:
     done = sum(len(trial.validation) for trial in trials)
     edges = _at_edges(plan.study, trials)
     warnings = [*edges, *_incomplete(plan.study, trials)]
+    reasons = {
+        "a best value is the least or the greatest that was tried": bool(edges),
+        "not all seeds are done at all values": any(0 < len(t.validation) < len(plan.study.seeds) for t in trials),
+        "no value has a finite validation metric": any(t.chosen and not math.isfinite(t.score) for t in trials),
+    }
+    unsettled = next((reason for reason, holds in reasons.items() if holds), "")
     read = {(m.method, m.seed) for m in measurements}  # without runs whose files are damaged
     fits = (read_fit(run) for run in plan.study.runs if (run.method, run.seed) in read)
     seconds = sum(fit["seconds"] for fit in fits if fit is not None)
-    return Sweep(metric, mode, trials, warnings, not edges, done, len(plan.study.runs), seconds)
+    return Sweep(metric, mode, trials, warnings, unsettled, done, len(plan.study.runs), seconds)
 
 
 def tuned(plan: Plan, measurements: Sequence[Measurement], sweep: Sweep) -> tuple[Plan, list[Measurement]]:
@@ -102,7 +108,7 @@ def tuned(plan: Plan, measurements: Sequence[Measurement], sweep: Sweep) -> tupl
     names = {name: arm.method for name, arm in study.arms.items() if sweep.chosen.get(arm.method) == arm.point}
     settings = {method: plan.settings[name] for name, method in names.items()}
     found = [replace(m, method=names[m.method]) for m in measurements if m.method in names]
-    return replace(plan, study=study.at(sweep.chosen), settings=settings), found
+    return replace(plan, study=study.at(sweep.chosen), settings=settings, unsettled=sweep.unsettled), found
 
 
 def best_trial(trials: Sequence[Trial], mode: str) -> Trial:
@@ -165,13 +171,16 @@ def _incomplete(study: Study, trials: Sequence[Trial]) -> list[str]:
             points = "; ".join(study.label(trial.point) for trial in diverged)
             found.append(f"{method}: the validation metric is not finite at {points}.")
         if any(trial.chosen and not math.isfinite(trial.score) for trial in of_method):
-            found.append(f"{method}: no value was chosen, because none has a finite validation metric.")
+            found.append(f"{method}: no value has a finite validation metric, so the first one is shown.")
     return found
 
 
 def _edge(key: str, value: str, study: Study) -> str:
-    """Return whether a value is the ``"least"`` or the ``"greatest"`` of those that a numeric setting was given."""
+    """Return whether a value is the ``"least"`` or the ``"greatest"`` of those that a numeric setting was given.
+
+    Zero is not an edge: few settings go below it.
+    """
     values = read_numbers(dict(study.sweep)[key])
-    if values is None or len(values) < 2:
+    if values is None or len(values) < 2 or not float(value):
         return ""
     return {min(values): "least", max(values): "greatest"}.get(float(value), "")

@@ -91,7 +91,7 @@ class ClassificationTask(Task):
             ``"auto"`` finds no shares.
         TypeError: If a batch does not begin with images and labels, or if labels are not integers. Two kinds of floats
             are allowed: probabilities in training and, with one logit, 0.0 and 1.0. If ``prior`` is no number, list or
-            ``"auto"``.
+            ``"auto"``, or ``channels_last`` neither ``True`` nor ``False``.
 
     Example:
         >>> task = ClassificationTask("resnet20", num_classes=10, in_chans=1)

@@ -111,7 +111,8 @@ class SegmentationTask(Task):
             output or a mask has another shape or other values than these say. Before a training with ``prior``: if the
             network's output has no bias or layers wait for their first batch, if the size of the images is unknown, or
             if ``"auto"`` finds no shares.
-        TypeError: If a batch does not begin with images and masks, or if ``prior`` is no number, list or ``"auto"``.
+        TypeError: If a batch does not begin with images and masks, if ``prior`` is no number, list or ``"auto"``, or if
+            ``channels_last`` is neither ``True`` nor ``False``.
 
     Example:
         >>> task = SegmentationTask(torch.nn.Conv2d(3, 1, kernel_size=1))

@@ -151,7 +151,7 @@ class TestChoice:
         found = tune(swept, done(swept, scores))
         assert chosen(found) == {"baseline": "0.1", "znorm": "0.1"}
         assert "baseline: the validation metric is not finite at lr=1.0." in found.warnings
-        assert "znorm: no value was chosen, because none has a finite validation metric." in found.warnings
+        assert "znorm: no value has a finite validation metric, so the first one is shown." in found.warnings
 
     def test_a_value_at_which_runs_failed_is_not_chosen_and_named(self, tmp_path):
         swept = plan(tmp_path)
@@ -185,6 +185,7 @@ class TestChoice:
             (("0.1", "1.0", "10"), 2, "10, is the greatest"),
             (("10", "0.1", "1e0"), 0, "10, is the greatest"),  # given in any order
             (("0.1",), 0, None),
+            (("0", "0.1", "1"), 0, None),  # nothing is below zero
             (("adam", "sgd"), 0, None),
         ],
     )
@@ -290,7 +291,7 @@ class TestWholeStudy:
         assert "| znorm | lr=0.2 | 2 | 0.9000 | 0.0000 | 0.6000 | chosen |" in report
         assert "| znorm | lr=0.4 | 2 | 0.7000 | 0.0000 | 0.6000 |  |" in report
         assert "--model.lr=0.2 --seed_everything 1" in report
-        assert "Nothing was tuned" not in report
+        assert "tuned nothing" not in report
         assert Path("out/figures/sweep-lr.png").is_file()
         assert "sweep-lr" not in Path("out/report.html").read_text()  # images are within the file
         with Path("out/results.csv").open(newline="") as file:
@@ -305,8 +306,9 @@ class TestWholeStudy:
         assert "is the greatest that was tried" in Path("out/report.md").read_text()
         swept.sweep(0.1, 0.2)
         assert swept.done == []
-        # Validation has asked for more values, so they do not make the study exploratory.
-        swept.sweep(0.1, 0.2, 0.4)
+        assert "No verdict yet: a best value is the least or the greatest that was tried." in str(swept.sweep(0.1, 0.2))
+        # So the values that validation has asked for do not make the study exploratory.
+        assert "adjusted" not in str(swept.sweep(0.1, 0.2, 0.4))
         assert {name.partition("-")[2].partition("-")[0] for name in swept.done} == {"lr=0.4"}
         assert "Exploratory" not in Path("out/report.md").read_text()
         assert "that was tried" not in Path("out/report.md").read_text()
@@ -320,12 +322,19 @@ class TestWholeStudy:
             "Exploratory, no verdict: values of model.lr were added after the first look: 0.3."
         )
 
-    @pytest.mark.parametrize("first", [(0.1, 0.2, 0.4), (0.1, 0.2)], ids=["settled", "at an edge"])
-    def test_values_that_are_left_out_after_a_look_are_exploratory(self, swept, first):
-        swept.sweep(*first)
+    def test_values_that_are_left_out_after_a_look_are_exploratory(self, swept):
+        first = swept.sweep(0.1, 0.2, 0.4)
         verdict = swept.sweep(0.1).row("znorm").verdict
-        assert verdict.startswith("Exploratory, no verdict: values of model.lr were left out after the first look: 0.2")
-        assert "Exploratory" not in swept.sweep(*first).row("znorm").verdict  # with the first look's own values
+        assert verdict == ("Exploratory, no verdict: values of model.lr were left out after the first look: 0.2, 0.4.")
+        assert swept.sweep(0.1, 0.2, 0.4).row("znorm").verdict == first.row("znorm").verdict != verdict
+
+    def test_no_verdict_before_all_seeds_of_a_value_are_done(self, swept):
+        swept.does["znorm-lr=0.4-1: fit"] = lambda run: 1
+        table = swept.sweep(0.1, 0.2, 0.4)
+        assert table.row("znorm").verdict == "No verdict yet: not all seeds are done at all values."
+        assert "There is no test yet: not all seeds are done at all values." in Path("out/report.md").read_text()
+        swept.does.clear()
+        assert "yet" not in swept.sweep(0.1, 0.2, 0.4).row("znorm").verdict
 
     def test_a_run_that_is_damaged_is_left_out(self, swept):
         swept.sweep(0.1, 0.2, 0.4)
@@ -387,6 +396,6 @@ class TestWholeStudy:
         monkeypatch.setattr(Processes, "capture", lambda *_: (0, swept.settings, ""))
         swept.run()
         assert (
-            "Nothing was tuned: all methods ran with `SGD(lr=0.1)`. `--sweep` compares"
+            "This study tuned nothing: all methods ran with `SGD(lr=0.1)`. `--sweep` compares"
             in Path("out/report.md").read_text()
         )
