@@ -25,6 +25,7 @@ print("imported", "torch" in sys.modules)
 exec(sys.argv[1])
 """
 FORKS = """
+import os
 from lightning_znorm.compare import forks
 forks._import = lambda: {imports}
 forks._COMMAND = "program"
@@ -122,6 +123,15 @@ def test_after_gpus_were_counted(copies, tmp_path):
     assert (tmp_path / "log").read_text().splitlines()[1:] == ["imported False", "False True"]
     assert code == 4
     assert len(copies.started) == 1
+
+
+def test_fork_that_fails(copies, tmp_path):
+    """Such as with too many processes: the command has a process of its own, and the server lives."""
+    processes = copies("setattr(os, 'fork', lambda: os.open('/nowhere/at/all', 0)) is None")
+    with processes.forking():
+        for _ in range(2):
+            assert processes.run(["print('here')"], tmp_path / "log") == 0
+    assert (tmp_path / "log").read_text().count("here\n") == 2
 
 
 def test_server_that_is_killed(copies, tmp_path):

@@ -130,10 +130,11 @@ def test_results_that_come_with_the_repository():
 
 def tuned(folder: Path) -> dict[str, tuple[str, dict[int, float]]]:
     """The rate and the test accuracies of each method, by other means than the report's: from results.csv alone."""
-    (rate,) = [key for key in csv.DictReader((folder / "results.csv").open(newline="")).fieldnames if "." in key]
     curves = {"val/accuracy": {}, "test/accuracy": {}}
     with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+        rows = csv.DictReader(file)
+        (rate,) = [key for key in rows.fieldnames if "." in key]
+        for row in rows:
             if row["metric"] in curves:
                 key = (row["method"], row[rate], int(row["seed"]), int(row["epoch"]))
                 curves[row["metric"]][key] = float(row["value"])

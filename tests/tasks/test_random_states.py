@@ -149,7 +149,7 @@ class TestTask:
     def test_a_process_whose_random_numbers_were_not_to_be_had(self):
         """The process that warns, the first, is the one that has its own."""
         module = task()
-        module._trainer = SimpleNamespace(world_size=2, global_rank=0, strategy=None)
+        module._trainer = SimpleNamespace(world_size=2, global_rank=0, strategy=None, optimizers=[])
         random.seed(1)
         module._loaded_states = [random_state(CPU), None]
         first = draws()
