@@ -24,14 +24,12 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch import Callback, Trainer
 
 from benchmarks.data import training_images
-from benchmarks.lightning_step import Batch, Stopwatch, ratio, ready_batches
+from benchmarks.lightning_step import Batch, Stopwatch, fit, ratio, ready_batches
 from lightning_znorm import ZNormCallback
 from lightning_znorm.data import CIFAR10DataModule, LGGDataModule
 from lightning_znorm.data.base import ImageDataModule
@@ -65,21 +63,6 @@ def by_hand(
         watch.tick()
 
 
-def fit(task: Task, data: ImageDataModule, precision: Any, steps: int, *callbacks: Callback) -> None:
-    trainer = Trainer(
-        accelerator="cpu",
-        precision=precision,
-        max_steps=steps,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-    )
-    trainer.fit(task, data)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="fit with our parts beside the best loop by hand, in every setting.")
     parser.add_argument("--cifar10", help="root of CIFAR-10 (default: random images of its size)")
@@ -106,7 +89,7 @@ def main() -> None:
         images = training_images(args.cifar10, max(5_000, args.batch_size * args.steps))
         make = partial(ClassificationTask, "resnet20", num_classes=10)
         data = CIFAR10DataModule(batch_size=args.batch_size)
-        data.load = lambda train: images  # type: ignore[attr-defined]
+        data.load = lambda train: images
     data.prepare_data()
     data.setup("fit")
     batches = ready_batches(data, args.steps)
@@ -119,8 +102,8 @@ def main() -> None:
         f"{'native' if native else 'emulated'}), {args.threads} threads"
     )
     print(f"medians of {args.rounds} turns of {args.steps} steps")
-    if "bf16-mixed" not in precisions:
-        print(f"bf16-mixed is left out{'' if native else ': this CPU would emulate bfloat16'}.")
+    if not (args.precisions or native):
+        print("bf16-mixed is left out: this CPU would emulate bfloat16.")
     print()
     header = f"{'CPU ms a step':>13} | {'of loop by hand':>23} | {'wall ms a step':>14} | {'images/CPU s':>12} |"
     print(f"| {'workload':26} | {'batch':>5} | {'setting':37} | {'step':22} | {header}")
@@ -137,8 +120,10 @@ def main() -> None:
                 task.model.compile()
         rows: dict[str, Callable[[Stopwatch], None]] = {
             "loop by hand": partial(by_hand, tasks[0], batches, precision, memory_format),
-            "fit": partial(fit, tasks[1], data, precision, args.steps),
-            "fit with ZNormCallback": partial(fit, tasks[2], data, precision, args.steps, ZNormCallback()),
+            "fit": partial(fit, tasks[1], data, args.steps, precision=precision),
+            "fit with ZNormCallback": lambda watch, precision=precision, task=tasks[2]: fit(
+                task, data, args.steps, watch, ZNormCallback(), precision=precision
+            ),
         }
         watches = measured(rows, args.rounds)
         setting = f"{precision}, {name}, {mode}"

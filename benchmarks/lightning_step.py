@@ -97,9 +97,11 @@ def fit(
     steps: int,
     *callbacks: Callback,
     profiler: SimpleProfiler | None = None,
+    precision: Any = "32-true",
 ) -> None:
     trainer = Trainer(
         accelerator="cpu",
+        precision=precision,
         max_steps=steps,
         limit_val_batches=0,
         logger=False,

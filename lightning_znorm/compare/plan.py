@@ -114,7 +114,7 @@ def make_plan(study: Study, processes: Processes, jobs: int, tell: Tell = ignore
     first_look = look_of(path, record) if KEY in record else assumed_look(study.output, is_lost=bool(damage))
     new = {**record, "monitor": chosen, "logged": known, "methods": methods}
     if study.sweep:
-        new["sweep"] = [key for key, _ in study.sweep]
+        new["sweep"] = study.swept
     if not all(run.is_done for run in study.runs) or damage:  # what is assumed now must not depend on new runs later
         new[KEY] = first_look and first_look.as_json()
     if new != record or damage:  # not written needlessly: a study that is done can be read from a full disk
@@ -358,7 +358,7 @@ def _resolve(study: Study, name: str, processes: Processes) -> dict[str, Any]:
 
 def _refuse_other_sweeps(study: Study, record: dict[str, Any]) -> None:
     """Refuse to mix runs of another sweep, or of none, with those of this one."""
-    swept, before = [key for key, _ in study.sweep], record.get("sweep", [])
+    swept, before = study.swept, record.get("sweep", [])
     if record.get("methods") and swept != before:
         raise StudyError(
             f"{study.output} holds a study that {'sweeps ' + ', '.join(before) if before else 'sweeps nothing'}, and "

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import Any, Literal
 
 from lightning_znorm.compare.formatting import visible
 from lightning_znorm.compare.results import mean
@@ -59,22 +59,39 @@ def plot(curves: Curves, methods: Sequence[str], label: str) -> dict[str, bytes]
     return _drawn(draw)
 
 
-def _drawn(draw: Callable[[Any], Mapping[str, Any]]) -> dict[str, bytes]:
-    """Return the image of axes on which a function draws lines, and returns each by its name for the legend."""
+def _drawn(
+    draw: Callable[[Any], Mapping[str, Any]], size: tuple[float, float] = _SIZE, grid: Literal["x", "y"] = "y"
+) -> dict[str, bytes]:
+    """Return the image of axes on which a function draws lines, and returns each by its name for the legend.
+
+    Args:
+        draw: Draws on axes.
+        size: Size of the figure, in inches.
+        grid: Axis from which the lines of the grid start.
+    """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with rc_context({"svg.hashsalt": "lightning-znorm", "font.size": 9, "axes.unicode_minus": False}):
-        figure = Figure(figsize=_SIZE, layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         lines = draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="0.9", linewidth=0.6)
+        axes.grid(axis=grid, color="0.9", linewidth=0.6)
         axes.set_axisbelow(True)
         _add_legend(figure, lines)
         return _images(figure)
+
+
+def _images(figure: Any) -> dict[str, bytes]:
+    images = {}
+    for kind, options in (("png", {"dpi": 130}), ("svg", {"metadata": {"Date": None}})):
+        data = BytesIO()
+        figure.savefig(data, format=kind, **options)
+        images[kind] = data.getvalue()
+    return images
 
 
 def forest(
@@ -96,15 +113,9 @@ def forest(
     Returns:
         The image, as ``"png"`` and as ``"svg"``.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     first, *others = methods
-    with rc_context({"svg.hashsalt": "lightning-znorm", "font.size": 9, "axes.unicode_minus": False}):
-        figure = Figure(figsize=(_SIZE[0], 1.1 + 0.55 * max(1, len(others))), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
+
+    def draw(axes: Any) -> dict[str, Any]:
         axes.axvline(0, color="0.35", linewidth=1)
         for row, method in enumerate(others):
             _draw_differences(axes, differences.get(method, ()), intervals.get(method), row, row + 1)
@@ -123,19 +134,10 @@ def forest(
         for words, shift, side in ((f"\u2190 {left}", -5, "right"), (f"{right} \u2192", 5, "left")):
             style: dict[str, Any] = {"fontsize": "small", "color": "0.25", "va": "bottom", "ha": side}
             axes.annotate(words, (0, 1), (shift, 2), ("data", "axes fraction"), "offset points", **style)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.grid(axis="x", color="0.9", linewidth=0.6)
-        axes.set_axisbelow(True)
-        return _images(figure)
+        axes.spines["left"].set_visible(False)
+        return {}
 
-
-def _images(figure: Any) -> dict[str, bytes]:
-    images = {}
-    for kind, options in (("png", {"dpi": 130}), ("svg", {"metadata": {"Date": None}})):
-        data = BytesIO()
-        figure.savefig(data, format=kind, **options)
-        images[kind] = data.getvalue()
-    return images
+    return _drawn(draw, (_SIZE[0], 1.1 + 0.55 * max(1, len(others))), grid="x")
 
 
 def _draw_differences(

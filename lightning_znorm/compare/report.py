@@ -73,7 +73,7 @@ from lightning_znorm.compare.statistics import (
     standard_deviation,
     step_seconds,
 )
-from lightning_znorm.compare.study import Outcome, Plan, Run
+from lightning_znorm.compare.study import Outcome, Plan, Run, short_key
 from lightning_znorm.compare.sweep import Sweep, best_trial
 
 Format: TypeAlias = Literal["html", "md"]
@@ -468,8 +468,7 @@ def _sweep_section(plan: Plan, sweep: Sweep, name_files: "_FileNames") -> SweepS
         )
     figures = [name_files(_sweep_figure(plan, sweep, key, list(values))) for key, values in study.sweep]
     chosen = [(trial.method, study.label(trial.point)) for trial in sweep.trials if trial.chosen]
-    keys = [key for key, _ in study.sweep]
-    return SweepSection(sweep.metric, sweep.mode, keys, chosen, sweep.warnings, rows, figures)
+    return SweepSection(sweep.metric, sweep.mode, study.swept, chosen, sweep.warnings, rows, figures)
 
 
 def _sweep_figure(plan: Plan, sweep: Sweep, key: str, values: list[str]) -> Figure:
@@ -481,7 +480,7 @@ def _sweep_figure(plan: Plan, sweep: Sweep, key: str, values: list[str]) -> Figu
             best = best_trial(trials, sweep.mode)
             swept = SweptValue(value, list(best.validation.values()), any(trial.chosen for trial in trials))
             by_method.setdefault(method, []).append(swept)
-    short = plan.study.short_key(key)
+    short = short_key(key, plan.study.swept)
     caption: Inline = (
         *(Code(sweep.metric), " over ", Code(short)),
         ": mean over seeds, and a dot for each. Filled: chosen. Values that are not finite are left out.",

@@ -273,7 +273,7 @@ def write_results(path: Path, measurements: Iterable[Measurement], study: Study)
     """
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*(field.name for field in fields(Measurement)), *(key for key, _ in study.sweep)])
+    writer.writerow([*(field.name for field in fields(Measurement)), *study.swept])
     for measurement in measurements:
         arm = study.arms[measurement.method]
         row = replace(measurement, method=arm.method)

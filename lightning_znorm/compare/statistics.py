@@ -23,7 +23,7 @@ from lightning_znorm.compare.results import (
     mean,
     stage,
 )
-from lightning_znorm.compare.study import Outcome, Plan
+from lightning_znorm.compare.study import Outcome, Plan, short_key
 
 LEVEL = 0.05
 """Significance level: how often a study of methods without any effect may call one of them better or worse."""
@@ -120,7 +120,8 @@ class Table:
         return "\n".join([self.metric, *lines])
 
     def _chosen(self, method: str) -> list[str]:
-        return [f"{key.rpartition('.')[2]}={value}" for key, value in self.chosen.get(method, {}).items()]
+        values = self.chosen.get(method, {})
+        return [f"{short_key(key, values)}={value}" for key, value in values.items()]
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def judge(
     """
     planned = {seed for row in rows for seed in row.seeds} if seeds is None else set(seeds)
     others = [row for row in rows if row.differences]
-    size = (len(others) if compared is None else compared) - sum(row.has_diverged for row in others)
+    size = family_size(others, len(others) if compared is None else compared)
     p_values = {row.method: p for row in others if (p := _p_value(row, len(planned))) is not None}
     tested = {} if exploratory or unsettled else p_values
     adjusted = holm(tested, size)

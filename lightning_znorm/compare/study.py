@@ -6,7 +6,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -223,11 +223,17 @@ class Study:
         if len({*folders}) < len(folders):
             raise StudyError("The folders of two methods would have the same name: rename a method file.")
 
+    @property
+    def swept(self) -> list[str]:
+        """The swept settings."""
+        return [key for key, _ in self.sweep]
+
     @cached_property
     def points(self) -> list[Point]:
         """All points of the sweep; without a sweep, a single empty one."""
-        keys = [key for key, _ in self.sweep]
-        return [tuple(zip(keys, values, strict=True)) for values in itertools.product(*(v for _, v in self.sweep))]
+        return [
+            tuple(zip(self.swept, values, strict=True)) for values in itertools.product(*(v for _, v in self.sweep))
+        ]
 
     @cached_property
     def arms(self) -> dict[str, Arm]:
@@ -273,17 +279,10 @@ class Study:
 
     def label(self, point: Point) -> str:
         """Write a point with short keys, such as ``lr=0.1``; an empty one as an empty text."""
-        return ", ".join(f"{self.short_key(key)}={value}" for key, value in point)
-
-    def short_key(self, key: str) -> str:
-        """Return the shortest end of a swept setting's name that no other swept setting has."""
-        parts = key.split(".")
-        ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
-        others = [other for other, _ in self.sweep if other != key]
-        return next((end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)), key)
+        return ", ".join(f"{short_key(key, self.swept)}={value}" for key, value in point)
 
     def _name_arm(self, method: str, point: Point) -> str:
-        values = [f"{self.short_key(key)}={value}" for key, value in point]
+        values = [f"{short_key(key, self.swept)}={value}" for key, value in point]
         return "-".join([method, *map(_file_name, values)])
 
 
@@ -347,6 +346,19 @@ def parse_timeout(value: float | str | None) -> float | None:
     if isinstance(value, str | bool) or not 0 < value < math.inf:
         raise StudyError(f"--timeout is a time such as 90 (seconds), 90s, 30m, 2h or 1d, and more than 0: {value}.")
     return float(value)
+
+
+def short_key(key: str, keys: Collection[str]) -> str:
+    """Return the shortest end of a setting's name that no other setting among several has.
+
+    Example:
+        >>> [short_key(key, ["model.lr", "model.head.lr", "data.size"]) for key in ("model.head.lr", "data.size")]
+        ['head.lr', 'size']
+    """
+    parts = key.split(".")
+    ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    others = [other for other in keys if other != key]
+    return next((end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)), key)
 
 
 def parse_sweep(sweep: Mapping[str, Sequence[Any]]) -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from lightning_znorm.compare.plan import tuning_metric
 from lightning_znorm.compare.plots import read_numbers
 from lightning_znorm.compare.results import Measurement, curves, mean, read_fit, read_test
-from lightning_znorm.compare.study import Plan, Point, Study
+from lightning_znorm.compare.study import Plan, Point, Study, short_key
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,10 @@ def _at_edges(study: Study, trials: Sequence[Trial]) -> list[str]:
             continue
         for key, value in trial.point:
             if edge := _edge(key, value, study):
+                beyond = "smaller" if edge == "least" else "greater"
                 found.append(
-                    f"{trial.method}: its best {study.short_key(key)}, {value}, is the {edge} that was tried. There "
-                    f"may be a better one beyond it: add {'smaller' if edge == 'least' else 'greater'} values."
+                    f"{trial.method}: its best {short_key(key, study.swept)}, {value}, is the {edge} that was tried. "
+                    f"There may be a better one beyond it: add {beyond} values."
                 )
     return found
 

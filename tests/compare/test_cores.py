@@ -59,7 +59,7 @@ def test_cores(machine, affine, allowed, expected):
     assert module.cores() == expected
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux lets a process choose its cores")
 def test_cores_of_the_affinity_mask():
     before = os.sched_getaffinity(0)
     try:

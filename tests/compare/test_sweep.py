@@ -18,7 +18,7 @@ from lightning_znorm.compare.plan import tuning_metric
 from lightning_znorm.compare.plots import SweptValue, plot_sweep, read_numbers
 from lightning_znorm.compare.processes import Processes
 from lightning_znorm.compare.results import Measurement
-from lightning_znorm.compare.study import Plan, Study, StudyError
+from lightning_znorm.compare.study import Plan, Study, StudyError, short_key
 from lightning_znorm.compare.sweep import Sweep, tune, tuned
 
 LR = "model.init_args.optimizer.init_args.lr"
@@ -49,7 +49,7 @@ class TestStudy:
 
     def test_short_names_tell_settings_apart(self):
         same_ends = study(sweep=(("model.one.lr", ("1", "2")), ("model.other.lr", ("1", "2")), ("lr", ("3", "4"))))
-        assert [same_ends.short_key(key) for key, _ in same_ends.sweep] == ["one.lr", "other.lr", "lr"]
+        assert [short_key(key, same_ends.swept) for key in same_ends.swept] == ["one.lr", "other.lr", "lr"]
 
     @pytest.mark.parametrize("value", ["a/b", "{class_path: x}", "é" * 99, "../..", "a b"])
     def test_any_value_has_a_folder_of_its_own(self, value):
