@@ -102,8 +102,8 @@ def main() -> None:
         f"{'native' if native else 'emulated'}), {args.threads} threads"
     )
     print(f"medians of {args.rounds} turns of {args.steps} steps")
-    if not (args.precisions or native):
-        print("bf16-mixed is left out: this CPU would emulate bfloat16.")
+    if "bf16-mixed" not in precisions:
+        print(f"bf16-mixed is left out{'' if native else ': this CPU would emulate bfloat16'}.")
     print()
     header = f"{'CPU ms a step':>13} | {'of loop by hand':>23} | {'wall ms a step':>14} | {'images/CPU s':>12} |"
     print(f"| {'workload':26} | {'batch':>5} | {'setting':37} | {'step':22} | {header}")

@@ -18,6 +18,7 @@ from lightning_znorm.compare.plan import tuning_metric
 from lightning_znorm.compare.plots import SweptValue, plot_sweep, read_numbers
 from lightning_znorm.compare.processes import Processes
 from lightning_znorm.compare.results import Measurement
+from lightning_znorm.compare.statistics import compare_methods
 from lightning_znorm.compare.study import Plan, Study, StudyError, short_key
 from lightning_znorm.compare.sweep import Sweep, tune, tuned
 
@@ -233,6 +234,12 @@ class TestPlot:
         images = plot_sweep(found, values, "lr$", "val/score")
         assert images["png"].startswith(b"\x89PNG")
         assert b"<svg" in images["svg"]
+
+
+def test_settings_that_end_alike_are_told_apart_in_the_terminal():
+    rows = compare_methods("score", {"baseline": {0: 0.5}})
+    table = compare.Table("score", tuple(rows), (), Path(), {"baseline": {"model.lr": "0.1", "model.head.lr": "2"}})
+    assert "baseline model.lr=0.1 head.lr=2 " in str(table)
 
 
 def test_from_python_values_are_written_as_options(tmp_path, monkeypatch):
