@@ -455,7 +455,7 @@ def _verdict(row: Row, p: float, mode: str, size: int) -> str:
     else:
         words = f"{n} seeds cannot tell ({shown})."
         if n < FEWEST_SEEDS:
-            return f"{words} An estimate of how many would takes {FEWEST_SEEDS} or more."
+            return f"{words} With {FEWEST_SEEDS} or more, the report estimates how many would."
     needed = seeds_needed(row.paired, LEVEL / size)
     return f"{words} {_needed_text(needed)}" if needed else words
 

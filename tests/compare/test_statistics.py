@@ -129,7 +129,7 @@ def test_numbers_alone_have_no_words():
         (
             [0.01, 0.02, 0.03],
             "max",
-            "3 seeds cannot tell (p = 0.074). An estimate of how many would takes 4 or more.",
+            "3 seeds cannot tell (p = 0.074). With 4 or more, the report estimates how many would.",
         ),
         (
             [0.1, -0.1, 0.001, 0.0],
