@@ -347,5 +347,5 @@ def test_table_in_a_terminal(tmp_path):
     assert (
         str(table)
         .splitlines()[2]
-        .startswith("znorm     0.8400 +- 0.0200  +0.0200 (-0.0048 to +0.0448)  3 seeds cannot tell (p = 0.074). An")
+        .startswith("znorm     0.8400 +- 0.0200  +0.0200 (-0.0048 to +0.0448)  3 seeds cannot tell (p = 0.074). With 4")
     )
