@@ -76,36 +76,40 @@ def threads_of(environment: Mapping[str, str], name: str = "OMP_NUM_THREADS") ->
 
 
 def notes_on_cores(
-    jobs: int, workers: int, has_gpus: bool, environment: Mapping[str, str] = os.environ
+    jobs: int, workers: int, has_gpus: bool, environment: Mapping[str, str] = os.environ, processes: int = 1
 ) -> Iterator[str]:
     """Yield sentences for the user about runs side by side that are more than the cores can take.
 
     Args:
         jobs: Number of runs.
-        workers: Number of DataLoader workers of each.
+        workers: Number of DataLoader workers of each process.
         has_gpus: Whether they train on GPUs, so that the cores do not have to train.
         environment: What the user has set.
+        processes: Number of processes of each run, one for a device.
     """
     number = cores()
-    share = max(1, number // jobs)
+    share = max(1, number // (jobs * processes))
+    of_processes = f" of {processes} processes each" if processes > 1 else ""
     are = f"{number} CPU core{'s' if number > 1 else ''}"
-    if jobs > number and not has_gpus:
+    if jobs > 1 and jobs * processes > number and not has_gpus:
+        with_runs = f", with runs{of_processes}," if of_processes else ""
         yield (
-            f"--jobs {jobs} is more than the {are} that this process may use: the runs slow one another down, so that "
-            f"--jobs {number} is at least as fast."
+            f"--jobs {jobs}{with_runs} is more than the {are} that this process may use: the runs slow one another "
+            f"down, so that --jobs {max(1, number // processes)} is at least as fast."
         )
     for name in VARIABLES:
         threads = threads_of(environment, name)
         if threads is not None and threads > share:
-            side_by_side = f" in each of {jobs} runs side by side" if jobs > 1 else ""
+            kind = "runs" if processes == 1 else "processes"
+            side_by_side = f" in each of {jobs * processes} {kind} side by side" if jobs * processes > 1 else ""
             yield (
                 f"{name} is {threads}, and becomes {share}{side_by_side}, because more threads than the {are} would "
                 "slow training down."
             )
     threads = min(share, threads_of(environment) or share)
-    if jobs > 1 and workers and jobs * (threads + workers) > number:
+    if jobs > 1 and workers and jobs * processes * (threads + workers) > number:
         yield (
-            f"{jobs} runs with {threads} thread{'s' if threads > 1 else ''} and {workers} DataLoader "
+            f"{jobs} runs{of_processes} with {threads} thread{'s' if threads > 1 else ''} and {workers} DataLoader "
             f"worker{'s' if workers > 1 else ''} each share {are}: if the workers have much to do, set a smaller "
             "num_workers of the data, or --jobs."
         )

@@ -89,14 +89,17 @@ class LocalEngine:
         devices: GPUs of each run; ``None`` if runs name their own.
         monitored: Whether runs have a best checkpoint to test.
         processes: Starts their processes.
+        processes_each: Number of processes of each run.
     """
 
-    def __init__(self, jobs: int, devices: int | None, monitored: bool, processes: Processes) -> None:
+    def __init__(
+        self, jobs: int, devices: int | None, monitored: bool, processes: Processes, processes_each: int = 1
+    ) -> None:
         self.monitored = monitored
         self.processes = processes
         self._threads = ThreadPoolExecutor(jobs)
         self._shares: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
-        for environment in environments(jobs, devices):
+        for environment in environments(jobs, devices, processes_each=processes_each):
             self._shares.put(environment)
 
     def submit(self, run: Run) -> "Future[Outcome]":
@@ -169,12 +172,14 @@ def open_engine(
         processes: Starts the processes of runs on this machine.
     """
     if resources.ray is None:
-        return local_engine(resources.jobs, devices_per_run(plan), plan.monitored, processes)
+        return local_engine(resources.jobs, devices_per_run(plan), plan.monitored, processes, processes_per_run(plan))
     return ray_engine(resources.ray, resources.cpus, resources.gpus, plan.monitored)
 
 
 @contextmanager
-def local_engine(jobs: int, devices: int | None, monitored: bool, processes: Processes) -> Iterator[LocalEngine]:
+def local_engine(
+    jobs: int, devices: int | None, monitored: bool, processes: Processes, processes_each: int = 1
+) -> Iterator[LocalEngine]:
     """Open an engine on this machine. It ends its processes if an exception leaves the context.
 
     Args:
@@ -182,8 +187,9 @@ def local_engine(jobs: int, devices: int | None, monitored: bool, processes: Pro
         devices: GPUs of each run; ``None`` if runs name their own.
         monitored: Whether runs have a best checkpoint to test.
         processes: Starts their processes.
+        processes_each: Number of processes of each run.
     """
-    engine = LocalEngine(jobs, devices, monitored, processes)
+    engine = LocalEngine(jobs, devices, monitored, processes, processes_each)
     try:
         yield engine
     except BaseException:
@@ -232,19 +238,22 @@ def ray_engine(address: str, cpus: float, gpus: float, monitored: bool) -> Itera
             module.shutdown()
 
 
-def environments(jobs: int, devices: int | None, gpus: list[str] | None = None) -> list[dict[str, str]]:
+def environments(
+    jobs: int, devices: int | None, gpus: list[str] | None = None, processes_each: int = 1
+) -> list[dict[str, str]]:
     """Return the environment variables of each of several runs side by side.
 
     Args:
         jobs: Number of runs; a single one has the whole machine.
         devices: GPUs of each run; ``None`` if runs name their own.
         gpus: Names of the GPUs as in ``CUDA_VISIBLE_DEVICES``; by default this machine's.
+        processes_each: Number of processes of each run, which share its cores.
 
     Example:
         >>> [environment["CUDA_VISIBLE_DEVICES"] for environment in environments(3, 1, ["0", "1"])]
         ['0', '1', '0']
     """
-    shared = thread_variables(jobs)
+    shared = thread_variables(jobs * processes_each)
     if jobs == 1:
         return [shared]
     gpus = visible_gpus() if gpus is None else gpus
@@ -256,11 +265,26 @@ def environments(jobs: int, devices: int | None, gpus: list[str] | None = None) 
 
 def devices_per_run(plan: Plan) -> int | None:
     """Return how many GPUs each run asks for; ``None`` if a run names its own."""
-    asked = [settings["trainer"].get("devices", "auto") for settings in plan.settings.values()]
-    if any(isinstance(devices, list) or "," in str(devices) for devices in asked):
-        return None
-    # "auto" and -1 ask for all GPUs: such a run gets a share of them.
-    return max(int(devices) if str(devices).isdecimal() else 1 for devices in asked)
+    asked = _devices_asked(plan)
+    return None if any(named for _, named in asked) else max(count for count, _ in asked)
+
+
+def processes_per_run(plan: Plan) -> int:
+    """Return how many processes a run has on its machine at most, one for each device."""
+    return max(1, *(count for count, _ in _devices_asked(plan)))
+
+
+def _devices_asked(plan: Plan) -> list[tuple[int, bool]]:
+    """Return the number of devices that each method's runs ask for, and whether they name them."""
+    asked = []
+    for settings in plan.settings.values():
+        devices = settings["trainer"].get("devices", "auto")
+        if isinstance(devices, list) or "," in str(devices):
+            names = devices if isinstance(devices, list) else [name for name in devices.split(",") if name.strip()]
+            asked.append((len(names), True))
+        else:  # "auto" and -1 ask for all GPUs: such a run gets a share of them
+            asked.append((int(devices) if str(devices).isdecimal() else 1, False))
+    return asked
 
 
 def notes_on_sharing(plan: Plan, resources: Resources) -> list[str]:
@@ -270,7 +294,8 @@ def notes_on_sharing(plan: Plan, resources: Resources) -> list[str]:
     paths = (values_by_path(settings.get("data", {})).items() for settings in plan.settings.values())
     workers = [number for values in paths for path, number in values if path.rpartition(".")[2] == "num_workers"]
     count = max((number for number in workers if isinstance(number, int)), default=0)
-    return list(notes_on_cores(resources.jobs, count, resources.jobs > 1 and bool(visible_gpus())))
+    has_gpus = resources.jobs > 1 and bool(visible_gpus())
+    return list(notes_on_cores(resources.jobs, count, has_gpus, processes=processes_per_run(plan)))
 
 
 def visible_gpus() -> list[str]:

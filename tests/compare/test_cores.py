@@ -141,6 +141,18 @@ class TestNotes:
         (note,) = self.notes(4, 1, has_gpus=True)
         assert note.startswith("4 runs with 2 threads and 1 DataLoader worker each")
 
+    def test_runs_of_several_processes(self, machine):
+        machine(8)
+        assert list(notes_on_cores(4, 0, False, {}, processes=2)) == []
+        first, second = notes_on_cores(4, 0, False, {"OMP_NUM_THREADS": "3"}, processes=3)
+        assert first.startswith("--jobs 4, with runs of 3 processes each, is more than the 8 CPU cores that this")
+        assert first.endswith("--jobs 2 is at least as fast.")
+        assert second.startswith("OMP_NUM_THREADS is 3, and becomes 1 in each of 12 processes side by side, because")
+        (note,) = notes_on_cores(1, 0, False, {"OMP_NUM_THREADS": "8"}, processes=2)
+        assert note.startswith("OMP_NUM_THREADS is 8, and becomes 4 in each of 2 processes side by side, because")
+        (note,) = notes_on_cores(2, 1, False, {}, processes=2)
+        assert note.startswith("2 runs of 2 processes each with 2 threads and 1 DataLoader worker each share 8")
+
     def test_workers_of_the_settings(self, machine, monkeypatch):
         machine(4)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
