@@ -169,6 +169,29 @@ def test_numbers_in_readme_and_report_are_those_of_the_runs(folder):
             assert f"{np.mean(differences):+.4f} ({low:+.4f} to {high:+.4f})" in said
 
 
+def test_numbers_of_the_reduced_study_are_those_of_the_runs():
+    folder = PAPER / "results" / "cifar10-10k"
+    tests: dict[str, dict[int, float]] = {}
+    with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["metric"] == "test/accuracy":
+                tests.setdefault(row["method"], {})[int(row["seed"])] = float(row["value"])
+    assert {method: sorted(seeds) for method, seeds in tests.items()} == {
+        method: [0, 1, 2, 3, 4] for method in ("baseline", "gc", "znorm", "znorm-weights", "znorm-adaptive")
+    }
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    said = (PAPER / "results" / "README.md").read_text(encoding="utf-8")
+    readme = (PAPER.parents[1] / "README.md").read_text(encoding="utf-8")
+    means = [f"{np.mean([*by_seed.values()]):.3f}" for by_seed in tests.values()]
+    assert f" | {' | '.join(means)} |" in readme
+    for method, by_seed in tests.items():
+        if method != "baseline":
+            differences = [by_seed[seed] - tests["baseline"][seed] for seed in by_seed]
+            low, high = ttest_1samp(differences, 0).confidence_interval(0.95)
+            assert f"- {method}: {np.mean(differences):+.3f} ({low:+.3f} to {high:+.3f})." in report
+            assert f"{np.mean(differences):+.4f} ({low:+.4f} to {high:+.4f})" in said
+
+
 @pytest.mark.parametrize("path", sorted((PAPER / "results").glob("*/runs/*")), ids=lambda path: path.name)
 def test_kept_runs_are_whole(path):
     """A fresh clone goes on with what is missing, because what is there counts as done."""
