@@ -279,9 +279,10 @@ def _devices_asked(plan: Plan) -> list[tuple[int, bool]]:
     asked = []
     for settings in plan.settings.values():
         devices = settings["trainer"].get("devices", "auto")
-        if isinstance(devices, list) or "," in str(devices):
-            names = devices if isinstance(devices, list) else [name for name in devices.split(",") if name.strip()]
-            asked.append((len(names), True))
+        if isinstance(devices, (list, tuple)):
+            asked.append((len(devices), True))
+        elif "," in str(devices):
+            asked.append((len([name for name in devices.split(",") if name.strip()]), True))
         else:  # "auto" and -1 ask for all GPUs: such a run gets a share of them
             asked.append((int(devices) if str(devices).isdecimal() else 1, False))
     return asked

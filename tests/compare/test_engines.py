@@ -27,6 +27,7 @@ class TestSharingAMachine:
             ("2", 2, 2),
             ([1], None, 1),
             ([0, 2, 3], None, 3),
+            ((0, 1), None, 2),
             ("0,1", None, 2),
             ("3,", None, 1),
         ],
