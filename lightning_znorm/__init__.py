@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         LastCheckpoint,
         MaskOverlay,
         MaskWriter,
+        ScoreWriter,
         SINGCallback,
         ZNormCallback,
     )
@@ -25,6 +26,7 @@ __all__ = [
     "MaskOverlay",
     "MaskWriter",
     "SINGCallback",
+    "ScoreWriter",
     "ZNormCallback",
 ]
 

@@ -7,6 +7,7 @@ traceback. This module imports nothing, because every other module may import it
 """
 
 __all__ = [
+    "ZNormAttributeError",
     "ZNormError",
     "ZNormFileExistsError",
     "ZNormFileNotFoundError",
@@ -29,6 +30,10 @@ class ZNormValueError(ZNormError, ValueError):
 
 class ZNormTypeError(ZNormError, TypeError):
     """An object of a wrong type was given."""
+
+
+class ZNormAttributeError(ZNormError, AttributeError):
+    """An object lacks a part that is asked for."""
 
 
 class ZNormRuntimeError(ZNormError, RuntimeError):

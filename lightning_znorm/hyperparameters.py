@@ -23,8 +23,9 @@ _SCALARS: tuple[Any, ...] = (bool, int, float, complex, bytes)
 class PlainHyperparameters(HyperparametersMixin):
     """Save hyperparameters as plain values, in modules and data modules.
 
-    Callables, such as networks and functions that make optimizers, are not hyperparameters. They are left out, and must
-    be passed to ``load_from_checkpoint`` again. LightningCLI describes the objects that it builds by plain values.
+    Callables, such as networks and functions that make optimizers, and dictionaries and lists of them, are not
+    hyperparameters. They are left out, and must be passed to ``load_from_checkpoint`` again. LightningCLI describes the
+    objects that it builds by plain values.
     """
 
     # `save_hyperparameters` finds arguments in the frame that calls it, so it cannot be overridden. It passes all
@@ -33,7 +34,7 @@ class PlainHyperparameters(HyperparametersMixin):
     def _set_hparams(self, hp: Any) -> None:
         values = vars(hp) if isinstance(hp, Namespace) else hp
         if isinstance(values, Mapping):
-            hp = {name: plain_value(name, value) for name, value in values.items() if not callable(value)}
+            hp = {name: plain_value(name, value) for name, value in values.items() if not _is_object(value)}
         super()._set_hparams(hp)
 
 
@@ -149,6 +150,11 @@ def _can_be_loaded(value: object) -> bool:
     except Exception:  # an object may define how it is pickled, and may raise any exception
         return False
     return True
+
+
+def _is_object(value: Any) -> bool:
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return callable(value) or any(map(callable, parts))
 
 
 def _same(new: Iterable[object], old: Iterable[object]) -> bool:

@@ -51,6 +51,7 @@ ROOMS = {
     "gradients": 2,
     "callbacks": 2,
     "arguments": 1,
+    "batches": 1,
     "functional": 1,
     "metrics": 1,
     "models": 1,

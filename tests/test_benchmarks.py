@@ -193,6 +193,30 @@ def test_large_gradient() -> None:
     assert 0 < errors["float32"] < 1e-5
 
 
+def test_activations() -> None:
+    arguments = ("--networks", "unetpp", "attention_unet", "--threads", "1", "--size")
+    small, large = (rows(output_of("benchmarks.activations", *arguments, size)) for size in ("32", "64"))
+    assert [row[:2] for row in small] == [
+        [network, precision] for network in ("unetpp", "attention_unet") for precision in ("32-true", "bf16-mixed")
+    ]
+    for (*_, image, once, weights, batch), (*_, of_large, once_of_large, _, _) in zip(small, large, strict=True):
+        assert float(of_large) == pytest.approx(4 * float(image), rel=0.02)
+        assert once_of_large == once
+        assert float(batch) == pytest.approx((128 * float(image) + float(once) + float(weights)) / 1024, abs=0.1)
+    full, half = float(small[0][2]), float(small[1][2])
+    assert 0.4 * full < half < 0.7 * full
+
+
+def test_scores() -> None:
+    table = rows(output_of("benchmarks.scores", "--images", "2", "--batch-size", "2", "--size", "32", "--rounds", "1"))
+    assert [row[:2] for row in table] == [
+        [masks, scores] for masks in ("blobs", "noise") for scores in ("Dice alone", "all, and scores.csv")
+    ]
+    for (*_, alone, one), (*_, everything, ratio) in zip(table[::2], table[1::2], strict=True):
+        assert float(one) == 1
+        assert float(ratio) == pytest.approx(float(everything) / float(alone), rel=0.05)
+
+
 def test_nonfinite() -> None:
     table = rows(output_of("benchmarks.nonfinite", "--rounds", "1", "--numel", "1024"))
     assert [row[0] for row in table[:2]] == ["zscore_grads_", "zscore_grads_, error_if_nonfinite"]

@@ -555,8 +555,8 @@ class TestRun:
         write_lgg(Path("data"), patients=4)
         main(["fit", *experiment])
         checkpoint = next(Path("checkpoints").iterdir())
-        flags = ["--ckpt_path", str(checkpoint), "--model.init_args.threshold", "0.3"]
-        with pytest.warns(UserWarning, match=r"model.init_args.threshold is 0.5, as .* was trained, and not 0.3"):
+        flags = ["--ckpt_path", str(checkpoint), "--model.init_args.ignore_index", "7"]
+        with pytest.warns(UserWarning, match=r"model.init_args.ignore_index is None, as .* was trained, and not 7"):
             main(["test", *experiment, *flags])
 
 

@@ -9,17 +9,27 @@ import yaml
 from lightning_znorm.cli import main
 from lightning_znorm.cli.config_files import read_config
 from tests.data.jpegs import write_image_folder
+from tests.medical import write_mask_folder, write_volumes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
 EXPERIMENTS = sorted(set(CONFIGS.rglob("*.yaml")) - set(METHODS))
 CIFAR10 = [path for path in EXPERIMENTS if path.parent.name == "cifar10"]
 LGG = [path for path in EXPERIMENTS if path.parent.name == "lgg"]
+MASKS = [path for path in EXPERIMENTS if path.parent.name in ("lgg", "own", "volumes")]
 PCAM = [path for path in EXPERIMENTS if path.parent.name == "pcam"]
 DIGITS = CONFIGS / "digits/resnet20.yaml"
 CPU = ["--trainer.accelerator", "cpu"]
 # In the default tier, one file for each data set takes a step; in the full tier, all files do.
-QUICK = ["digits/resnet20", "cifar10/resnet56", "pcam/resnet56", "lgg/attention-unet", "imagenet/resnet50"]
+QUICK = [
+    "digits/resnet20",
+    "cifar10/resnet56",
+    "pcam/resnet56",
+    "lgg/attention-unet",
+    "imagenet/resnet50",
+    "own/two-classes",
+    "volumes/dynunet",
+]
 
 
 def name(path: Path) -> str:
@@ -45,6 +55,10 @@ def class_paths(config: dict) -> list[str]:
 @pytest.fixture
 def data_flags(request, fake_cifar10, fake_lgg, fake_pcam, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    write_volumes(tmp_path / "my volumes", cases=4, shape=(32, 36, 36))
+    write_mask_folder(tmp_path / "my nuclei")
+    write_mask_folder(tmp_path / "my cells", values=(0, 255))
+    small = ["--data.init_args.image_size", "32", "--data.init_args.batch_size", "2"]
     return {
         "digits": [],
         "cifar10": ["--data.init_args.root", str(fake_cifar10), "--data.init_args.batch_size", "2"],
@@ -53,6 +67,17 @@ def data_flags(request, fake_cifar10, fake_lgg, fake_pcam, monkeypatch, tmp_path
             *("--data.init_args.val_fraction", "0.3", "--data.init_args.test_fraction", "0.3"),
         ],
         "pcam": ["--data.init_args.root", str(fake_pcam), "--data.init_args.batch_size", "2"],
+        "own/two-classes": ["--data.init_args.root", str(tmp_path / "my nuclei"), *small],
+        "own/pretrained": [
+            *("--data.init_args.root", str(tmp_path / "my cells"), *small),
+            *("--model.init_args.model.init_args.pretrained", "false"),  # the weights would be downloaded
+        ],
+        "volumes": [
+            *("--data.init_args.root", str(tmp_path / "my volumes"), "--data.init_args.num_workers", "1"),
+            *("--data.init_args.patch_size", "[32, 32, 32]", "--data.init_args.test_fraction", "0.3"),
+            *("--model.init_args.model.init_args.filters", "[4, 8, 8, 8, 8]"),
+            *("--model.init_args.inferer.init_args.roi_size", "[32, 32, 32]"),
+        ],
         "imagenet": [
             *("--data.init_args.root", str(write_image_folder(tmp_path / "my images", classes=3, train=10, val=2))),
             *("--data.init_args.val_fraction", "0.3", "--model.init_args.num_classes", "3"),
@@ -67,9 +92,9 @@ def data_flags(request, fake_cifar10, fake_lgg, fake_pcam, monkeypatch, tmp_path
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize("experiment", [trained(path) for path in EXPERIMENTS])
 def test_experiment(experiment, data_flags, capsys):
-    flags = data_flags[experiment.parent.name]
+    flags = data_flags.get(name(experiment)) or data_flags[experiment.parent.name]
     main(["fit", "--config", str(experiment), *flags, "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"])
-    assert ("val/dice" if experiment in LGG else "val/accuracy") in capsys.readouterr().out
+    assert ("val/dice_per_patient" if experiment in MASKS else "val/accuracy") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", METHODS, ids=name)
@@ -89,8 +114,10 @@ def test_experiment_names_no_method(experiment):
     assert file.is_experiment
     assert not file.is_method
     assert "trainer.callbacks" not in file.settings
-    pictures = ["MaskOverlay", "MaskWriter"] if experiment in LGG else []
-    assert sorted(file.callbacks) == sorted([*pictures, "LastCheckpoint", "ModelCheckpoint", "RichProgressBar"])
+    pictures = ["MaskOverlay", "MaskWriter", "ScoreWriter"] if experiment in MASKS else []
+    tuning = ["lightning.pytorch.callbacks.BackboneFinetuning"] if experiment.stem == "pretrained" else []
+    usual = ["LastCheckpoint", "ModelCheckpoint", "RichProgressBar"]
+    assert sorted(file.callbacks) == sorted([*pictures, *tuning, *usual])
     assert not any("clip" in key or "weight_decay" in key for key in file.settings)
 
 
@@ -101,7 +128,7 @@ def test_what_every_experiment_keeps(experiment, capsys):
     assert config["trainer"]["logger"]["class_path"].endswith(".CSVLogger")
     assert config["trainer"]["logger"]["init_args"]["name"] == f"{experiment.parent.name}-{experiment.stem}"
     best, last = config["trainer"]["callbacks"][:2]
-    metric = "val/dice" if experiment in LGG else "val/accuracy"
+    metric = "val/dice_per_patient" if experiment in MASKS else "val/accuracy"
     assert (best["init_args"]["monitor"], best["init_args"]["mode"]) == (metric, "max")
     assert (best["init_args"]["filename"], best["init_args"]["auto_insert_metric_name"]) == ("best", False)
     # Lightning writes its own last.ckpt only in epochs that improve: tests/test_cli_interruptions.py.

@@ -5,6 +5,7 @@ import math
 import re
 import runpy
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_znorm import MaskWriter, ScoreWriter
+from lightning_znorm.tasks import SegmentationTask
 from tests.fsdp import needs_fsdp2_on_cpu
 from tests.gradients.reference import zscore
 from tests.processes import run_python
+from tests.trainers import trainer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def output_of(name: str, folder: Path, *python: str) -> str:
-    finished = run_python(*python, EXAMPLES / name, cwd=folder, timeout=120)
+def output_of(name: str, folder: Path, *python: str, arguments: Sequence[str | Path] = ()) -> str:
+    finished = run_python(*python, EXAMPLES / name, *arguments, cwd=folder, timeout=120)
     assert finished.returncode == 0, finished.stdout
     assert list(folder.iterdir()) == []
     return finished.stdout
@@ -193,3 +197,44 @@ def test_custom_method(tmp_path: Path) -> None:
     output = output_of("custom_method.py", tmp_path)
     assert numbers(r"norms of the gradients: ([\d.]+) to ([\d.]+)", output) == pytest.approx([1, 1], abs=2e-6)
     assert numbers(r"validation accuracy ([\d.]+)", output)[0] > 0.9
+
+
+def test_dice_conventions(tmp_path: Path) -> None:
+    """Two patients of two slices; in three of them something is predicted or true."""
+    lines = [
+        "image,patient,slice,class,dice,predicted_pixels,true_pixels",
+        "a1,anna,1,0,0.5,4,4",  # both have two pixels
+        "a2,anna,2,0,0.0,2,0",
+        "b1,ben,1,0,1.0,10,10",
+        "b2,ben,2,0,,0,0",
+    ]
+    scores = tmp_path / "scores.csv"
+    scores.write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "empty").mkdir()
+    output = output_of("dice_conventions.py", tmp_path / "empty", arguments=[scores])
+    found = [float(line.rsplit(maxsplit=1)[1]) for line in output.splitlines()]
+    assert found == [0.5, 0.7, 0.8, 0.75, 0.625]
+
+
+def test_dice_conventions_of_a_prediction(tmp_path: Path) -> None:
+    """The file of `predict` says the same as that of `test`, although it has lines for the background."""
+    logits = torch.randn(4, 3, 12, 10, generator=torch.Generator().manual_seed(2))
+    masks = logits.roll(1, dims=3).argmax(1, keepdim=True)
+    logits[0, 2], masks[0, masks[0] == 2] = -99, 0
+    masks[1, :, :4] = 255
+    task = SegmentationTask(
+        torch.nn.Identity(), num_classes=3, activation="softmax", class_names=["core", "rim"], ignore_index=255
+    )
+    batch = (logits, masks, {"name": list("abcd"), "patient": ["anna", "anna", "ben", "ben"]})
+    loader = DataLoader([batch], collate_fn=lambda items: items[0])
+    run = trainer(callbacks=[ScoreWriter(), MaskWriter()], default_root_dir=tmp_path)
+    run.test(task, loader, verbose=False)
+    run.predict(task, loader, return_predictions=False)
+    (tmp_path / "empty").mkdir()
+    tested, predicted = (
+        output_of("dice_conventions.py", tmp_path / "empty", arguments=[scores])
+        for scores in (tmp_path / "scores.csv", tmp_path / "masks" / "scores.csv")
+    )
+    assert tested == predicted
+    assert len(predicted.splitlines()) == 5
+    assert "nan" not in predicted

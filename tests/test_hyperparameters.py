@@ -24,10 +24,11 @@ from lightning_znorm.data import CIFAR10DataModule, DigitsDataModule, LGGDataMod
 from lightning_znorm.hyperparameters import not_loadable, plain_value, plain_values, python_scalars
 from lightning_znorm.tasks import ClassificationTask, SegmentationTask
 from tests.data.jpegs import write_image_folder
+from tests.medical import write_mask_folder, write_volumes
 from tests.trainers import trainer
 
 # Arguments that may be objects are no hyperparameters.
-OBJECTS = {"model", "loss", "optimizer", "lr_scheduler"}
+OBJECTS = {"model", "loss", "optimizer", "lr_scheduler", "metrics", "inferer"}
 TASKS: dict[str, dict[str, Any]] = {
     "ClassificationTask": {
         "num_classes": 10,
@@ -53,6 +54,9 @@ TASKS: dict[str, dict[str, Any]] = {
         "lr_scheduler_strict": False,
         "prior": [0.75, 0.25],
         "channels_last": True,
+        "class_names": ["tumour"],
+        "ignore_index": 255,
+        "size_divisor": 2,
     },
 }
 MODELS = {"ClassificationTask": "resnet20", "SegmentationTask": "attention_unet"}
@@ -76,6 +80,28 @@ DATA: dict[str, dict[str, Any]] = {
         "predict_root": "images",
         "max_memory_gb": 0.5,
         "cache_dir": "cache",
+        "image_size": 32,
+        "train_transform": {"class_path": "torchvision.transforms.v2.RandomHorizontalFlip", "init_args": {"p": 0.25}},
+        "num_workers": 0,
+    },
+    "MaskFolderDataModule": {
+        "batch_size": 4,
+        "num_classes": 3,
+        "mask_values": [0, 128, 255],
+        "mask_suffix": "_mask",
+        "patient_pattern": "^([^_]+)_",
+        "val_fraction": 0.25,
+        "test_fraction": 0.25,
+        "seed": 3,
+        "image_size": [16, 32],
+        "mean": [0.25, 0.5, 0.5],
+        "std": [0.5, 0.25, 0.5],
+        "augment": True,
+        "train_transform": {"class_path": "monai.transforms.RandFlipd", "init_args": {"keys": ["image", "label"]}},
+        "predict_root": "images",
+        "num_workers": 0,
+        "max_memory_gb": 0.5,
+        "cache_dir": "cache",
     },
     "PCamDataModule": {
         "batch_size": 8,
@@ -83,6 +109,26 @@ DATA: dict[str, dict[str, Any]] = {
         "val_fraction": 0.25,
         "test_fraction": 0.25,
         "seed": 3,
+        "cache_dir": "cache",
+    },
+    "VolumeDataModule": {
+        "batch_size": 2,
+        "patch_size": [8, 8, 4],
+        "patches_per_volume": 2,
+        "foreground_fraction": 0.25,
+        "num_classes": 3,
+        "ignore_index": 255,
+        "channel_files": False,
+        "patient_pattern": "^([^_]+)_",
+        "val_fraction": 0.25,
+        "test_fraction": 0.25,
+        "seed": 3,
+        "normalization": "none",
+        "intensity_range": [0.0, 256.0],
+        "train_transform": {"class_path": "monai.transforms.RandFlipd", "init_args": {"keys": ["image", "label"]}},
+        "num_workers": 0,
+        "predict_root": "images",
+        "max_memory_gb": 0.5,
         "cache_dir": "cache",
     },
 }
@@ -182,7 +228,7 @@ class TestTasks:
         path, checkpoint = saved(run, tmp_path)
         found = dict(checkpoint["hyper_parameters"])
         assert found.pop("model") == MODELS[name]
-        for other in ("lr_scheduler", "loss"):  # None
+        for other in ("lr_scheduler", "loss", "metrics", "inferer"):  # None
             assert found.pop(other, None) is None
         assert same(found, arguments)
         loaded = cls.load_from_checkpoint(path)
@@ -222,10 +268,16 @@ class TestDataModules:
     @pytest.fixture
     def roots(self, fake_cifar10, fake_lgg, fake_pcam, tmp_path, monkeypatch) -> dict[str, Path]:
         monkeypatch.chdir(tmp_path)
+        write_mask_folder(tmp_path / "nuclei")
+        for path in sorted((tmp_path / "nuclei" / "masks").iterdir()):
+            path.rename(path.with_stem(f"{path.stem}_mask"))
+        write_volumes(tmp_path / "scans", shape=(12, 20, 18), classes=2)
         return {
             "CIFAR10DataModule": fake_cifar10,
             "LGGDataModule": fake_lgg,
+            "MaskFolderDataModule": tmp_path / "nuclei",
             "PCamDataModule": fake_pcam,
+            "VolumeDataModule": tmp_path / "scans",
             "ImageFolderDataModule": write_image_folder(tmp_path / "folders", classes=2, train=8, val=1),
         }
 
@@ -245,6 +297,10 @@ class TestDataModules:
         data = cls(**clothed(arguments, clothe))
         if name == "LGGDataModule":
             task: LightningModule = SegmentationTask(nn.Conv2d(3, 1, 1))
+        elif name == "VolumeDataModule":
+            task = SegmentationTask(nn.Conv3d(1, 3, 1), num_classes=3, activation="softmax", ignore_index=255)
+        elif name == "MaskFolderDataModule":
+            task = SegmentationTask(nn.Conv2d(3, 3, 1), num_classes=3, activation="softmax")
         else:
             task = ClassificationTask(nn.Sequential(nn.Flatten(), nn.LazyLinear(classes := data.num_classes)), classes)
             task(next(iter_of(data))[:1])

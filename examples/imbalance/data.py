@@ -25,9 +25,10 @@ class SmallLGG(LGGDataModule):
         sets = (self.train_set, self.val_set, self.test_set)
         large = self.train_set.images  # of all sets
         small = np.stack([_shrunk(each) for each in large])
-        self.train_set, self.val_set, self.test_set = (MaskedImages(small, each.rows) for each in sets)
-        self.patient_of = [name.split("/")[0] for name in self._named_test_set.names]
-        """The folder of each slice, in the order of the pixels."""
+        self.train_set, self.val_set, self.test_set = (
+            MaskedImages(small, each.rows, each.cases, transform=each.transform) for each in sets
+        )
+        self.predict_set = self.test_set
 
 
 def _shrunk(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -1,9 +1,11 @@
-"""Lightning callbacks that transform or show gradients, draw or write masks, and keep the last checkpoint."""
+"""Lightning callbacks that transform or show gradients, draw, score or write masks, and keep the last checkpoint."""
 
 from lightning_znorm.callbacks.last_checkpoint import LastCheckpoint
-from lightning_znorm.callbacks.masks import MaskOverlay, MaskWriter
+from lightning_znorm.callbacks.mask_overlay import MaskOverlay
+from lightning_znorm.callbacks.masks import MaskWriter
 from lightning_znorm.callbacks.methods import GradientCentralizationCallback, SINGCallback, ZNormCallback
 from lightning_znorm.callbacks.monitor import GradientMonitor
+from lightning_znorm.callbacks.scores import ScoreWriter
 from lightning_znorm.callbacks.transform import GradientTransform
 
 __all__ = [
@@ -14,5 +16,6 @@ __all__ = [
     "MaskOverlay",
     "MaskWriter",
     "SINGCallback",
+    "ScoreWriter",
     "ZNormCallback",
 ]

@@ -1,211 +1,104 @@
-"""Callbacks for segmentation: draw masks during validation and test, and write predicted masks as files."""
+"""Callback that writes what a segmentation predicts: masks as files, and their scores."""
 
-import csv
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback
-from lightning.pytorch.trainer.states import TrainerFn
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_znorm.callbacks.drawing import Case, grid, log_picture
+from lightning_znorm.arguments import checked_choice, checked_flag
+from lightning_znorm.batches import Cases, Matrix, cases_of, has_targets, images_and_targets
+from lightning_znorm.callbacks.drawing import is_picture
 from lightning_znorm.callbacks.folders import run_folder
-from lightning_znorm.errors import ZNormTypeError, ZNormValueError
+from lightning_znorm.callbacks.scores import CASE_COLUMNS, Row, ScoreTable, case_scores, names_of_classes, scores_file
+from lightning_znorm.errors import ZNormImportError, ZNormTypeError, ZNormValueError
 
 _NAME_TYPES = (str, os.PathLike, NoneType)
-_COLUMNS = ["image", "mask", "class", "pixels", "fraction", "max_probability", "mean_probability"]
-
-
-class MaskOverlay(Callback):
-    """Draw chosen cases after each validation and test: image, true outline, predicted outline, Dice and Hausdorff.
-
-    The picture goes to each TensorBoard or Weights & Biases logger. Without such a logger it becomes a PNG file in
-    ``masks`` beside the logs: ``val-epoch=N.png`` in training, ``val.png`` and ``test.png`` outside of training. With
-    several processes, rank 0 draws its own cases. Of a volume, the slice with the largest true mask is drawn.
-
-    It works with :class:`~lightning_znorm.tasks.SegmentationTask`, and with any module whose batches begin with the
-    images and whose ``validation_step`` and ``test_step`` return a mapping with ``"preds"`` and ``"target"``: bool
-    masks of each class, of shape ``(N, K, H, W)`` or ``(N, K, D, H, W)``.
-
-    Source: the kind of picture is Figure 2 of Yun, "ZNorm: Z-Score Gradient Normalization", arXiv 2408.01215.
-
-    Args:
-        num_cases: Number of cases to draw. They are spread evenly over the cases whose true mask is not empty, because
-            neighbours, such as the slices of one scan, look alike.
-        cases: Numbers of the cases to draw instead, in the order of the loader, from 0. With several loaders the
-            numbers continue from one to the next.
-        every_n_epochs: In training, draw after the validation of every n-th epoch. Outside of training it always draws.
-
-    Raises:
-        ValueError: If ``num_cases`` or ``every_n_epochs`` is less than 1, or a case is negative.
-        TypeError: During validation, if the module returns no masks, or a batch does not begin with images.
-
-    Example:
-        >>> from lightning_znorm import MaskOverlay
-        >>> overlay = MaskOverlay(num_cases=4, every_n_epochs=10)
-    """
-
-    def __init__(self, num_cases: int = 6, cases: Sequence[int] | None = None, every_n_epochs: int = 1) -> None:
-        if num_cases < 1 or every_n_epochs < 1:
-            raise ZNormValueError(
-                f"num_cases and every_n_epochs must be at least 1, got {num_cases} and {every_n_epochs}: to draw "
-                "nothing, leave the callback out"
-            )
-        if cases is not None and (not cases or min(cases) < 0):
-            raise ZNormValueError(f"cases must hold numbers that are at least 0, got {list(cases)}")
-        self.num_cases = num_cases
-        self.cases = None if cases is None else set(cases)
-        self.every_n_epochs = every_n_epochs
-        self._folder = Path()
-        self._begin()
-
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._folder = Path(run_folder(trainer)) / "masks"  # every process must call run_folder
-
-    @override
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin()
-
-    @override
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin()
-
-    @override
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if not trainer.sanity_checking and (due or not _is_fitting(trainer)):
-            self._collect(trainer, outputs, batch)
-
-    @override
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._collect(trainer, outputs, batch)
-
-    @override
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._draw(trainer, "val")
-
-    @override
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._draw(trainer, "test")
-
-    def _begin(self) -> None:
-        self._kept: list[Case] = []
-        self._seen = 0
-        # Of the cases whose true mask is not empty, every `_stride`-th is kept, and there were `_marked` so far.
-        self._stride, self._marked = 1, 0
-
-    def _collect(self, trainer: pl.Trainer, outputs: Any, batch: Any) -> None:
-        """Keep the chosen cases of a batch."""
-        if not trainer.is_global_zero:
-            return
-        if not isinstance(outputs, Mapping) or not {"preds", "target"} <= outputs.keys():
-            raise ZNormTypeError(
-                "MaskOverlay draws what validation_step and test_step return, a mapping with 'preds' and 'target' "
-                f"(masks of shape (N, K, H, W)), and was given {type(outputs).__name__}"
-            )
-        if not isinstance(batch, Sequence) or not batch or not isinstance(batch[0], Tensor):
-            raise ZNormTypeError(
-                "MaskOverlay draws the images that a batch begins with, and was given a batch that is a "
-                f"{type(batch).__name__}: let the dataset or its collate_fn return a tuple or list, images first"
-            )
-        images, preds, target = batch[0], outputs["preds"], outputs["target"]
-        first, self._seen = self._seen, self._seen + len(target)
-
-        def keep(index: int) -> None:
-            self._kept.append(_case(images[index], target[index], preds[index], first + index))
-
-        if self.cases is not None:
-            for number in sorted(self.cases):
-                if first <= number < self._seen:
-                    keep(number - first)
-            return
-        for index in target.flatten(1).any(dim=1).nonzero().squeeze(1).tolist():
-            if self._marked % self._stride == 0:
-                keep(index)
-            self._marked += 1
-            # Their number is not known beforehand: whenever there are too many, every second one is dropped.
-            if len(self._kept) == 2 * self.num_cases:
-                self._kept, self._stride = self._kept[::2], 2 * self._stride
-
-    def _drawn(self) -> list[Case]:
-        """Return the kept cases that are drawn: one from the middle of each of ``num_cases`` equal parts."""
-        count = len(self._kept)
-        if self.cases is not None or count <= self.num_cases:
-            return self._kept
-        return [self._kept[(2 * part + 1) * count // (2 * self.num_cases)] for part in range(self.num_cases)]
-
-    def _draw(self, trainer: pl.Trainer, stage: str) -> None:
-        cases = self._drawn()
-        self._begin()
-        if not cases:
-            return
-        name = f"{stage}/masks"
-        picture = grid(cases)
-        if not log_picture(trainer, name, picture):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            # Outside of training, the epoch of the checkpoint is not known.
-            epoch = f"-epoch={trainer.current_epoch}" if _is_fitting(trainer) else ""
-            picture.save(self._folder / f"{stage}{epoch}.png")
+_COLUMNS = ("image", "mask", "class", "pixels", "fraction", "max_probability", "mean_probability")
+_SUFFIXES = {"png": ".png", "tif": ".tif", "nifti": ".nii.gz"}
+_IDENTITY: Matrix = tuple(tuple(float(row == column) for column in range(4)) for row in range(4))
+_SCANNER = 1  # NIfTI's code of an affine matrix that leads to the scanner's coordinates
 
 
 class MaskWriter(BasePredictionWriter):
     """Write what a :class:`~lightning_znorm.tasks.SegmentationTask` predicts: a mask for each image, and their scores.
 
     Each mask is an image file of 0 and 255, named like its image with ``_mask`` at the end (``_mask_0``, ``_mask_1``
-    and so on, if there are several classes). ``scores.csv`` has a row for each mask: image, mask, class, number and
-    share of marked pixels, the largest probability in the image and the mean probability over the marked pixels (empty
-    if there are none). With several processes, each writes the masks of its own images, and ``scores-RANK.csv``.
+    and so on, if there are several classes). In NIfTI, masks are 0 and 1, and have the affine matrix that the batch
+    names for the image.
 
-    Batches begin with images and their paths or names, as ``LGGDataModule(predict_root=...)`` makes them. If something
-    other than names follows the images, such as masks or metadata, the images are numbered.
+    With ``label_map``, one file for each image holds class numbers in place of these masks. With softmax, a pixel's
+    number is that of its class, and 0 is the background. With sigmoid, it is one more than that of its class, and 0
+    means that the pixel belongs to none; of several classes, the most probable one counts.
+
+    Images may have been resized. If a dictionary in the batch says the ``size`` of their files (height and width, shape
+    ``(N, 2)``), as the data modules with ``image_size`` do, masks are written in that size. Each pixel gets the class
+    of the nearest one, so a mask lies over its image.
+
+    ``scores.csv`` has a row for each mask, or for each class of a label map in the order of their numbers: image, mask,
+    class (as the module's ``class_names`` name it, softmax's first one ``background``; its number if there are no
+    names), number and share of marked pixels of the written mask, the largest probability in the image and the mean
+    probability over the marked pixels (empty if there are none). Probabilities and scores are in the size that the
+    network saw. Overlapping classes are counted as they are marked, before a label map chooses one of them. Further
+    columns appear where a batch says more:
+
+    - ``patient`` and ``slice``.
+    - If the batch holds true masks: the scores that :class:`~lightning_znorm.ScoreWriter` writes in a test, of the
+      module's own metrics and ``dice``, ``tversky``, ``hausdorff``, ``hd95`` (distances in pixels); and
+      ``predicted_pixels`` and ``true_pixels``, the sizes of the masks that are scored. They are empty for softmax's
+      background, and a score is empty where a mask is left out of the mean, such as those that are empty in prediction
+      and truth. Pixels of the module's ``ignore_index`` do not count.
+    - If it also says the spacing of its images: ``hausdorff_mm`` and ``hd95_mm``, in the spacing's unit.
+
+    With several processes, each writes the masks of its own images, and ``scores-RANK.csv``.
+
+    Batches begin with images, followed by their paths or names, or by true masks and a dictionary with ``name`` (see
+    :mod:`lightning_znorm.batches`). If something other than names follows the images, such as masks or metadata, the
+    images are numbered.
 
     Args:
         dirpath: Folder for the files; by default ``masks`` beside the logs. It must be new or empty, because no file is
-            overwritten.
-        format: Of the files, ``"png"`` or ``"tif"``.
+            overwritten; pictures of :class:`~lightning_znorm.MaskOverlay` may be in it.
+        format: Of the files, ``"png"``, ``"tif"`` or ``"nifti"`` (``.nii.gz``; needs nibabel). The axes of a NIfTI file
+            are those of the tensor, so a volume that was read in the order of its file is written in that order.
+            An affine matrix from a NIfTI file is written exactly; another one is rounded to float32, as NIfTI has it.
+        label_map: Write one file with class numbers for each image.
 
     Raises:
         ValueError: If the format is another one. During prediction, if the probabilities of an image hold NaN, or if
             its name is empty.
+        TypeError: If ``label_map`` is neither ``True`` nor ``False``.
+        ImportError: Before the first prediction, if the format is ``"nifti"`` and nibabel is missing.
         MisconfigurationException: Before the first prediction, if the folder is not empty, or if the module has no
             method ``marked``. At the first volume, if the format is ``"png"``.
 
     Example:
         >>> from lightning_znorm import MaskWriter
-        >>> writer = MaskWriter(format="tif")
+        >>> writer = MaskWriter(format="nifti", label_map=True)
     """
 
-    def __init__(self, dirpath: str | Path | None = None, format: Literal["png", "tif"] = "png") -> None:
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        format: Literal["png", "tif", "nifti"] = "png",
+        label_map: bool = False,
+    ) -> None:
         super().__init__(write_interval="batch")
-        if format not in ("png", "tif"):
-            raise ZNormValueError(f"format must be 'png' or 'tif', got {format!r}")
         self.dirpath = None if dirpath is None else Path(dirpath).expanduser()
-        self.format = format
+        self.format = checked_choice("format", format, ("png", "tif", "nifti"))
+        self.label_map = checked_flag("label_map", label_map)
         self._folder = Path()
         self._numbered = 0
+        self._table: ScoreTable | None = None
+        self._warned = False
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -214,19 +107,19 @@ class MaskWriter(BasePredictionWriter):
                 f"MaskWriter writes the masks of a SegmentationTask, and {type(pl_module).__name__} has no method "
                 "`marked` that turns probabilities into masks"
             )
+        if self.format == "nifti":
+            _nibabel()
         if self.dirpath is None:
             self._folder = Path(run_folder(trainer)) / "masks"
         else:
             self._folder = trainer.strategy.broadcast(self.dirpath)
-        if self._folder.is_dir() and any(self._folder.iterdir()):
+        if self._folder.is_dir() and not all(is_picture(path) for path in self._folder.iterdir()):
             raise MisconfigurationException(
                 f"MaskWriter overwrites nothing, and {self._folder} is not empty: give another dirpath, or empty it"
             )
         trainer.strategy.barrier()  # so that no process writes into the folder before all have seen it empty
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._numbered = trainer.global_rank
-        with _opened(self._scores(trainer), "w") as file:
-            csv.writer(file).writerow(_COLUMNS)
+        self._table = ScoreTable(self._folder / scores_file(trainer), _COLUMNS)
 
     @override
     def write_on_batch_end(
@@ -239,52 +132,71 @@ class MaskWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        names = _names(batch)
         module: Any = pl_module
-        masks = module.marked(prediction).cpu()
-        if masks.ndim == 5 and self.format == "png":
+        marked = module.marked(prediction)
+        cases = _cases(batch, len(marked))
+        names = _names(batch) or cases.name
+        if marked.ndim == 5 and self.format == "png":
             raise MisconfigurationException(
-                "MaskWriter writes volumes as TIFF files of several pages: set format='tif'"
+                "MaskWriter writes volumes as TIFF files of several pages: set format='tif' (or 'nifti')"
             )
-        probabilities = prediction.cpu()
+        masks, probabilities = marked.cpu(), prediction.cpu()
         for index in probabilities.flatten(1).isnan().any(dim=1).nonzero().flatten().tolist():
-            image = f"image {index} of batch {batch_idx}" if names is None else names[index]
+            image = f"image {index} of batch {batch_idx}" if names[index] is None else names[index]
             raise ZNormValueError(
                 f"MaskWriter was given NaN for {image}, which is above no threshold: look for NaN or inf in the image "
                 f"and in the weights. The masks before it are in {self._folder}"
             )
-        for index, name in enumerate([] if names is None else names):
+        for index, name in enumerate(names):
             if name is not None and not Path(name).name:
                 raise ZNormValueError(
                     f"MaskWriter was given {name!r} as the name of image {index} of batch {batch_idx}, which is not "
                     "a file name: name every image, or none, so that they are numbered. The masks before it are in "
                     f"{self._folder}"
                 )
-        rows = []
-        for index in range(len(masks)):
-            numbers = [f"_{number}" for number in range(len(masks[index]))] if len(masks[index]) > 1 else [""]
-            ends = [f"_mask{number}.{self.format}" for number in numbers]
-            image, base = self._named(trainer, None if names is None else names[index], ends[0])
-            for number, (mask, probability) in enumerate(zip(masks[index], probabilities[index], strict=True)):
-                file = base.with_name(base.name + ends[number])
-                _write(mask, self._folder / file)
-                marked = int(mask.sum())
+        scores, sizes = _scores(module, prediction, batch, cases), _sizes(batch, masks)
+        class_names = _class_names(module, marked.shape[1])
+        rows: list[dict[str, object]] = []
+        for index, (own_masks, own_probabilities) in enumerate(zip(masks, probabilities, strict=True)):
+            ends = self._ends(len(own_masks))
+            image, base = self._named(trainer, names[index], ends[0])
+            files = [base.with_name(base.name + end) for end in ends]
+            if self.label_map:
+                arrays = [_label_map(own_masks, own_probabilities, _is_softmax(module))]
+            else:
+                arrays = list(own_masks)
+            arrays = [_of_size(array, sizes[index]) for array in arrays]
+            for array, file in zip(arrays, files, strict=True):
+                self._write(array, cases.affine[index], self._folder / file)
+            origin = {"patient": cases.patient[index], "slice": cases.slice[index]}
+            for number, (mask, probability) in enumerate(zip(own_masks, own_probabilities, strict=True)):
+                written_mask = _of_size(mask, sizes[index])
+                pixels = int(written_mask.sum())
                 rows.append(
-                    [
-                        image,
-                        file.as_posix(),
-                        number,
-                        marked,
-                        f"{marked / mask.numel():.6f}",
-                        f"{probability.max():.6f}",
-                        f"{probability[mask].double().mean():.6f}" if marked else "",
-                    ]
+                    {
+                        "image": image,
+                        "mask": files[0 if self.label_map else number].as_posix(),
+                        "class": class_names[number],
+                        "pixels": pixels,
+                        "fraction": f"{pixels / written_mask.numel():.6f}",
+                        "max_probability": f"{probability.max():.6f}",
+                        "mean_probability": f"{probability[mask].double().mean():.6f}" if mask.any() else "",
+                        **{column: value for column, value in origin.items() if value is not None},
+                        **scores[index][number],
+                    }
                 )
-        with _opened(self._scores(trainer), "a") as file_of_scores:
-            csv.writer(file_of_scores).writerows(rows)
+        if self._table is not None:
+            self._table.write(rows)
 
-    def _scores(self, trainer: pl.Trainer) -> Path:
-        return self._folder / ("scores.csv" if trainer.world_size == 1 else f"scores-{trainer.global_rank}.csv")
+    @override
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._table = None
+
+    def _ends(self, classes: int) -> list[str]:
+        """Return the ends of the names of an image's files."""
+        single = classes == 1 or self.label_map
+        numbers = [""] if single else [f"_{number}" for number in range(classes)]
+        return [f"_mask{number}{_SUFFIXES[self.format]}" for number in numbers]
 
     def _named(self, trainer: pl.Trainer, name: Any, end: str) -> tuple[str, Path]:
         """Return an image's name, and the beginning of its masks' paths in the folder, which no other image has."""
@@ -294,35 +206,97 @@ class MaskWriter(BasePredictionWriter):
         path = Path(name)
         # Relative paths keep their folders, so that images of one name in several folders stay apart.
         path = Path(path.name) if path.is_absolute() or ".." in path.parts else path
-        base, count = path.with_suffix(""), 1
+        stem = path.stem.removesuffix(".nii") if path.suffix == ".gz" else path.stem
+        base, count = path.with_name(stem), 1
         while not _claim(self._folder / base.with_name(base.name + end)):  # such as for a.tif beside a.png
             count += 1
-            base = path.with_name(f"{path.stem}-{count}")
+            base = path.with_name(f"{stem}-{count}")
         return str(name), base
 
+    def _write(self, mask: Tensor, affine: Matrix | None, path: Path) -> None:
+        if self.format != "nifti":
+            _write_pages(mask, path)
+            return
+        if affine is None and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"A batch says no affine matrix for {path.name}, so it is written with the identity matrix: "
+                "let a dictionary with 'affine' follow the images, as VolumeDataModule does."
+            )
+        _write_nifti(mask, affine or _IDENTITY, path)
 
-def _is_fitting(trainer: pl.Trainer) -> bool:
-    return trainer.state.fn == TrainerFn.FITTING
+
+def _cases(batch: Any, count: int) -> Cases:
+    """Return what a batch says about its images; nothing, if it does not begin with images."""
+    try:
+        cases = cases_of(batch)
+    except ZNormTypeError:  # another module's batches may be anything
+        cases = None
+    nothing: list[Any] = [None] * count
+    return (
+        cases if cases is not None and len(cases.name) == count else Cases(nothing, nothing, nothing, nothing, nothing)
+    )
 
 
-def _case(image: Tensor, truth: Tensor, preds: Tensor, number: int) -> Case:
-    # Imported here, because they load torchmetrics, which the gradient callbacks do not need.
-    from lightning_znorm.metrics import DiceScore, HausdorffDistance
+def _sizes(batch: Any, masks: Tensor) -> list[tuple[int, ...] | None]:
+    """Return the sizes of the images before they were resized, where a dictionary in the batch says them."""
+    count, axes = len(masks), masks.ndim - 2
+    parts = [batch] if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else []
+    sizes: Any = next((part["size"] for part in parts if isinstance(part, Mapping) and "size" in part), None)
+    if hasattr(sizes, "tolist"):  # an array or a tensor
+        sizes = sizes.tolist()
+    if not isinstance(sizes, (list, tuple)) or len(sizes) != count:
+        return [None] * count
+    found = [tuple(size) if isinstance(size, (list, tuple)) else () for size in sizes]
+    is_size = [len(size) == axes and all(isinstance(each, int) and each > 0 for each in size) for size in found]
+    return [size if fits else None for size, fits in zip(found, is_size, strict=True)]
 
-    if not truth.any() and not preds.any():
-        scores = "both empty"
-    else:
-        dice, hausdorff = (
-            metric.to(truth.device)(preds.unsqueeze(0), truth.unsqueeze(0)).item()
-            for metric in (DiceScore(), HausdorffDistance())
-        )
-        scores = f"Dice {dice:.3f}   Hausdorff {hausdorff:.1f} px"
-    if truth.ndim == 4:
-        depth = int(truth.sum(dim=(0, 2, 3)).argmax())
-        image, truth, preds = image[:, depth], truth[:, depth], preds[:, depth]
-    # Copies: a view would keep its whole batch.
-    image, truth, preds = (part.to("cpu", copy=True) for part in (image, truth.bool(), preds.bool()))
-    return Case(image, truth, preds, f"case {number}   {scores}")
+
+def _of_size(mask: Tensor, size: tuple[int, ...] | None) -> Tensor:
+    """Return a mask, or a label map, in another size: each pixel gets the class of the nearest one.
+
+    As `lightning_znorm.data.resizing.resized_mask` makes masks smaller, with whole numbers.
+    """
+    if size is None or size == tuple(mask.shape):
+        return mask
+    for axis, (old, new) in enumerate(zip(mask.shape, size, strict=True)):
+        mask = mask.index_select(axis, (2 * torch.arange(new) + 1) * old // (2 * new))
+    return mask
+
+
+def _is_softmax(module: Any) -> bool:
+    return getattr(module, "activation", None) == "softmax"
+
+
+def _class_names(module: Any, count: int) -> list[str]:
+    """Return what the table calls the channels of the masks: names, or their numbers from 0."""
+    names = getattr(module, "class_names", None)
+    if not _is_softmax(module):
+        return names_of_classes(names, count)
+    numbers = names_of_classes(None, count)
+    scored = names_of_classes(names, count - 1)
+    unnamed = scored in (numbers[1:], numbers[:-1])
+    return numbers if unnamed else ["background", *scored]
+
+
+def _scores(module: Any, prediction: Tensor, batch: Any, cases: Cases) -> list[list[Row]]:
+    """Return the scores of each class of each image: empty where the truth is not known."""
+    count, classes = prediction.shape[:2]
+    scores: list[list[Row]] = [[{} for _ in range(classes)] for _ in range(count)]
+    if not has_targets(batch) or not hasattr(module, "scored"):
+        return scores
+    _, masks = images_and_targets(batch, "masks")
+    channels = 1 if _is_softmax(module) else classes
+    if masks.shape != (count, channels, *prediction.shape[2:]):
+        return scores  # labels of another kind
+    preds, target = module.scored(prediction, masks.to(prediction.device))
+    first = classes - target.shape[1]
+    # Those that a test with the same metrics writes.
+    logged = module.mask_scores(preds, target, cases) if hasattr(module, "mask_scores") else None
+    for number, row in enumerate(case_scores(preds, target, cases, logged)):
+        index, scored_class = divmod(number, target.shape[1])
+        scores[index][first + scored_class] = {key: row[key] for key in row if key not in CASE_COLUMNS}
+    return scores
 
 
 def _names(batch: Any) -> Sequence[str | os.PathLike[str] | None] | None:
@@ -332,11 +306,6 @@ def _names(batch: Any) -> Sequence[str | os.PathLike[str] | None] | None:
         follows = follows.tolist()
     are_names = isinstance(follows, (list, tuple)) and all(isinstance(name, _NAME_TYPES) for name in follows)
     return follows if are_names else None
-
-
-def _opened(path: Path, mode: Literal["a", "w"]) -> TextIO:
-    """Open a CSV file. File names that are not UTF-8 are written byte by byte as they are."""
-    return path.open(mode, newline="", encoding="utf-8", errors="surrogateescape")
 
 
 def _claim(path: Path) -> bool:
@@ -349,12 +318,53 @@ def _claim(path: Path) -> bool:
     return True
 
 
-def _write(mask: Tensor, path: Path) -> None:
-    """Write a mask as an image of 0 and 255, and a volume as a TIFF file of several pages."""
+def _label_map(masks: Tensor, probabilities: Tensor, softmax: bool) -> Tensor:
+    """Return the class number of each pixel, from masks and probabilities of shape ``(K, ...)``."""
+    if softmax:
+        return masks.long().argmax(dim=0)
+    most_probable = torch.where(masks, probabilities, -1.0).argmax(dim=0)
+    return torch.where(masks.any(dim=0), most_probable + 1, 0)
+
+
+def _pixels(mask: Tensor, marked: int) -> Any:
+    """Return a mask as an array of 0 and ``marked``, or class numbers as an array, in the smallest type."""
+    array: Any = mask.numpy()
+    if mask.dtype == torch.bool:
+        return array.astype("uint8") * marked
+    return array.astype("uint8" if array.max() < 256 else "uint16")
+
+
+def _write_pages(mask: Tensor, path: Path) -> None:
+    """Write a mask as an image of 0 and 255, and a volume as a TIFF file of several pages. Class numbers stay."""
     from PIL import Image
 
-    pages = [Image.fromarray(page.numpy().astype("uint8") * 255) for page in (mask if mask.ndim == 3 else [mask])]
+    array = _pixels(mask, 255)
+    pages = [Image.fromarray(page) for page in (array if mask.ndim == 3 else [array])]
     if len(pages) > 1:
         pages[0].save(path, save_all=True, append_images=pages[1:])
     else:
         pages[0].save(path)
+
+
+def _write_nifti(mask: Tensor, affine: Matrix, path: Path) -> None:
+    """Write a mask as a NIfTI file of 0 and 1, or class numbers, with an affine matrix."""
+    nibabel = _nibabel()
+    image = nibabel.Nifti1Image(_pixels(mask, 1), None)
+    image.header.set_xyzt_units("mm")
+    matrix = torch.tensor(affine, dtype=torch.float64).numpy()
+    image.set_qform(matrix, code=_SCANNER)
+    # Most files hold the matrix itself (sform), in float32. Where one holds a rotation (qform) only, its matrix is
+    # computed in float64, and only the same rotation gives it back exactly.
+    if image.header.get_qform().tolist() != matrix.tolist() or matrix.astype("float32").tolist() == matrix.tolist():
+        image.set_sform(matrix, code=_SCANNER)
+    nibabel.save(image, path)
+
+
+def _nibabel() -> Any:
+    try:
+        import nibabel
+    except ImportError as error:
+        raise ZNormImportError(
+            "MaskWriter(format='nifti') needs nibabel: python -m pip install 'lightning-znorm[volumes]'"
+        ) from error
+    return nibabel

@@ -2,18 +2,22 @@
 
 import importlib
 import importlib.util
+import inspect
 import os
+import pydoc
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lightning_znorm import metrics
 from lightning_znorm.cli.config_files import dotted
 from lightning_znorm.cli.pickles import check_folder, load_plain
 from lightning_znorm.errors import ZNormValueError
+from lightning_znorm.tasks import SegmentationTask
 
 # Lightning reads these keys without asking whether they are there.
 _NEEDED: dict[str, type] = {"state_dict": Mapping, "pytorch-lightning_version": str}
@@ -28,10 +32,14 @@ _HARMLESS = (
     "torch.nn.",
     "torch.optim.",
 )
+# Settings of a SegmentationTask that say how it is evaluated, and leave the trained network as it is.
+_EVALUATION = ("metrics", "inferer", "threshold", "class_names", "size_divisor")
 # Settings of the model that change nothing in an evaluation.
 _TRAINING = ("init_args.optimizer", "init_args.lr_scheduler")
 # Settings of the data that say where the data are and how they are read, not what they are.
 _ACCESS = {"cache_dir", "download", "max_memory_gb", "num_workers", "predict_root", "root"}
+# Settings of the data that are saved as they were found in the data, or drawn, if the command leaves them at None.
+_FOUND = {"mean", "num_classes", "patients", "std"}
 
 
 def last_checkpoint(trainer: Mapping[str, Any]) -> Path | None:
@@ -84,7 +92,60 @@ def check_checkpoint(path: str) -> None:
         raise ZNormValueError(f"{path} is not a Lightning checkpoint: its hyper_parameters are not names and values.")
 
 
-def check_names(path: str, given: Mapping[str, Any]) -> None:
+def evaluation_settings(given: Mapping[str, Any], keys: Iterable[str]) -> dict[str, bool]:
+    """Return the settings that say how a model is evaluated, and whether the command gives each of them.
+
+    These are ``metrics``, ``inferer``, ``threshold``, ``class_names`` and ``size_divisor`` of a `SegmentationTask`.
+    Those that the command gives are taken from it, all others from the checkpoint. The command gives a setting if a
+    file or a flag names it, or if it differs from the default of the class. A file with ``threshold: 0.5`` or
+    ``metrics: null`` so brings the default back.
+
+    Args:
+        given: Settings of the model in files and flags, with its defaults.
+        keys: Dotted keys that files and flags set, such as ``model.init_args.threshold``.
+
+    Example:
+        >>> given = {"class_path": "lightning_znorm.tasks.SegmentationTask", "init_args": {"threshold": 0.5}}
+        >>> evaluation_settings(given, [])
+        {'threshold': False}
+        >>> evaluation_settings(given, ["model.init_args.threshold"])
+        {'threshold': True}
+    """
+    task = pydoc.locate(str(given.get("class_path")))
+    if not (isinstance(task, type) and issubclass(task, SegmentationTask)):
+        return {}
+    pattern = rf"model\.(?:init_args\.)?({'|'.join(_EVALUATION)})(?:[.+]|$)"
+    named = {found[1] for key in keys if (found := re.match(pattern, key))}
+    init_args = given.get("init_args") or {}
+    return {name: name in named or init_args[name] != _default(task, name) for name in _EVALUATION if name in init_args}
+
+
+def saved_model(path: str, left_out: Collection[str] = ()) -> dict[str, Any]:
+    """Return the settings of a checkpoint's model, as a parser takes them; empty if it holds none.
+
+    Args:
+        path: The checkpoint.
+        left_out: Arguments of the model that are not taken.
+    """
+    if not Path(path).is_file():
+        return {}
+    saved = load_plain(path, path).get("hyper_parameters", {})
+    settings = {key: value for key, value in saved.items() if key != "_instantiator" and key not in left_out}
+    if "_class_path" not in settings:
+        return settings
+    return {"class_path": settings.pop("_class_path"), "dict_kwargs": settings}
+
+
+def saved_class(path: str) -> str | None:
+    """Return the class path of a checkpoint's model; None if it says none.
+
+    Args:
+        path: The checkpoint.
+    """
+    return load_plain(path, path).get("hyper_parameters", {}).get("_class_path") if Path(path).is_file() else None
+
+
+def check_names(path: str, given: Mapping[str, Any], left_out: Collection[str] = ()) -> None:
     """Refuse a checkpoint whose model settings name code that the user did not ask for, before it is imported.
 
     Lightning's command line applies the settings of a checkpoint over those of files and flags.
@@ -92,18 +153,19 @@ def check_names(path: str, given: Mapping[str, Any]) -> None:
     Args:
         path: The checkpoint.
         given: Settings of the model in files and flags.
+        left_out: Arguments of the model that are not taken from the checkpoint, and so not imported either.
 
     Raises:
         ValueError: If the checkpoint names a class, a function or a file that files and flags do not name. Classes of
-            networks, losses, optimizers and tasks are allowed, because they run no code of others.
+            networks, losses, optimizers and tasks, and this package's metrics are allowed, because they run no code of
+            others.
     """
-    if not Path(path).is_file():
-        return
-    settings = load_plain(path, path).get("hyper_parameters", {})
+    settings = saved_model(path, left_out)
     named = {text for _, text in _texts(given)}
-    for key, text in _texts({key: value for key, value in settings.items() if key != "_instantiator"}):
+    for key, text in _texts(settings):
         if text not in named and (os.path.isfile(text) or _may_be_code(text)):
-            setting = "class_path" if key == "_class_path" else f"init_args.{key}"
+            is_class = "class_path" in settings and key == "class_path"
+            setting = "class_path" if is_class else f"init_args.{key.removeprefix('dict_kwargs.')}"
             raise ZNormValueError(
                 f"{path} names {text} for model.{setting}, which the config files and flags do not name, and which may "
                 "run any code: name it there if you trust whoever made the checkpoint."
@@ -131,7 +193,7 @@ def check_resumed(checkpoint: str, saved: dict[str, Any], given: dict[str, Any])
 
 
 def overridden_settings(checkpoint: str, saved: dict[str, Any], given: dict[str, Any]) -> Iterator[str]:
-    """Say which settings of an evaluated model the checkpoint overrides.
+    """Say which settings of an evaluated model the checkpoint overrides, and which metrics it drops or adds.
 
     Args:
         checkpoint: The checkpoint whose weights are evaluated.
@@ -142,10 +204,18 @@ def overridden_settings(checkpoint: str, saved: dict[str, Any], given: dict[str,
     for key in sorted(settings.keys() & asked.keys()):
         if settings[key] != asked[key] and not key.startswith(_TRAINING):
             yield f"model.{key} is {settings[key]}, as {checkpoint} was trained, and not {asked[key]}."
+    before, after = ((model.get("init_args") or {}).get("metrics") for model in (given, saved))
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for name in sorted(before.keys() ^ after.keys()):
+            verb = "dropped" if name in before else "added"
+            yield f"model.init_args.metrics.{name} is {verb}, as {checkpoint} was trained."
 
 
 def changed_data(checkpoint: str, given: dict[str, Any]) -> Iterator[str]:
     """Say which settings of the data differ from those that a checkpoint was trained with.
+
+    A key ``0`` is the same as ``"0"``, because files are read with texts as keys. What a data module finds by itself if
+    it is None, such as ``mean``, and saves as it was found, is no change either.
 
     Args:
         checkpoint: The checkpoint to resume from.
@@ -155,11 +225,26 @@ def changed_data(checkpoint: str, given: dict[str, Any]) -> Iterator[str]:
         return
     saved = load_plain(checkpoint, checkpoint).get("datamodule_hyper_parameters", {})
     for key, value in given.get("init_args", {}).items():
-        if key in saved and saved[key] != value and key not in _ACCESS:
+        if key not in saved or key in _ACCESS or (value is None and key in _FOUND):
+            continue
+        if _comparable(saved[key]) != _comparable(value):
             yield (
                 f"data.init_args.{key} was {saved[key]} when {checkpoint} was trained, and is {value} from here on: "
                 "this is not the training that it would have been."
             )
+
+
+def _default(task: type, name: str) -> Any:
+    """Return the default of a constructor's argument. A constructor may pass others on to the class below."""
+    parameters = (inspect.signature(base).parameters.get(name) for base in task.__mro__ if "__init__" in vars(base))
+    return next((parameter.default for parameter in parameters if parameter), None)
+
+
+def _comparable(value: Any) -> Any:
+    """Return a setting with texts as keys and lists in place of tuples."""
+    if isinstance(value, Mapping):
+        return {str(key): _comparable(inner) for key, inner in value.items()}
+    return [_comparable(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _folders(trainer: Mapping[str, Any]) -> list[Path]:
@@ -218,11 +303,13 @@ def _may_be_code(text: str) -> bool:
     module, _, name = text.rpartition(".")
     if not module or not all(part.isidentifier() for part in text.split(".")):
         return False
-    if text.startswith(_HARMLESS):
+    if text.startswith((*_HARMLESS, f"{metrics.__name__}.")):
         try:
             found = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError):  # jsonargparse may find a module that this module has imported
             return True
+        if text.startswith(f"{metrics.__name__}."):
+            return found not in [getattr(metrics, known) for known in metrics.__all__]
         return not (isinstance(found, type) and f"{found.__module__}.".startswith(_HARMLESS))
     package = module.partition(".")[0]
     return package in sys.modules or importlib.util.find_spec(package) is not None

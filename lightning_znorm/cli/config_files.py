@@ -100,10 +100,13 @@ def read_config(name: str) -> ConfigFile:
         raise ZNormValueError(f"{name} holds no settings: write `key: value` lines into it (`trainer: {{}}` for none).")
     try:
         _check_keys(name, content)
+        named = _named(content)
     except RecursionError:
         raise ZNormValueError(f"{name} holds settings within themselves, or nested too deeply.") from None
     if not isinstance(content.get("trainer", {}), dict):
         raise ZNormValueError(f"{name} has trainer: {content['trainer']!r}, and `key: value` lines are expected there.")
+    if named != content:  # jsonargparse reads whole numbers from texts, and fails on others in its own messages
+        content, text = named, yaml.safe_dump(named, sort_keys=False)
     return ConfigFile(name, path, dotted(content), content, text, is_stream(name))
 
 
@@ -258,15 +261,23 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _check_keys(name: str, value: Any) -> None:
-    """Refuse keys that are not texts, at any depth. YAML allows them."""
+def _check_keys(name: str, value: Any, in_arguments: bool = False) -> None:
+    """Refuse keys that are not texts, at any depth. YAML allows them. Values of arguments may have whole numbers."""
     if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
+        for key, inner in value.items():
+            if not isinstance(key, str) and not (in_arguments and type(key) is int):
                 raise ZNormValueError(f"{name} has the key {key!r}, and settings have names: correct its spelling.")
-    if isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            _check_keys(name, inner)
+            _check_keys(name, inner, in_arguments or key == "init_args")
+    if isinstance(value, list):
+        for inner in value:
+            _check_keys(name, inner, in_arguments)
+
+
+def _named(value: Any) -> Any:
+    """Return settings with texts in place of whole numbers as keys."""
+    if isinstance(value, dict):
+        return {str(key): _named(inner) for key, inner in value.items()}
+    return [_named(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _find(name: str) -> Path:

@@ -27,8 +27,11 @@ from lightning_znorm.cli.checkpoints import (
     check_checkpoint,
     check_names,
     check_resumed,
+    evaluation_settings,
     last_checkpoint,
     overridden_settings,
+    saved_class,
+    saved_model,
 )
 from lightning_znorm.cli.components import CommandTrainer, Parser, SaveConfig, check_encoding, stand_in
 from lightning_znorm.cli.config_files import ConfigFile, check_callbacks, check_streams
@@ -117,29 +120,50 @@ class RunCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Find the checkpoint, reject unsafe ones, and take the model's settings from it.
 
-        `fit` refuses settings that differ from the checkpoint's; the other commands warn.
+        `fit` refuses settings that differ from the checkpoint's. The other commands keep those that say how a
+        `SegmentationTask` is evaluated (see `evaluation_settings`), and warn of all others that differ.
         """
         command = self.config.subcommand
         settings = self.config[command]
         if settings.ckpt_path == "last" and (last := last_checkpoint(settings.trainer.as_dict())):
             settings.ckpt_path = str(last)
-        if path := settings.ckpt_path:
-            check_checkpoint(path)
-            check_names(path, settings.model.as_dict())
-            if settings.weights_only is None and "://" in path:  # Lightning would run the code that it names
-                settings.weights_only = True
-        model, data = settings.model, settings.data
-        super()._parse_ckpt_path()
-        settings = self.config[command]
-        if not settings.ckpt_path:
+        path = settings.ckpt_path
+        if not path:
             return
+        check_checkpoint(path)
+        given, data = settings.model.as_dict(), settings.data.as_dict()
+        # Of another class, the checkpoint's may mean something else, or lack them.
+        is_same = saved_class(path) in (None, given["class_path"])
+        evaluation = evaluation_settings(given, self._given_keys()) if command != "fit" and is_same else {}
+        kept = [name for name, is_given in evaluation.items() if is_given]
+        check_names(path, given, left_out=kept)
+        if settings.weights_only is None and "://" in path:  # Lightning would run the code that it names
+            settings.weights_only = True
+        # As Lightning's own method, but for the settings that are kept.
+        if saved := saved_model(path, left_out=kept):
+            try:
+                self.config = self.parser.parse_object({command: {"model": saved}}, self.config)
+            except SystemExit:
+                sys.stderr.write(f"These are settings of the model in {path}.\n")
+                raise
+        resulting = self.config[command].model.as_dict()
         if command == "fit":
-            check_resumed(settings.ckpt_path, settings.model.as_dict(), model.as_dict())
-            notes = changed_data(settings.ckpt_path, data.as_dict())
+            check_resumed(path, resulting, given)
+            notes = changed_data(path, data)
         else:
-            notes = overridden_settings(settings.ckpt_path, settings.model.as_dict(), model.as_dict())
+            # What the command leaves to the checkpoint is not overridden.
+            asked = {
+                name: value for name, value in (given.get("init_args") or {}).items() if evaluation.get(name, True)
+            }
+            notes = overridden_settings(path, resulting, {**given, "init_args": asked})
         for note in notes:
             rank_zero_warn(note)
+
+    def _given_keys(self) -> Iterator[str]:
+        """Yield the dotted keys that files and flags set."""
+        for file in self.files:
+            yield from file.settings
+        yield from (arg[2:].partition("=")[0] for arg in self.args if arg.startswith("--"))
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -197,10 +221,11 @@ class RunCLI(LightningCLI):
         best = next(chosen, None)
         since = self._best_since(best)
         print()
-        for name, value in self.trainer.callback_metrics.items():
-            if name.startswith("val/"):
-                score = None if best is None or best.monitor != name else best.best_model_score
-                print(f"{name:<16} final {value:.4f}{'' if score is None else f'   best {score:.4f}{since}'}")
+        metrics = {name: value for name, value in self.trainer.callback_metrics.items() if name.startswith("val/")}
+        width = max(16, *map(len, metrics)) if metrics else 16
+        for name, value in metrics.items():
+            score = None if best is None or best.monitor != name else best.best_model_score
+            print(f"{name:<{width}} final {value:.4f}{'' if score is None else f'   best {score:.4f}{since}'}")
         which, path = "best", "" if best is None else best.best_model_path
         if not path:  # without a monitor, Lightning's "best" model is the last that was saved
             paths = (checkpoint.last_model_path or checkpoint.best_model_path for checkpoint in checkpoints)
@@ -209,7 +234,9 @@ class RunCLI(LightningCLI):
         if path and not trainer.fast_dev_run:  # a fast_dev_run writes no checkpoint
             path = _relative(path)
             args = ["test", *self._same_settings(), "--ckpt_path", path]
-            print(f"{which} checkpoint  {path}{since}\ntest it with     {_PROGRAM} {shlex.join(args)}")
+            which = f"{which} checkpoint"
+            print(f"{which:<{width}} {path}{since}")
+            print(f"{'test it with':<{width}} {_PROGRAM} {shlex.join(args)}")
 
     def _same_settings(self) -> list[str]:
         """Return files and flags for another command on the same settings."""

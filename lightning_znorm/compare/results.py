@@ -251,6 +251,16 @@ def without_stage(name: str) -> str:
     return _STAGE.sub("", name).strip("/_.-")
 
 
+def is_count(name: str) -> bool:
+    """Return whether a metric is a number of masks or patients, which says of how many others are means.
+
+    Example:
+        >>> is_count("val/masks_left_out"), is_count("val/dice")
+        (True, False)
+    """
+    return re.match(r"(masks|patients)_(counted|left_out|foreground)\b", without_stage(name)) is not None
+
+
 def default_mode(name: str) -> str | None:
     """Return ``"min"`` for a loss or an error; ``None`` otherwise."""
     return "min" if re.search(r"loss|error", name.lower()) else None

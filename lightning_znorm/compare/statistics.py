@@ -19,6 +19,7 @@ from lightning_znorm.compare.results import (
     TRAIN_SECONDS,
     Measurement,
     curves,
+    is_count,
     last_counts,
     mean,
     stage,
@@ -410,9 +411,16 @@ def first_and_last(
 
 
 def _in_order(decides: str, metrics: Collection[str]) -> list[str]:
-    """Order metrics: the one that decides, test, validation, others. What the study logs has its own sections."""
+    """Order metrics: the one that decides, test, validation, others.
+
+    What the study logs has its own sections. Numbers of masks and patients have no better and worse.
+    """
     order = ["test", "val", "train", None]
-    shown = [metric for metric in metrics if not metric.startswith(STUDY_PREFIX) and not metric.endswith("_step")]
+    shown = [
+        metric
+        for metric in metrics
+        if metric == decides or not (metric.startswith(STUDY_PREFIX) or metric.endswith("_step") or is_count(metric))
+    ]
     return sorted(shown, key=lambda metric: (metric != decides, order.index(stage(metric)), metric))
 
 

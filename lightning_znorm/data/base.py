@@ -110,26 +110,32 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
         if not hasattr(self, "train_set"):
             raise ZNormRuntimeError(f'{type(self).__name__} has no training set yet: call its setup("fit") first.')
 
-    def loader(self, dataset: Dataset[Any], shuffle: bool) -> DataLoader[Batch]:
-        """Return the loader of one of the sets."""
+    def loader(self, dataset: Dataset[Any], shuffle: bool, batch_size: int | None = None) -> DataLoader[Batch]:
+        """Return the loader of one of the sets.
+
+        Args:
+            dataset: The set. One with a method ``collate`` has its batches collated by that.
+            shuffle: Whether it is the training set.
+            batch_size: Images per batch, by default as many as in training.
+        """
         loader, sampler = DataLoader[Any], None
         # A generator for each loader. With torch's own, each iterator would draw a number from it, and a resumed
         # training makes fewer iterators.
         generator = torch.Generator()
         if shuffle:
             seed = self._seed_of_orders()
-            loader, sampler = ResumableLoader[Any], self.sampler(dataset, **self._processes(), seed=seed)
+            loader, sampler = ResumableLoader[Any], self.sampler(dataset, **self.processes(), seed=seed)
             self._sampler = sampler
             generator.manual_seed(seed)
         # By keyword, because Lightning replaces the sampler by its name (for several processes, and to predict).
         made = loader(
             dataset,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size if batch_size is None else batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             # A dataset that gives whole batches leaves nothing to collate.
-            collate_fn=default_convert if hasattr(dataset, "__getitems__") else None,
+            collate_fn=getattr(dataset, "collate", default_convert if hasattr(dataset, "__getitems__") else None),
             pin_memory=self.pin_memory,
             generator=generator,
         )
@@ -141,7 +147,8 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
         """Return the sampler of the training images."""
         return EpochSampler(dataset, num_replicas, rank, seed)
 
-    def _processes(self) -> dict[str, int]:
+    def processes(self) -> dict[str, int]:
+        """Return number and rank of the processes that share the images, as samplers take them; empty for one."""
         # None without a trainer, and in one process.
         return getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
 

@@ -2,7 +2,7 @@
 
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,7 +27,14 @@ Batch: TypeAlias = tuple[Tensor, Tensor]
 """Images of shape ``(N, C, H, W)``, and labels of shape ``(N,)`` or masks of shape ``(N, 1, H, W)``."""
 Transform: TypeAlias = Callable[[Any], Tensor]
 """Makes a uint8 tensor of shape ``(C, H, W)`` from a PIL image in RGB."""
+CaseTransform: TypeAlias = Callable[[Tensor, Tensor, Sequence[int | None]], tuple[Tensor, Tensor]]
+"""Changes images, ``(N, C, H, W)``, and their masks, ``(N, 1, H, W)``, given a seed for the draws of each."""
 
+Cases: TypeAlias = Mapping[str, Sequence[Any] | NDArray[Any]]
+"""What is known about images, such as ``"patient"``: lists, or arrays that stay arrays in a batch."""
+
+IGNORED = 255
+"""Value of a mask's pixels that count neither in the loss nor in a score: the ``ignore_index`` of the task."""
 BLOCK = 32
 """Neighbouring images that `MappedImages` reads together: 0.9 MB of PCam's."""
 
@@ -58,53 +65,95 @@ class InMemoryImages(Dataset[Batch]):
         return torch.from_numpy(self.images[indices]), torch.from_numpy(self.labels[indices])
 
 
-class MaskedImages(Dataset[Batch]):
+class MaskedImages(Dataset[Any]):
     """Images and their masks, in one NumPy array.
 
     Args:
-        images: Shape ``(N, 4, H, W)``, uint8: red, green, blue and the mask (0 or 1).
+        images: Shape ``(N, P, H, W)``, uint8: the bytes of each channel, and then the mask, such as red, green, blue
+            and 0 or 1.
         rows: Which of the images are in the set.
+        cases: What is known about all N images. A batch gets its part of it.
+        value_bytes: Bytes of a value of the images, 1 or 2; of two, the higher comes first.
+        transform: Changes an image and its mask, given an index's seed too. Without it, a batch is not taken apart.
     """
 
-    def __init__(self, images: Images, rows: Indices) -> None:
+    def __init__(
+        self,
+        images: Images,
+        rows: Indices,
+        cases: Cases | None = None,
+        value_bytes: int = 1,
+        transform: CaseTransform | None = None,
+    ) -> None:
         self.images = images
         self.rows = rows
+        self.cases = cases
+        self.value_bytes = value_bytes
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Batch:
-        """Return one image of shape ``(3, H, W)`` and its mask of shape ``(1, H, W)``."""
-        images, masks = self.__getitems__([index])
+    def __getitem__(self, index: int | tuple[int, int]) -> Batch:
+        """Return one image of shape ``(C, H, W)`` and its mask of shape ``(1, H, W)``."""
+        images, masks = self.__getitems__([index])[:2]
         return images[0], masks[0]
 
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """Return a batch; `DataLoader` calls this in place of `__getitem__`."""
-        batch = torch.from_numpy(self.images[self.rows[indices]])
-        return batch[:, :3], batch[:, 3:]
+    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> tuple[Any, ...]:
+        """Return a batch; `DataLoader` calls this in place of `__getitem__`. An index may be a pair with a seed."""
+        pairs = [index if isinstance(index, tuple) else (index, None) for index in indices]
+        rows = self.rows[[index for index, _ in pairs]]
+        pixels = self.images[rows]
+        images, masks = _values(pixels[:, :-1], self.value_bytes), torch.from_numpy(pixels[:, -1:])
+        if self.transform is not None:
+            images, masks = self.transform(images, masks, [seed for _, seed in pairs])
+        return (images, masks) if self.cases is None else (images, masks, _of_rows(self.cases, rows))
+
+    def collate(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return a batch as it is: torch's default would make tensors of arrays."""
+        return batch
 
 
-class NamedImages(Dataset[tuple[Tensor, list[str]]]):
-    """Images in one NumPy array, and their names: what to predict for.
+class NamedImages(Dataset[tuple[Tensor, dict[str, Any]]]):
+    """Images in one NumPy array, and what is known about them, such as their names: what to predict for.
 
     Args:
-        images: Shape ``(N, C, H, W)``, uint8: red, green, blue and channels that are left out, such as a mask.
-        rows: Which of the images are in the set.
-        names: Of all images.
+        images: Shape ``(N, P, H, W)``, uint8: the bytes of each channel.
+        cases: What is known about the images.
+        value_bytes: Bytes of a value, as in `MaskedImages`.
     """
 
-    def __init__(self, images: Images, rows: Indices, names: list[str]) -> None:
+    def __init__(self, images: Images, cases: Cases, value_bytes: int = 1) -> None:
         self.images = images
-        self.rows = rows
-        self.names = names
+        self.cases = cases
+        self.value_bytes = value_bytes
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.images)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, list[str]]:
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, dict[str, Any]]:
         """Return a batch; `DataLoader` calls this in place of `__getitem__`."""
-        rows = self.rows[indices]
-        return torch.from_numpy(self.images[rows])[:, :3], [self.names[row] for row in rows]
+        return _values(self.images[indices], self.value_bytes), _of_rows(self.cases, indices)
+
+    def collate(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return a batch as it is: torch's default would make tensors of arrays."""
+        return batch
+
+
+def _values(pixels: Images, value_bytes: int) -> Tensor:
+    """Return pixels as a tensor of their values; those of two bytes as int32, because torch does little in uint16."""
+    if value_bytes == 1:
+        return torch.from_numpy(pixels)
+    high, low = pixels[:, 0::2].astype(np.int32), pixels[:, 1::2]
+    return torch.from_numpy((high << 8) | low)
+
+
+def _of_rows(cases: Cases, rows: Iterable[int]) -> dict[str, Any]:
+    rows = [int(row) for row in rows]
+    return {
+        name: values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
+        for name, values in cases.items()
+    }
 
 
 class MappedImages(Dataset[Batch]):

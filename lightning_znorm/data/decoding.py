@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 T = TypeVar("T")
+Pixels: TypeAlias = NDArray[np.uint8] | NDArray[np.uint16]
+"""Shape ``(H, W)``, or ``(H, W, 3)`` in colour."""
 
 
 class BadFileError(ZNormValueError):
@@ -59,6 +61,39 @@ def read_pixels(path: Path, modes: Iterable[str]) -> NDArray[np.uint8]:
     return np.asarray(image.convert("L") if image.mode == "1" else image)
 
 
+def read_deep_pixels(path: Path, modes: Iterable[str], brighter: bool = False) -> Pixels:
+    """Read an image file as it is stored, as `read_pixels` does, also grey PNG and TIFF files of 16 bits.
+
+    Args:
+        path: A JPEG, PNG, BMP, PPM, GIF, TIFF or WebP file, whatever its suffix.
+        modes: Modes of Pillow that are accepted; ``"I;16"`` for grey of 16 bits.
+        brighter: Whether to refuse a grey palette in which a higher number may be darker, so that number 0 may be white
+            (as `PIL.Image.Image.quantize` makes it).
+
+    Returns:
+        Pixels of shape ``(H, W)``, uint8 or uint16, or ``(H, W, 3)`` in colour, uint8.
+
+    Raises:
+        BadFileError: As `read_pixels` raises it, and for such a palette.
+    """
+    image = _load(path, as_stored=True, deep=True)
+    mode = "I;16" if image.mode.startswith("I") else image.mode
+    if mode not in modes:
+        remedy = (
+            ". All its colours are grey: save it as grey, in Pillow by image.convert('L')" if _is_grey(image) else ""
+        )
+        raise BadFileError(f"has pixels of Pillow's mode {mode}, and {' or '.join(modes)} is expected{remedy}")
+    if brighter and mode == "P" and _is_unordered(image):
+        raise BadFileError(
+            "has a grey palette whose numbers do not begin with black and become brighter, so they may not be the "
+            "classes: save it as grey (in Pillow by image.convert('L')), or give the class of each number in "
+            "mask_values"
+        )
+    if mode == "I;16":
+        return np.asarray(image).astype(np.uint16)  # also from big-endian, and from int32 of older releases of Pillow
+    return np.asarray(image.convert("L") if mode == "1" else image)
+
+
 def read_rgb(path: str) -> "Image":
     """Read an image file in RGB, as torchvision's `ImageFolder` does.
 
@@ -90,21 +125,28 @@ def read_rgb(path: str) -> "Image":
 
 def size_of(path: Path) -> tuple[int, int] | None:
     """Return height and width from the header of an image file; None if the header cannot be read."""
+    kind = kind_of(path)
+    return None if kind is None else kind[2:]
+
+
+def kind_of(path: Path) -> tuple[int, int, int, int] | None:
+    """Return channels, bits of each, height and width from the header of an image file; None if it cannot be read."""
     from PIL import Image
 
     try:
         with Image.open(path, formats=_FORMATS) as image:
-            return image.height, image.width
+            bits = 16 if _has_16_bits(image) else 8
+            return len(image.getbands()), bits, image.height, image.width
     except Exception:  # Pillow's decoders raise any; `read_pixels` meets it again and reports it
         return None
 
 
-def _load(path: str | Path, as_stored: bool = False) -> "Image":
+def _load(path: str | Path, as_stored: bool = False, deep: bool = False) -> "Image":
     from PIL import Image
 
     try:
         with Image.open(path, formats=_FORMATS) as image:
-            _refuse_what_would_be_altered(image)
+            _refuse_what_would_be_altered(image, deep)
             if as_stored:
                 if (orientation := _orientation(image)) in range(2, 9):
                     raise BadFileError(f"is stored rotated or mirrored (EXIF orientation {orientation})")
@@ -120,15 +162,18 @@ def _load(path: str | Path, as_stored: bool = False) -> "Image":
         raise BadFileError(f"cannot be read as an image ({type(error).__name__}: {error})") from error
 
 
-def _refuse_what_would_be_altered(image: Any) -> None:
+def _refuse_what_would_be_altered(image: Any, deep: bool) -> None:
     """Refuse what Pillow would cut or change: more than one image, more than 8 bits a channel, further channels."""
     from PIL.ExifTags import Base
 
     # MPO is a camera's JPEG file with other views or sizes of its image after the first.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise BadFileError(f"holds {image.n_frames} images (pages of a volume, or frames), and one is expected")
-    if _is_deep(image):
-        raise BadFileError("has more than 8 bits for each channel, and no more than 8 are read")
+    if _is_deep(image) and not (deep and _has_16_bits(image)):
+        read = (
+            "16 are read of grey PNG and TIFF files alone (save others as .npy)" if deep else "no more than 8 are read"
+        )
+        raise BadFileError(f"has more than 8 bits for each channel, and {read}")
     if image.format == "PPM" and _has_further_image(image):
         raise BadFileError("holds several images, and one is expected")
     if image.format != "TIFF":
@@ -154,6 +199,13 @@ def _is_deep(image: Any) -> bool:
         return any(";16" in pixels for pixels in arguments)
     # The last argument of the PPM decoder is the largest value.
     return image.format == "PPM" and any(not isinstance(each, str) and (each[-1] or 0) > 255 for each in arguments)
+
+
+def _has_16_bits(image: Any) -> bool:
+    """Return whether an image is grey of up to 16 bits. Of colours of 16 bits, Pillow reads 8."""
+    if image.format == "TIFF":
+        return str(image.mode).startswith("I;16")
+    return image.format == "PNG" and any(tile[3] == "I;16B" for tile in image.tile)
 
 
 def _has_further_image(image: Any) -> bool:
@@ -186,25 +238,47 @@ def _hides_transparency(image: Any) -> bool:
     return np.unique(pixels[3::4]).tolist() not in ([], [0], [255])
 
 
+def _is_grey(image: Any) -> bool:
+    """Return whether an image of colours holds nothing but grey."""
+    if image.mode not in ("RGB", "RGBA"):
+        return bool(image.mode == "LA")
+    pixels = np.asarray(image)
+    return bool((pixels[..., :1] == pixels[..., 1:3]).all())
+
+
+def _is_unordered(image: Any) -> bool:
+    """Return whether the colours of a palette that occur are grey, and number 0 is white or a higher one is darker."""
+    numbers = np.unique(np.asarray(image))
+    palette = np.zeros((256, 3), dtype=np.int64)
+    colours = np.reshape(image.getpalette("RGB"), (-1, 3))
+    palette[: len(colours)] = colours
+    occurring = palette[numbers]
+    if (occurring != occurring[:, :1]).any():
+        return False
+    return bool((np.diff(occurring[:, 0]) < 0).any() or (numbers[0] == 0 and occurring[0, 0] == 255))
+
+
 def _orientation(image: Any) -> Any:
     from PIL.ExifTags import Base
 
     return (image.tag_v2 if image.format == "TIFF" else image.getexif()).get(Base.Orientation)
 
 
-def read_all(read: Callable[[int], Iterable[str]], count: int, what: str) -> list[str]:
-    """Call a function for each number below ``count``, on all cores, with a progress bar.
+def read_all(read: Callable[[int], Iterable[str]], count: int, what: str, max_threads: int | None = None) -> list[str]:
+    """Call a function for each number below ``count``, on all cores that the process may use, with a progress bar.
 
     Args:
         read: Reads one item, given its number, and returns its faults. It runs in threads, which wait for the disk
             together and decode at the same time.
         count: Number of items.
         what: What they are, for the progress bar.
+        max_threads: Most threads, where each of them needs much memory.
 
     Returns:
         The faults of all items, in order.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(min(cores, max_threads or cores)) as threads:
         faults = with_progress(threads.map(read, range(count)), count, f"Decoding {what}")
         return [fault for found in faults for fault in found]
 

@@ -1,7 +1,8 @@
 """Listings of folders: which files are images, each of them once, and which are left out."""
 
 import os
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,9 @@ OTHER_TYPES = "of other types"
 OUTSIDE = "outside of the folders that hold the images"
 NESTED = "folders where only files are expected"
 AGAIN = "other names of what is listed already"
+LONE_MASKS = "masks without an image beside them"
+MASK = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)
+"""The end of a mask's name, without the suffix, as `MaskWriter` names masks."""
 
 
 @dataclass
@@ -100,6 +104,42 @@ def list_files(folder: str | Path, suffixes: Collection[str], recursive: bool = 
     for _, files in sorted(by_folder.items()):
         listing.extend(files)
     return listing
+
+
+def list_images(
+    folder: Path, suffixes: Collection[str], stem: Callable[[Path], str] = lambda path: path.stem
+) -> Listing:
+    """List the images in a folder, also in folders inside it, to predict for. One warning names what is skipped.
+
+    Masks are left out: files named like an image beside them with ``_mask``, or ``_mask_0`` and so on, as `MaskWriter`
+    names them, in upper or lower case. The warning names masks without an image. An image counts once, however many
+    links lead to it.
+
+    Args:
+        folder: Where to look.
+        suffixes: In lower case, with their dots.
+        stem: Returns the name of a file without its suffix, and without the number of a channel if each has a file.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    found = list_files(folder, suffixes) if folder.is_dir() else Listing()
+    paths = list(map(Path, found.paths))
+    numbers = [index for index, path in enumerate(paths) if not MASK.search(stem(path))]
+    images, inodes = [found.paths[index] for index in numbers], [found.inodes[index] for index in numbers]
+    again = {other for _, other in same_files(images, inodes)}
+    found.skip(AGAIN, [images[index] for index in again])
+    kept = [index for index in range(len(images)) if index not in again]
+    names = {(path.parent, stem(path)) for path in (Path(images[index]) for index in kept)}
+    masks = [path for path in paths if MASK.search(stem(path))]
+    found.skip(LONE_MASKS, [str(path) for path in masks if (path.parent, MASK.sub("", stem(path))) not in names])
+    found.paths, found.inodes = [images[index] for index in kept], [inodes[index] for index in kept]
+    warn_of_skipped(folder, found)
+    if not kept and not found.faults:
+        raise ZNormFileNotFoundError(
+            f"No images at {folder}, files that end in {', '.join(sorted(suffixes))} and are not masks (*_mask)."
+        )
+    return found
 
 
 def list_subfolders(folder: str | Path, suffixes: Collection[str]) -> tuple[list[str], Listing]:

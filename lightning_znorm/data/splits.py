@@ -1,12 +1,15 @@
 """Splits of a data set: by class, or by patient."""
 
+import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_znorm.arguments import shown
 from lightning_znorm.data.datasets import Images, Indices, Labels
-from lightning_znorm.errors import ZNormValueError
+from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 
 
 def stratified_indices(labels: Labels, fraction: float, seed: int) -> tuple[Indices, Indices]:
@@ -41,6 +44,46 @@ def stratified_split(
     """Split images and labels as `stratified_indices` does."""
     first, second = stratified_indices(labels, fraction, seed)
     return (images[first], labels[first]), (images[second], labels[second])
+
+
+def checked_pattern(pattern: Any) -> re.Pattern[str] | None:
+    """Return the compiled ``patient_pattern`` of a data module, if it has one.
+
+    Raises:
+        ValueError: If it is no regular expression.
+        TypeError: If it is no text.
+    """
+    if pattern is None:
+        return None
+    if not isinstance(pattern, str):
+        raise ZNormTypeError(f"patient_pattern must be a regular expression, got {shown(pattern)}.")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ZNormValueError(
+            f"patient_pattern is no regular expression ({error}): {pattern!r}. '^([^_]+)_' takes what is in front of "
+            "the first underscore."
+        ) from error
+
+
+def patient_of(name: str, pattern: re.Pattern[str] | None) -> str:
+    """Return the patient that a pattern finds in a name: its first group, or the whole match if it has none.
+
+    Args:
+        name: Name of an image.
+        pattern: Without it, each image is a patient of its own, of that name.
+
+    Returns:
+        The patient; empty if none is found.
+
+    Example:
+        >>> patient_of("anna_007", re.compile("^([^_]+)_")), patient_of("anna_007", None)
+        ('anna', 'anna_007')
+    """
+    if pattern is None:
+        return name
+    found = pattern.search(name)
+    return "" if found is None else found[1 if pattern.groups else 0] or ""
 
 
 def split_patients(

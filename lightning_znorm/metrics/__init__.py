@@ -1,10 +1,12 @@
-"""Scores of predicted masks, as torchmetrics: one policy for empty masks, and states of constant size.
+"""Scores of predicted masks, as torchmetrics: one policy for empty masks, and states that hold no pixels.
 
 To add a score, write one new file with a subclass of `lightning_znorm.metrics.mask_metric.MaskMetric`, whose methods
 ``scores`` and ``worst`` define it. Import it here.
 """
 
+from lightning_znorm.metrics.counts import MaskCount
 from lightning_znorm.metrics.dice import DiceScore, TverskyIndex
 from lightning_znorm.metrics.hausdorff import HausdorffDistance
+from lightning_znorm.metrics.patients import PatientCount, PatientDiceScore
 
-__all__ = ["DiceScore", "HausdorffDistance", "TverskyIndex"]
+__all__ = ["DiceScore", "HausdorffDistance", "MaskCount", "PatientCount", "PatientDiceScore", "TverskyIndex"]

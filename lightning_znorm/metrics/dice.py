@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_znorm.errors import ZNormValueError
-from lightning_znorm.metrics.mask_metric import MaskMetric, widest_float
+from lightning_znorm.metrics.mask_metric import Empty, MaskMetric, widest_float
 
 
 class TverskyIndex(MaskMetric):
@@ -22,7 +22,7 @@ class TverskyIndex(MaskMetric):
     so ``alpha`` weighs false positives and ``beta`` false negatives. With both 0.5 it is the Dice score, with both 1
     the Jaccard index, with 0 and 1 the recall, with 1 and 0 the precision.
 
-    Each image and channel has an index of its own, and the result is their mean:
+    Each image and channel has an index of its own, and the result is their mean. With ``empty="skip"``, the default:
 
     - both masks empty: left out, and counted in ``metric.skipped``.
     - one empty: 0, by the definition (also with a weight of 0, where the definition gives 0 / 0).
@@ -36,6 +36,8 @@ class TverskyIndex(MaskMetric):
         alpha: Weight of false positives.
         beta: Weight of false negatives.
         threshold: Smallest probability of a pixel in the predicted mask.
+        empty: What an empty mask means: ``"skip"``, ``"best"`` (a score of 1) or ``"skip_true"``; see
+            :class:`~lightning_znorm.metrics.mask_metric.MaskMetric`.
         **kwargs: Arguments of `torchmetrics.Metric`.
 
     Attributes:
@@ -43,7 +45,8 @@ class TverskyIndex(MaskMetric):
         skipped: Number of masks left out, in this process.
 
     Raises:
-        ValueError: If ``threshold`` is not in (0, 1), a weight is negative or not finite, or both are 0.
+        ValueError: If ``threshold`` is not in (0, 1), a weight is negative or not finite, both are 0, or ``empty`` is
+            another word.
 
     Shape:
         ``preds``, probabilities or bool, and ``target``, bool or integers 0 and 1: ``(N, C, H, W)`` or
@@ -63,10 +66,12 @@ class TverskyIndex(MaskMetric):
     higher_is_better = True
     plot_upper_bound = 1.0
 
-    def __init__(self, alpha: float = 0.3, beta: float = 0.7, threshold: float = 0.5, **kwargs: Any) -> None:
+    def __init__(
+        self, alpha: float = 0.3, beta: float = 0.7, threshold: float = 0.5, empty: Empty = "skip", **kwargs: Any
+    ) -> None:
         if not (0 <= alpha < float("inf") and 0 <= beta < float("inf") and alpha + beta > 0):
             raise ZNormValueError(f"alpha and beta are weights, at least one of them above 0, got {alpha} and {beta}.")
-        super().__init__(threshold, (alpha, beta), **kwargs)
+        super().__init__(threshold, (alpha, beta), empty, **kwargs)
         self.alpha = alpha
         self.beta = beta
 
@@ -89,7 +94,7 @@ class DiceScore(MaskMetric):
     .. math::
         D(P, G) = \frac{2 |P \cap G|}{|P| + |G|}
 
-    Each image and channel has a score of its own, and the result is their mean:
+    Each image and channel has a score of its own, and the result is their mean. With ``empty="skip"``, the default:
 
     - both masks empty: left out, and counted in ``metric.skipped``.
     - one empty: 0.
@@ -100,13 +105,16 @@ class DiceScore(MaskMetric):
 
     MONAI's ``DiceMetric`` leaves out every mask whose truth is empty, whatever was predicted for it. In a case of its
     own tests (six predicted masks, of which four have an empty truth) it gives 0.857, and this score 0.286. With
-    ``ignore_empty=False`` it gives 0.286 too, but masks that are empty in both get a score of 1.
+    ``ignore_empty=False`` it gives 0.286 too, but masks that are empty in both get a score of 1. To have MONAI's
+    numbers, choose ``empty="skip_true"`` and ``empty="best"``.
 
     Source:
         Dice 1945, "Measures of the amount of ecologic association between species".
 
     Args:
         threshold: Smallest probability of a pixel in the predicted mask.
+        empty: What an empty mask means: ``"skip"``, ``"best"`` (a score of 1) or ``"skip_true"``; see
+            :class:`~lightning_znorm.metrics.mask_metric.MaskMetric`.
         **kwargs: Arguments of `torchmetrics.Metric`.
 
     Attributes:
@@ -114,7 +122,7 @@ class DiceScore(MaskMetric):
         skipped: Number of masks left out, in this process.
 
     Raises:
-        ValueError: If ``threshold`` is not in (0, 1).
+        ValueError: If ``threshold`` is not in (0, 1), or ``empty`` is another word.
 
     Shape:
         ``preds``, probabilities or bool, and ``target``, bool or integers 0 and 1: ``(N, C, H, W)`` or
@@ -134,8 +142,8 @@ class DiceScore(MaskMetric):
     higher_is_better = True
     plot_upper_bound = 1.0
 
-    def __init__(self, threshold: float = 0.5, **kwargs: Any) -> None:
-        super().__init__(threshold, **kwargs)
+    def __init__(self, threshold: float = 0.5, empty: Empty = "skip", **kwargs: Any) -> None:
+        super().__init__(threshold, empty=empty, **kwargs)
 
     @override
     def worst(self, size: Sequence[int]) -> float:

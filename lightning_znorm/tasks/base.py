@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -24,6 +25,7 @@ from lightning_znorm.arguments import checked_flag
 from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 from lightning_znorm.hyperparameters import PlainHyperparameters, plain_values, python_scalars
 from lightning_znorm.metrics.mask_metric import at_least_float32
+from lightning_znorm.tasks import fine_tuning
 from lightning_znorm.tasks.prior import (
     Prior,
     checked_prior,
@@ -78,6 +80,8 @@ class Task(PlainHyperparameters, SavesRandomStates):
     _num_logits = 0
     _uses_softmax = False
     _channels_last = False
+    _frozen: frozenset[str] = frozenset()  # names of parameters that must stay frozen
+    _is_resumed = False  # whether a checkpoint of a training has been loaded to go on with
     _has_started = False  # whether the weights are those of a training, and no longer the initial ones
     _loaded: frozenset[str] = frozenset()  # names of weights that have been loaded
     _prior_note = ""  # what to say when the training starts
@@ -109,6 +113,21 @@ class Task(PlainHyperparameters, SavesRandomStates):
         self.lr_scheduler_strict = strict
         self._total_steps: int | None = None
         self._metrics_of_loaders: dict[tuple[str, int], MetricCollection] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the network's encoder as ``backbone``, which Lightning's `BackboneFinetuning` freezes and unfreezes.
+
+        `lightning_znorm.tasks.fine_tuning.encoder_of` says where it is looked for. What a subclass has set as
+        ``self.backbone`` comes first.
+
+        Raises:
+            AttributeError: If no encoder is found, or for any other name.
+        """
+        if name == "backbone":
+            children = dict(self.named_children())
+            if "model" in children and name not in children:
+                return fine_tuning.encoder_of(self.model)
+        return super().__getattr__(name)
 
     def configure_network(
         self,
@@ -236,7 +255,7 @@ class Task(PlainHyperparameters, SavesRandomStates):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer, and the scheduler if there is one."""
-        optimizer = self.optimizer(self.parameters())
+        optimizer = self.optimizer(fine_tuning.trainable_parameters(self, self.attached_trainer))
         if self.lr_scheduler is None:
             return optimizer
         make: Callable[..., Any] = self.lr_scheduler
@@ -245,6 +264,7 @@ class Task(PlainHyperparameters, SavesRandomStates):
         if name := _leaves_total_steps_open(make):
             self._total_steps = self._steps_of_training(name)
             make, interval = partial(make, total_steps=self._total_steps), "step"
+        fine_tuning.check_scheduler(make, self.attached_trainer)
         scheduler = make(optimizer)
         monitor = getattr(scheduler, "monitor", "val/loss")
         frequency = self.lr_scheduler_frequency
@@ -336,6 +356,9 @@ class Task(PlainHyperparameters, SavesRandomStates):
             check.clear()
         self._set_memory_format()  # of lazy layers, which have got their weights since
         if stage == "fit":
+            fine_tuning.check_processes(self.trainer)
+            self._frozen = fine_tuning.frozen_parameters(self, self.trainer)
+            self._is_resumed = False
             self._start_with_prior()
             self._has_started = True
 
@@ -346,6 +369,11 @@ class Task(PlainHyperparameters, SavesRandomStates):
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self._set_memory_format()
         return result
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        """Refuse to train parameters in several processes that were frozen at the start."""
+        fine_tuning.check_still_frozen(self, self.trainer, self._frozen)
 
     @override
     def on_train_epoch_end(self) -> None:
@@ -380,6 +408,8 @@ class Task(PlainHyperparameters, SavesRandomStates):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random states of the checkpoint, and its output biases, if training is to go on."""
         self._prior_note = ""
+        trainer = self.attached_trainer
+        self._is_resumed = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         super().on_load_checkpoint(checkpoint)
 
     @override
@@ -387,9 +417,13 @@ class Task(PlainHyperparameters, SavesRandomStates):
         """Refuse a resumed schedule that is too short, and restore the random states.
 
         Raises:
-            ValueError: If the schedule of the training that is resumed ends before this training does.
+            ValueError: If the schedule of the training that is resumed ends before this training does, or if
+                `BackboneFinetuning` has missed the epoch at which it unfreezes the encoder.
         """
         self._require_long_schedule()
+        if self._is_resumed:
+            fine_tuning.resume(self, self.trainer)
+            fine_tuning.check_still_frozen(self, self.trainer, self._frozen)
         if self._prior_note:
             rank_zero_info(self._prior_note)
             self._prior_note = ""
@@ -510,17 +544,45 @@ class Task(PlainHyperparameters, SavesRandomStates):
             return metrics
         key = stage, dataloader_idx
         if key not in self._metrics_of_loaders:
-            self._metrics_of_loaders[key] = metrics.clone()
-            self._metrics_of_loaders[key].reset()
-        return self._metrics_of_loaders[key].to(self.device)
+            copied = metrics.clone()
+            copied.reset()
+            self._metrics_of_loaders[key] = copied
+        found = self._metrics_of_loaders[key]
+        # A move copies all that has been gathered, so not at every batch.
+        if any(metric.device != self.device for metric in found.values(copy_state=False)):
+            found.to(self.device)
+        return found
 
-    def log_metrics(self, metrics: MetricCollection, batch_size: int) -> None:
-        """Log metrics over an epoch and all processes."""
+    def log_metrics(self, metrics: MetricCollection, batch_size: int, without: Collection[str] = ()) -> None:
+        """Log metrics over an epoch and all processes.
+
+        Args:
+            metrics: The metrics, updated.
+            batch_size: Number of images in the batch.
+            without: Names, without a prefix, of metrics that are not logged.
+        """
+        prefix = len(metrics.prefix or "")
         for name, metric in metrics.items(keep_base=False, copy_state=False):
+            if name[prefix:] in without:
+                continue
             # Lightning looks for metrics among the attributes, and those of further loaders are not there: name them.
             self.log(
-                name, metric, metric_attribute=name, on_step=False, on_epoch=True, prog_bar=True, batch_size=batch_size
+                name,
+                metric,
+                metric_attribute=name,
+                on_step=False,
+                on_epoch=True,
+                prog_bar=self.shows_in_progress_bar(name[prefix:]),
+                batch_size=batch_size,
             )
+
+    def shows_in_progress_bar(self, name: str) -> bool:
+        """Return whether the progress bar shows a metric; by default all.
+
+        Args:
+            name: Name of the metric, without ``val/`` or ``test/``.
+        """
+        return True
 
     def log_loss(self, name: str, loss: Tensor, batch_size: int) -> None:
         """Log the mean of a loss over an epoch and all processes."""

@@ -11,11 +11,11 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 from typing_extensions import override
 
+from lightning_znorm.batches import images_and_targets, images_of, kind_of, logits_of
 from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 from lightning_znorm.hyperparameters import plain_value, plain_values
 from lightning_znorm.metrics.mask_metric import at_least_float32
 from lightning_znorm.tasks.base import BUILD_IT, Task
-from lightning_znorm.tasks.batches import images_and_targets, images_of, kind_of, logits_of
 from lightning_znorm.tasks.networks import create_classifier
 from lightning_znorm.tasks.prior import Prior, plain_prior
 from lightning_znorm.tasks.targets import ProbabilitySumCheck, TargetCheck

@@ -1,6 +1,7 @@
 """Networks by name, for the tasks."""
 
 import difflib
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -46,6 +47,7 @@ def create_classifier(name: str, num_classes: int, in_chans: int = 3, **kwargs: 
     return _create(name, partial(timm.create_model, name), {"num_classes": num_classes, "in_chans": in_chans}, kwargs)
 
 
+_STRIDES = (2, 2, 2, 2)  # of the Attention U-Net
 _SEGMENTERS = ("resnet50_unet", "unetpp", "attention_unet")
 
 
@@ -60,7 +62,7 @@ def create_segmenter(
     Args:
         name: ``"resnet50_unet"`` (a U-Net with a ResNet-50 as its encoder), ``"unetpp"`` (U-Net++, with an output at
             each depth: without this deep supervision, some of its parameters would never be used) or
-            ``"attention_unet"``. The last two need image sizes that are multiples of 16.
+            ``"attention_unet"``. See :func:`size_divisor` for the sizes of images that they take.
         num_classes: Width of the output.
         in_chans: Channels of the input.
         spatial_dims: 2 for images, 3 for volumes.
@@ -89,8 +91,26 @@ def create_segmenter(
         return _create(name, FlexibleUNet, {"backbone": "resnet50", **shape}, kwargs)
     if name == "unetpp":
         return _create(name, BasicUNetPlusPlus, {"deep_supervision": True, "norm": "batch", **shape}, kwargs)
-    convolutions = {"channels": (64, 128, 256, 512, 1024), "strides": (2, 2, 2, 2)}
+    convolutions = {"channels": (64, 128, 256, 512, 1024), "strides": _STRIDES}
     return _create(name, AttentionUnet, {**convolutions, **shape}, kwargs)
+
+
+def size_divisor(name: str, **kwargs: Any) -> int:
+    """Return the number that the sizes of images for a segmentation network must be a multiple of.
+
+    Args:
+        name: A name that :func:`create_segmenter` takes.
+        **kwargs: Further arguments of the network.
+
+    Example:
+        >>> size_divisor("resnet50_unet"), size_divisor("attention_unet"), size_divisor("unetpp")
+        (32, 16, 1)
+    """
+    if name == "resnet50_unet":
+        return 32
+    if name == "attention_unet":
+        return math.prod(kwargs.get("strides", _STRIDES))
+    return 1  # U-Net++ pads what it upsamples by itself
 
 
 def _create(

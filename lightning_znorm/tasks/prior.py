@@ -12,9 +12,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_znorm.arguments import shown
+from lightning_znorm.batches import images_of
 from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 from lightning_znorm.hyperparameters import plain_value
-from lightning_znorm.tasks.batches import images_of
 
 Prior: TypeAlias = float | list[float] | Literal["auto"] | None
 """How frequent the classes are: a share, one for each class, or ``"auto"``, which asks the data module."""

@@ -26,14 +26,20 @@ class TargetCheck:
         only_whole: Whether targets must be whole numbers.
         settings: The settings of the task that say so, for messages.
         remedy: What to do about wrong targets, for messages.
+        ignored: A value that is allowed as well, for pixels that do not count.
     """
 
-    def __init__(self, name: str, last: int, only_whole: bool, settings: str, remedy: str) -> None:
+    ignored: int | None = None  # of the class, so that checks that were pickled before there was one have it too
+
+    def __init__(
+        self, name: str, last: int, only_whole: bool, settings: str, remedy: str, ignored: int | None = None
+    ) -> None:
         self.name = name
         self.last = last
         self.only_whole = only_whole
         self.settings = settings
         self.remedy = remedy
+        self.ignored = ignored
         self._notes: dict[str, Tensor] = {}
 
     def require(self, targets: Tensor, stage: str, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -114,6 +120,8 @@ class TargetCheck:
     def _bounds(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the smallest and the greatest target, NaN if one is NaN, and whether one is wrong."""
         values = orderable(targets.detach())
+        if self.ignored is not None:
+            values = values.masked_fill(values == self.ignored, 0)
         low, high = values.aminmax()
         fits = (low >= 0) & (high <= self.last)  # false for NaN
         if self.only_whole and values.is_floating_point():
@@ -126,7 +134,9 @@ class TargetCheck:
         fractions = low >= 0 and high <= self.last
         found = "are not whole numbers" if fractions else f"run from {low:g} to {high:g}"
         numbers = "whole numbers from 0" if self.only_whole else "0"
-        return f"{self.name} {found} in {where}, and {self.settings} allows {numbers} to {self.last}: {self.remedy}."
+        ignored = "" if self.ignored is None else f", and {self.ignored} for pixels that do not count"
+        allowed = f"{numbers} to {self.last}{ignored}"
+        return f"{self.name} {found} in {where}, and {self.settings} allows {allowed}: {self.remedy}."
 
 
 class ProbabilitySumCheck(TargetCheck):

@@ -1,4 +1,4 @@
-"""Two processes draw and write masks. Called by test_mask_overlay.py."""
+"""Two processes draw, write and score masks. Called by test_mask_overlay.py and test_score_writer.py."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_znorm import MaskOverlay, MaskWriter
+from lightning_znorm import MaskOverlay, MaskWriter, ScoreWriter
 from lightning_znorm.tasks import SegmentationTask
 
 
@@ -48,3 +48,18 @@ def draw_and_write(folder: Path) -> None:
     trainer.fit(task, squares, squares)
     trainer.test(task, squares, verbose=False)
     trainer.predict(task, DataLoader(Squares(named=True), batch_size=2), return_predictions=False)
+
+
+def score(folder: Path) -> None:
+    """Test five cases as one of two processes."""
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        logger=CSVLogger(folder, name=None, version="logs"),
+        callbacks=[ScoreWriter()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    squares = DataLoader(Squares(named=False), batch_size=2)
+    trainer.test(SegmentationTask(nn.Conv2d(1, 1, 1)), squares, verbose=False)

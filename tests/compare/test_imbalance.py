@@ -38,11 +38,9 @@ class TestData:
         data = SmallLGG(root=tmp_path, val_fraction=0.2, test_fraction=0.2)
         data.setup("fit")
         data.setup("test")
-        names = [f"{folder}/" for folder in data.patient_of]
-        assert names == [name.partition("/")[0] + "/" for name in data._named_test_set.names]
         for part in (data.train_set, data.val_set, data.test_set):
             for number, row in enumerate(part.rows):
-                pixels, mask = written[data._named_test_set.names[row]]
+                pixels, mask = written[data.test_set.cases["name"][row]]
                 image, small_mask = part[number]
                 means = pixels.reshape(96, 2, 96, 2, 3).mean(axis=(1, 3)).transpose(2, 0, 1)
                 assert np.abs(image.numpy() - means).max() <= 1  # of rounding
@@ -105,15 +103,14 @@ class Constant(nn.Module):
 class Slices(LightningDataModule):
     """Four slices of 2x2 pixels of the patients a, b, a and c, of whom c has no tumour and no mark."""
 
-    patient_of = ("a", "b", "a", "c")
-
     def __init__(self) -> None:
         super().__init__()
         marked = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]).view(4, 1, 2, 2)
         truth = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]).view(4, 1, 2, 2)
-        self.samples = [((2.0 * each).expand(3, 2, 2), mask.float()) for each, mask in zip(marked, truth, strict=True)]
-        self.val_set = self.test_set = self
-        self.rows = (0, 1, 2, 3)
+        self.samples = [
+            ((2.0 * each).expand(3, 2, 2), mask.float(), {"patient": patient})
+            for each, mask, patient in zip(marked, truth, "abac", strict=True)
+        ]
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.samples, batch_size=2)

@@ -279,6 +279,17 @@ class TestOneTest:
         row = next(row for row in make_rows(looked, found) if row.method == "znorm")
         assert row.verdict == "Exploratory, no verdict: seeds were added after a first look at seeds 0, 1."
 
+    def test_numbers_of_masks_are_not_compared(self, tmp_path):
+        the_plan = plan(tmp_path)
+        plain = done(the_plan)
+        counts = ["val/masks_counted", "test/patients_left_out", "test/masks_foreground/dataloader_idx_1"]
+        found = [replace(one, metric=count) for one in plain if one.metric == "test/accuracy" for count in counts]
+        found += plain
+        metrics = {row.metric for row in make_rows(the_plan, found)}
+        assert metrics == {row.metric for row in make_rows(the_plan, plain)}
+        deciding = replace(the_plan, metric="val/masks_counted")
+        assert "val/masks_counted" in {row.metric for row in make_rows(deciding, found)}
+
     @pytest.mark.parametrize(
         ("look", "why"),
         [

@@ -53,6 +53,8 @@ UNGUARDED = {
     "LGG slice, tif",
     "LGG slice, tif LZW",
     "image to predict, bmp",
+    "own image, npy",
+    "own image, tif",
     "image folder, JPEG",
 }
 

@@ -62,7 +62,7 @@ def predicted(root: Path) -> list[str]:
     """Return the names of the images to predict for."""
     data = LGGDataModule("nowhere", predict_root=root)
     data.setup("predict")
-    return data.predict_set.names
+    return data.predict_set.cases["name"]
 
 
 def folder_data(root: Path, stage: str = "fit") -> ImageFolderDataModule:

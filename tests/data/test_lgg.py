@@ -65,7 +65,7 @@ def pairs(written: dict) -> Counter:
 def pairs_of(data: LGGDataModule, batches: list) -> Counter:
     return Counter(
         (image.tobytes(), mask.numpy().astype(bool).tobytes())
-        for images, masks in batches
+        for images, masks, *_ in batches
         for image, mask in zip(pixels(data, images), masks, strict=True)
     )
 
@@ -112,7 +112,7 @@ class TestReading:
     def test_the_order_is_that_of_the_scan(self, tmp_path):
         write_lgg(tmp_path, slices=11)
         data = set_up(tmp_path, "predict")
-        names = [name for _, names in data.predict_dataloader() for name in names]
+        names = [name for _, _, cases in data.predict_dataloader() for name in cases["name"]]
         assert [name.rpartition("_")[2] for name in names[:11]] == [f"{i}.tif" for i in range(1, 12)]
 
     def test_decoded_once_for_all_stages(self, fake_lgg, monkeypatch):
@@ -376,7 +376,7 @@ class TestNormalized:
     def test_as_said(self, fake_lgg):
         data, module = LGGDataModule(fake_lgg), Segmenter()
         trainer().test(module, datamodule=data, verbose=False)
-        images, _ = module.seen["test"][0]
+        images, *_ = module.seen["test"][0]
         raw = data.test_set.images[data.test_set.rows, :3] / 255
         expected = (raw - np.reshape(data.mean, (3, 1, 1))) / np.reshape(data.std, (3, 1, 1))
         np.testing.assert_allclose(images, expected, rtol=1e-4, atol=1e-5)
@@ -385,7 +385,7 @@ class TestNormalized:
         module = Segmenter()
         trainer(precision="bf16-true", limit_train_batches=1).fit(module, datamodule=LGGDataModule(fake_lgg))
         for stage in ("train", "val"):
-            images, masks = module.seen[stage][0]
+            images, masks, *_ = module.seen[stage][0]
             assert images.dtype == masks.dtype == torch.bfloat16
             assert masks.unique().tolist() in ([0, 1], [0])
 
@@ -412,7 +412,7 @@ class TestAugment:
             assert mask.numpy().astype(bool).tobytes() == expected
         assert len(drawn) == 8
         for stage, rows in (("val", data.val_set), ("test", data.test_set)):
-            ((images, masks),) = module.seen[stage]
+            ((images, masks, _),) = module.seen[stage]
             assert np.array_equal(pixels(data, images).transpose(0, 3, 1, 2), data.train_set.images[rows.rows, :3])
             assert np.array_equal(masks, data.train_set.images[rows.rows, 3:])
 
@@ -423,6 +423,85 @@ class TestAugment:
         assert {image.tobytes() for images, _ in module.seen["train"] for image in pixels(data, images)} == originals
 
 
+class TestImageSize:
+    def test_slices_and_masks(self, fake_lgg):
+        stored, data = set_up(fake_lgg), set_up(fake_lgg, image_size=[20, 24])
+        assert data.train_set.images.shape[1:] == (4, 20, 24)
+        assert stored.train_set.images.shape[1:] == (4, 32, 32)
+        for large, small in zip(stored.train_set.images, data.train_set.images, strict=True):
+            image = Image.fromarray(large[:3].transpose(1, 2, 0)).resize((24, 20), Image.Resampling.BILINEAR)
+            # Pillow rounds between the two directions too.
+            assert np.abs(small[:3].transpose(1, 2, 0).astype(int) - np.asarray(image)).max() <= 1
+            rows, columns = (((np.arange(new) + 0.5) * 32 / new).astype(int) for new in (20, 24))
+            assert np.array_equal(small[3], large[3][rows][:, columns])
+
+    def test_sizes_may_differ_but_not_within_a_slice(self, fake_lgg):
+        image, mask = (one(fake_lgg, f"TCGA_CS_4900_*_1{end}.tif") for end in ("", "_mask"))
+        Image.fromarray(np.zeros((16, 48, 3), np.uint8)).save(image)
+        with pytest.raises(ValueError, match=rf"for 1 reason: .*\n  {mask}: is 32x32 pixels .*, and its image 16x48"):
+            set_up(fake_lgg, image_size=24)
+        Image.fromarray(np.zeros((16, 48), np.uint8)).save(mask)
+        assert set_up(fake_lgg, image_size=24).train_set.images.shape[1:] == (4, 24, 24)
+        with pytest.raises(ValueError, match="for 2 reasons"):
+            set_up(fake_lgg)
+
+    def test_of_images_to_predict_for(self, fake_lgg):
+        Image.fromarray(np.zeros((50, 40), np.uint8)).save(fake_lgg / "grey.png")
+        data = set_up(fake_lgg, "predict", predict_root=fake_lgg, image_size=16)
+        ((images, cases),) = data.predict_dataloader()
+        assert images.shape == (21, 3, 16, 16)
+        assert cases["slice"] == [None, *[1, 2, 3, 4] * 5]
+        assert cases["size"].tolist() == [[50, 40], *[[32, 32]] * 20]
+        _, _, cases = next(iter(set_up(fake_lgg, "test", image_size=16).test_dataloader()))
+        assert cases["size"].tolist() == [[32, 32]] * len(cases["name"])
+
+    def test_the_split_does_not_hang_on_it(self, tmp_path):
+        """Tumours of one pixel vanish from resized masks, and the patients are drawn all the same."""
+        write_lgg(tmp_path, patients=12)
+        for mask in sorted(tmp_path.rglob("*_mask.tif")):
+            pixels = np.zeros((32, 32), np.uint8)
+            pixels[tuple(np.argwhere(np.asarray(Image.open(mask)))[:1].T)] = 255
+            Image.fromarray(pixels).save(mask)
+        cache = {"max_memory_gb": 0, "cache_dir": tmp_path / "cache"}
+        for seed in range(3):
+            drawn = [
+                set_up(tmp_path, image_size=size, seed=seed, **where).patients
+                for size in (None, 16, 24, [12, 20])
+                for where in ({}, cache, cache)
+            ]
+            assert all(each == drawn[0] for each in drawn)
+
+    def test_in_a_file(self, fake_lgg, tmp_path):
+        kwargs = {"max_memory_gb": 0, "cache_dir": tmp_path / "cache"}
+        stored, resized = (set_up(fake_lgg, image_size=size, **kwargs) for size in (None, 32))
+        assert len(list((tmp_path / "cache").iterdir())) == 2
+        assert np.array_equal(stored.train_set.images, resized.train_set.images)
+
+
+class TestCases:
+    def test_of_every_stage(self, tmp_path):
+        write_lgg(tmp_path, patients=12)
+        data, module = LGGDataModule(tmp_path, batch_size=3), Segmenter()
+        run = trainer(num_sanity_val_steps=0)
+        run.fit(module, datamodule=data)
+        run.test(module, datamodule=data, verbose=False)
+        run.predict(module, datamodule=data)
+        assert all(len(batch) == 2 for batch in module.seen["train"])
+        for stage, part in (("val", "val"), ("test", "test"), ("predict", "test")):
+            assert {patient for *_, cases in module.seen[stage] for patient in cases["patient"]} == {
+                *data.patients[part]
+            }
+            for images, masks, cases in module.seen[stage]:
+                assert len(images) == len(masks)
+                for index, (name, patient, number) in enumerate(zip(*cases.values(), strict=True)):
+                    assert name.startswith(patient)
+                    path = tmp_path / "kaggle_3m" / name
+                    assert path.stem.endswith(f"_{number}")
+                    assert np.array_equal(pixels(data, images[index : index + 1])[0], Image.open(path))
+                    mask = Image.open(path.with_stem(f"{path.stem}_mask"))
+                    assert np.array_equal(masks[index, 0] * 255, mask)
+
+
 class TestPredict:
     def test_images_without_masks(self, tmp_path):
         written = write_lgg(tmp_path / "für Doktor X", patients=2, slices=3, size=24)
@@ -430,10 +509,12 @@ class TestPredict:
             path.unlink()
         data, module = LGGDataModule("nowhere", batch_size=4, predict_root=tmp_path / "für Doktor X"), Segmenter()
         trainer().predict(module, datamodule=data)
-        assert [len(names) for _, names in module.seen["predict"]] == [4, 2]
+        assert [len(cases["name"]) for _, cases in module.seen["predict"]] == [4, 2]
+        assert module.seen["predict"][0][1].keys() == {"name", "slice"}
+        assert [number for _, cases in module.seen["predict"] for number in cases["slice"]] == [1, 2, 3, 1, 2, 3]
         seen = {}
-        for images, names in module.seen["predict"]:
-            seen.update(zip(names, pixels(data, images), strict=True))
+        for images, cases in module.seen["predict"]:
+            seen.update(zip(cases["name"], pixels(data, images), strict=True))
         assert list(seen) == [f"kaggle_3m/{name}" for name in written]
         for name, (image, _) in written.items():
             assert np.array_equal(seen[f"kaggle_3m/{name}"], image)
@@ -444,18 +525,19 @@ class TestPredict:
         Image.fromarray(colours[..., 0]).save(tmp_path / "b.tiff")
         Image.fromarray(colours[..., 0]).save(tmp_path / "b_mask.tiff")
         (tmp_path / "notes.txt").write_text("no image")
-        ((images, names),) = set_up(tmp_path, "predict", predict_root=tmp_path).predict_dataloader()
-        assert names == ["a.PNG", "b.tiff"]
+        ((images, cases),) = set_up(tmp_path, "predict", predict_root=tmp_path).predict_dataloader()
+        assert cases == {"name": ["a.PNG", "b.tiff"], "slice": [None, None]}
         assert np.array_equal(images[0].permute(1, 2, 0), colours)
         assert np.array_equal(images[1], np.stack([colours[..., 0]] * 3))
 
     def test_the_test_slices_by_default(self, fake_lgg):
         data, module = LGGDataModule(fake_lgg), Segmenter()
         trainer().predict(module, datamodule=data)
-        ((images, names),) = module.seen["predict"]
-        assert {name.split("/")[0][:12] for name in names} == set(data.patients["test"])
-        assert len(images) == len(names) == 4
-        assert (fake_lgg / "kaggle_3m" / names[0]).is_file()
+        ((images, masks, cases),) = module.seen["predict"]
+        assert set(cases["patient"]) == set(data.patients["test"])
+        assert len(images) == len(masks) == len(cases["name"]) == 4
+        assert cases["slice"] == [1, 2, 3, 4]
+        assert (fake_lgg / "kaggle_3m" / cases["name"][0]).is_file()
 
     def test_faults(self, tmp_path):
         Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "a.png")
@@ -493,8 +575,8 @@ class TestLargerThanMemory:
     def test_decoded_by_one_process_and_found_by_later_runs(self, mapped, monkeypatch):
         LGGDataModule(**mapped).prepare_data()
         (file,) = mapped["cache_dir"].iterdir()
-        assert file.stat().st_size == 20 * 4 * 32 * 32
-        monkeypatch.setattr("lightning_znorm.data.lgg._read", lambda *_: pytest.fail("decoded again"))
+        assert file.stat().st_size == 20 * (4 * 32 * 32 + 8)  # with a number for each mask
+        monkeypatch.setattr("lightning_znorm.data.lgg_files._read", lambda *_: pytest.fail("decoded again"))
         data = set_up(**mapped)
         assert len(data.train_set) == 12
         assert list(mapped["cache_dir"].iterdir()) == [file]
@@ -510,7 +592,7 @@ class TestLargerThanMemory:
     def test_predicted_images(self, mapped):
         data, module = LGGDataModule(**{**mapped, "root": "nowhere"}, predict_root=mapped["root"]), Segmenter()
         trainer().predict(module, datamodule=data)
-        assert len(module.seen["predict"][0][1]) == 20
+        assert len(module.seen["predict"][0][1]["name"]) == 20
         assert not data.predict_set.images.flags.owndata
 
     def test_faults_leave_nothing_behind(self, mapped):
@@ -555,7 +637,7 @@ class TestRealSlices:
         sets = (data.train_set, data.val_set, data.test_set)
         assert sum(map(len, sets)) == 1114
         assert data.train_set.images.shape == (1114, 4, 256, 256)
-        folders = [path.split("/")[0] for path in data.predict_set.names]
+        folders = [path.split("/")[0] for path in data.test_set.cases["name"]]
         drawn = [{folders[row] for row in rows.rows} for rows in sets]
         assert [len(part) for part in drawn] == [21, 3, 6]
         assert drawn[0].isdisjoint(drawn[1] | drawn[2])
@@ -578,7 +660,7 @@ class TestRealSlices:
 
     @pytest.mark.full
     def test_as_pillow_reads_it(self, data, real_lgg):
-        names = data.predict_set.names
+        names = data.test_set.cases["name"]
         for row in (0, 500, 1113):
             path = real_lgg / "kaggle_3m" / names[row]
             assert np.array_equal(data.train_set.images[row, :3].transpose(1, 2, 0), Image.open(path))

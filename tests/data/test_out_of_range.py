@@ -12,11 +12,14 @@ from lightning_znorm.data import (
     DigitsDataModule,
     ImageFolderDataModule,
     LGGDataModule,
+    MaskFolderDataModule,
     PCamDataModule,
 )
 from lightning_znorm.data.base import ImageDataModule
 
-MODULES = [CIFAR10DataModule, DigitsDataModule, ImageFolderDataModule, LGGDataModule, PCamDataModule]
+SEGMENTATION = (LGGDataModule, MaskFolderDataModule)
+WITH_WORKERS = (ImageFolderDataModule, PCamDataModule, *SEGMENTATION)
+MODULES = [CIFAR10DataModule, DigitsDataModule, ImageFolderDataModule, PCamDataModule, *SEGMENTATION]
 NAN = math.nan
 
 
@@ -37,10 +40,15 @@ def test_of_all(made: Callable[..., ImageDataModule], name: str, value: float, m
 @pytest.mark.parametrize(
     ("made", "name", "value", "message"),
     [
-        *((made, "num_workers", -1, "must be at least 0") for made in (ImageFolderDataModule, PCamDataModule)),
+        *((made, "num_workers", -1, "must be at least 0") for made in WITH_WORKERS),
         *((PCamDataModule, "test_fraction", value, "is the share of") for value in (0, 1, NAN)),
-        *((LGGDataModule, "test_fraction", value, "is the share of patients") for value in (0, 0.9, NAN)),
-        *((LGGDataModule, "max_memory_gb", value, "must be at least 0, got") for value in (-1, NAN)),
+        *(
+            (made, "test_fraction", value, "is the share of patients")
+            for made in SEGMENTATION
+            for value in (0, 0.9, NAN)
+        ),
+        *((made, "max_memory_gb", value, "must be at least 0, got") for made in SEGMENTATION for value in (-1, NAN)),
+        *((made, "image_size", 0, "must be at least 1") for made in SEGMENTATION),
         *((ImageFolderDataModule, "image_size", value, "") for value in (0, 257)),
     ],
 )
@@ -54,9 +62,9 @@ def test_of_some(made: Callable[..., ImageDataModule], name: str, value: float, 
     ("made", "name"),
     [
         *((made, name) for made in MODULES for name in ("batch_size", "seed", "val_fraction")),
-        *((made, "num_workers") for made in (ImageFolderDataModule, PCamDataModule)),
-        *((made, "test_fraction") for made in (LGGDataModule, PCamDataModule)),
-        (LGGDataModule, "max_memory_gb"),
+        *((made, "num_workers") for made in WITH_WORKERS),
+        *((made, "test_fraction") for made in (PCamDataModule, *SEGMENTATION)),
+        *((made, "max_memory_gb") for made in SEGMENTATION),
         *((ImageFolderDataModule, name) for name in ("image_size", "resize_size")),
     ],
 )
@@ -70,8 +78,8 @@ def test_no_number(made: Callable[..., ImageDataModule], name: str, value: Any) 
     ("made", "name"),
     [
         *((made, "root") for made in MODULES if made is not DigitsDataModule),
-        (LGGDataModule, "predict_root"),
-        *((made, "cache_dir") for made in (LGGDataModule, PCamDataModule)),
+        *((made, "predict_root") for made in SEGMENTATION),
+        *((made, "cache_dir") for made in (PCamDataModule, *SEGMENTATION)),
     ],
 )
 def test_no_folder(made: Callable[..., ImageDataModule], name: str) -> None:

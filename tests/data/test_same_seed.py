@@ -13,9 +13,11 @@ from lightning_znorm.data import (
     DigitsDataModule,
     ImageFolderDataModule,
     LGGDataModule,
+    MaskFolderDataModule,
     PCamDataModule,
 )
 from tests.data.jpegs import write_image_folder
+from tests.medical import write_mask_folder
 from tests.trainers import trainer
 
 
@@ -32,7 +34,7 @@ class Witness(LightningModule):
         return self.layer(batch[0].mean((2, 3))).square().mean()
 
     def validation_step(self, batch, batch_idx):
-        self.seen += [tensor.clone() for tensor in batch]
+        self.seen += [tensor.clone() for tensor in batch if isinstance(tensor, Tensor)]
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
@@ -73,6 +75,22 @@ def test_cifar10(fake_cifar10):
 
 def test_lgg(fake_lgg):
     check(lambda: LGGDataModule(fake_lgg, batch_size=4, augment=True))
+
+
+def test_mask_folder(tmp_path):
+    """With random numbers of torch, NumPy and MONAI."""
+    write_mask_folder(tmp_path)
+    noise = {"class_path": "monai.transforms.RandGaussianNoised", "init_args": {"keys": ["image"], "prob": 0.5}}
+    steps = [noise, {"class_path": "torchvision.transforms.v2.RandomVerticalFlip"}]
+
+    def make(workers: int) -> MaskFolderDataModule:
+        return MaskFolderDataModule(
+            tmp_path, 4, mask_values=[0, 128, 255], train_transform=steps, augment=True, num_workers=workers
+        )
+
+    first = check(lambda: make(0))
+    for workers in (1, 2):
+        assert same(first, bits(lambda: make(workers)))  # noqa: B023
 
 
 def test_pcam(fake_pcam):

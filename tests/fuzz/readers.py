@@ -19,8 +19,8 @@ from torchvision.datasets import CIFAR10
 
 from lightning_znorm.cli import main
 from lightning_znorm.cli.error_sentences import sentence
-from lightning_znorm.data import CIFAR10DataModule, ImageFolderDataModule
-from lightning_znorm.data.lgg import find_images, find_patients
+from lightning_znorm.data import CIFAR10DataModule, ImageFolderDataModule, MaskFolderDataModule
+from lightning_znorm.data.lgg_files import find_images, find_patients
 from lightning_znorm.data.pcam import read_h5, read_kaggle
 from tests.cifar10 import write_cifar10
 from tests.data.jpegs import write_image_folder
@@ -170,6 +170,34 @@ def _read_predicted(folder: Path) -> None:
     assert array.shape[:2] == (1, 3), array.shape
 
 
+# Own images and masks
+
+
+def _make_own(image: str, which: str) -> Callable[[Path], Path]:
+    """Write images of 16 bits and their masks; the first image, or the first mask, is to be changed."""
+
+    def make(folder: Path) -> Path:
+        rng = np.random.default_rng(0)
+        for name, suffix, top, kind in (("images", image, 2**16, np.uint16), ("masks", ".png", 2, np.uint8)):
+            (folder / name).mkdir()
+            for number in range(4):
+                pixels = rng.integers(0, top, (64, 64)).astype(kind)
+                if suffix == ".npy":
+                    np.save(folder / name / f"{number}.npy", pixels)
+                else:
+                    Image.fromarray(pixels).save(folder / name / f"{number}{suffix}")
+        return next((folder / which).glob("0.*"))
+
+    return make
+
+
+def _read_own(folder: Path) -> None:
+    data = MaskFolderDataModule(folder, val_fraction=0.25, test_fraction=0.25)
+    data.setup("fit")
+    assert data.train_set.images.shape == (4, 3, 64, 64), data.train_set.images.shape
+    assert data.train_set.images[:, -1].max() <= 1, data.train_set.images[:, -1]
+
+
 # Folders of images
 
 
@@ -216,6 +244,9 @@ TARGETS = {
     "LGG mask, tif": Target(_make_lgg(mask=True), _read_lgg),
     "image to predict, png": Target(_make_predicted("png"), _read_predicted),
     "image to predict, bmp": Target(_make_predicted("bmp"), _read_predicted),
+    "own image, npy": Target(_make_own(".npy", "images"), _read_own),
+    "own image, tif": Target(_make_own(".tif", "images"), _read_own),
+    "own mask, png": Target(_make_own(".npy", "masks"), _read_own),
     "image folder, JPEG": Target(_make_image_folder, _read_image_folder),
     "experiment, YAML": Target(_make_config("digits/resnet20.yaml"), _read_config, is_text=True),
     "method, YAML": Target(_make_config("methods/znorm.yaml"), _read_method, is_text=True),

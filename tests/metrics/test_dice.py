@@ -13,6 +13,7 @@ from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_sco
 from torch import Tensor
 
 from lightning_znorm.metrics import DiceScore, TverskyIndex
+from lightning_znorm.metrics.mask_metric import Empty
 from tests.metrics.masks import PAIRS, batch, noise, pairs
 
 HAS_DICE = pytest.mark.skipif(
@@ -93,6 +94,22 @@ class TestMeanOverMasks:
         assert monais(ignore_empty=False) == pytest.approx(ours)
         preds[0, 1] = False
         assert monais(ignore_empty=False) == pytest.approx((5 * DiceScore()(preds, target).item() + 1) / 6)
+
+    @pytest.mark.parametrize(("empty", "ignore_empty"), [("best", False), ("skip_true", True)])
+    @pytest.mark.parametrize("seed", range(4))
+    def test_policies_are_monais(self, empty: Empty, ignore_empty: bool, seed: int) -> None:
+        preds, target = noise(6, 3, 8, 7, share=0.3, seed=seed), noise(6, 3, 8, 7, share=0.3, seed=seed + 9)
+        preds[:, 0] &= noise(6, 1, 1, seed=seed + 20)  # empty in half of the images
+        target[:, 0] &= noise(6, 1, 1, seed=seed + 30)
+        preds[0, 0] = target[0, 0] = preds[1, 0] = target[2, 0] = False
+        preds[2, 0, 0, 0] = target[1, 0, 0, 0] = True
+        metric = DiceMetric(ignore_empty=ignore_empty, reduction="none")
+        metric(preds.float(), target.float())
+        theirs = metric.aggregate().double()
+        ours = DiceScore(empty=empty)
+        torch.testing.assert_close(ours.score_each(preds, target), theirs, equal_nan=True, rtol=1e-6, atol=0)
+        assert ours(preds, target).item() == pytest.approx(theirs.nanmean().item(), rel=1e-6)
+        assert int(ours.skipped) == int(theirs.isnan().sum())
 
     @HAS_DICE
     def test_dice_is_torchmetrics_of_one_channel(self) -> None:

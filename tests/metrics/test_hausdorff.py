@@ -14,8 +14,9 @@ from scipy.spatial.distance import directed_hausdorff
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchmetrics import MetricCollection
 
-from lightning_znorm.metrics import HausdorffDistance, distances
+from lightning_znorm.metrics import DiceScore, HausdorffDistance, distances
 from lightning_znorm.metrics.distances import hausdorff_distances, hausdorff_distances_on_device
 from tests.metrics.masks import PAIRS, batch, box, noise, pairs
 
@@ -214,6 +215,123 @@ def test_spacing_of_other_masks(spacing: tuple, size: tuple, message: str) -> No
     masks = noise(1, 1, *size)
     with pytest.raises(ValueError, match=message):
         HausdorffDistance(spacing=spacing).update(masks, masks)
+
+
+class TestSpacingOfEachImage:
+    preds, target = noise(5, 2, 6, 14, 11, share=0.05), noise(5, 2, 6, 14, 11, share=0.05, seed=1)
+    spacing = ((3.0, 0.5, 0.7), (1.0, 1.0, 1.0), (3.0, 0.5, 0.7), (0.9, 2.0, 1.5), (1.0, 1.0, 1.0))
+
+    @pytest.mark.parametrize("percentile", [None, 95])
+    @pytest.mark.parametrize("path", ["cpu", "gpu"])
+    def test_each_image_has_its_own(self, percentile: float | None, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = []
+
+        def counted(preds: Tensor, *arguments) -> Tensor:
+            calls.append(len(preds))
+            return (hausdorff_distances if path == "cpu" else hausdorff_distances_on_device)(preds, *arguments)
+
+        preds, target = self.preds.clone(), self.target.clone()
+        preds[3, 0] = target[4, 1] = preds[2, 1] = target[2, 1] = False
+        expected = torch.stack(
+            [
+                HausdorffDistance(percentile, steps).score_each(p, t)[0]
+                for p, t, steps in zip(preds.split(1), target.split(1), self.spacing, strict=True)
+            ]
+        )
+        monkeypatch.setattr("lightning_znorm.metrics.hausdorff.hausdorff_distances", counted)
+        metric = HausdorffDistance(percentile, "image")
+        scores = metric.score_each(preds, target, self.spacing)
+        torch.testing.assert_close(scores, expected, equal_nan=True, rtol=1e-6, atol=1e-6)
+        assert scores[3, 0].item() == pytest.approx(math.hypot(5 * 0.9, 13 * 2.0, 10 * 1.5))
+        assert scores[2, 1].isnan()
+        assert calls == [4, 4, 2]  # images of one spacing are scored together
+        metric.update(preds, target, spacing=self.spacing)
+        assert metric.compute().item() == pytest.approx(expected.nanmean().item(), rel=1e-6)
+        metric.reset()
+        metric.update(preds, target, spacing=self.spacing, scores=scores)
+        assert metric.compute().item() == pytest.approx(expected.nanmean().item(), rel=1e-6)
+
+    def test_hd95_is_monais(self) -> None:
+        spacing = [list(steps) for steps in self.spacing]
+        theirs = compute_hausdorff_distance(self.preds, self.target, True, percentile=95, spacing=spacing)
+        ours = HausdorffDistance(95, "image").score_each(self.preds, self.target, self.spacing)
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-5)
+
+    def test_arrays(self) -> None:
+        metric = HausdorffDistance(spacing="image")
+        expected = metric.score_each(self.preds, self.target, self.spacing)
+        for spacing in (np.array(self.spacing), torch.tensor(self.spacing, dtype=torch.float64)):
+            assert torch.equal(metric.score_each(self.preds, self.target, spacing), expected)
+
+    def test_no_images(self) -> None:
+        metric = HausdorffDistance(spacing="image")
+        metric.update(self.preds[:0], self.target[:0], spacing=[])
+        metric.update(self.preds[:, :0], self.target[:, :0], spacing=self.spacing)
+        assert int(metric.counted) == 0
+
+    @pytest.mark.parametrize(
+        ("spacing", "message"),
+        [
+            (None, "needs the spacing of each image, and got none: pass spacing="),
+            (spacing[:4], "and got 4 for 5 images: pass spacing="),
+            ((*spacing[:2], None, *spacing[3:]), "and got none for image 2 of the batch: pass spacing=.* 'affine'"),
+            (((1.0, 1.0),) * 5, "spacing has 2 numbers, and these masks have 3 axes: .* in the order D, H, W"),
+            ((*spacing[:4], (1.0, 0.0, 1.0)), r"spacing must be positive, got \(1\.0, 0\.0, 1\.0\)"),
+        ],
+    )
+    def test_is_missing_or_bad(self, spacing: Sequence, message: str) -> None:
+        metric = HausdorffDistance(spacing="image")
+        for call in (metric.score_each, metric.update):
+            with pytest.raises(ValueError, match=message):
+                call(self.preds, self.target, spacing)
+        assert metric.counted == 0
+
+    def test_another_word(self) -> None:
+        with pytest.raises(ValueError, match="spacing must be numbers or 'image', got 'images'"):
+            HausdorffDistance(spacing="images")
+
+    def test_scores_alone_do_not_know_it(self) -> None:
+        masks = noise(2, 4, 4)
+        with pytest.raises(ValueError, match="needs the spacing of each image: call score_each or update with spacing"):
+            HausdorffDistance(spacing="image").scores(masks, masks)
+
+    def test_other_metrics_ignore_it(self) -> None:
+        fixed = HausdorffDistance(spacing=(3.0, 0.5, 0.7))
+        expected = fixed.score_each(self.preds, self.target)
+        assert torch.equal(fixed.score_each(self.preds, self.target, [None] * 5), expected)
+
+    def test_collection_passes_it_on(self) -> None:
+        makes = {"own": lambda: HausdorffDistance(spacing="image"), "one": HausdorffDistance, "dice": DiceScore}
+        collection = MetricCollection({name: make() for name, make in makes.items()})
+        for part in (slice(0, 2), slice(2, 5)):
+            collection.update(self.target[part], self.target[part], spacing=self.spacing[part])  # perfect
+            collection.update(self.preds[part], self.target[part], spacing=self.spacing[part])
+        values = collection.compute()
+        assert len(collection.compute_groups) == 3
+        for name, make in makes.items():
+            scores = make().score_each(self.preds, self.target, self.spacing)
+            best = make().best()
+            assert values[name].item() == pytest.approx((scores.mean().item() + best) / 2, rel=1e-6)
+
+    def test_on_a_device(self) -> None:
+        metric = HausdorffDistance(95, "image").to("meta")
+        masks = torch.ones(5, 2, 6, 14, 11, dtype=torch.bool, device="meta")
+        metric.update(masks, masks, self.spacing)
+
+
+@pytest.mark.gpu
+def test_spacing_of_each_image_on_cuda() -> None:
+    case = TestSpacingOfEachImage
+    metric = HausdorffDistance(95, "image").cuda()
+    on_device = case.preds.cuda(), case.target.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scores = metric.score_each(*on_device, case.spacing)
+        metric.update(*on_device, case.spacing, scores)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = HausdorffDistance(95, "image").score_each(case.preds, case.target, case.spacing)
+    torch.testing.assert_close(scores.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from lightning_znorm.metrics import DiceScore, HausdorffDistance, TverskyIndex
+from lightning_znorm.metrics import DiceScore, HausdorffDistance, MaskCount, TverskyIndex
 from lightning_znorm.metrics.mask_metric import MaskMetric
 from tests.distributed import run_distributed
 from tests.metrics import ddp_masks
@@ -117,6 +117,139 @@ class TestEmptyMasks:
         assert states(metric) == [0, shape[0] * shape[1]]
         on_device = make().to("meta")
         on_device.update(mask.float().to("meta"), mask.int().to("meta"))
+
+
+def four_pairs() -> tuple[Tensor, Tensor]:
+    """One image of each kind: both masks, a missed one, a false one, and none; the second channel is never empty."""
+    preds, target = noise(4, 2, *SIZE, share=0.2, seed=8), noise(4, 2, *SIZE, share=0.2, seed=9)
+    preds[1, 0] = preds[3, 0] = target[2, 0] = target[3, 0] = False
+    return preds, target
+
+
+class TestPolicies:
+    @pytest.mark.parametrize("name", METRICS)
+    @pytest.mark.parametrize("empty", ["skip", "best", "skip_true"])
+    def test_each_score(self, name: str, empty: str) -> None:
+        make, (preds, target) = METRICS[name], four_pairs()
+        metric = make(empty=empty)
+        best = 1.0 if metric.higher_is_better else 0.0
+        both = make()(preds[:1, :1], target[:1, :1]).item()
+        expected = {
+            "skip": [both, WORST[name], WORST[name], math.nan],
+            "best": [both, WORST[name], WORST[name], best],
+            "skip_true": [both, WORST[name], math.nan, math.nan],
+        }[empty]
+        scores = metric.score_each(preds, target)
+        assert scores.shape == (4, 2)
+        assert scores[:, 0].tolist() == pytest.approx(expected, rel=1e-6, nan_ok=True)
+        assert scores[:, 1].tolist() == pytest.approx(
+            [make()(p, t).item() for p, t in zip(preds[:, None, 1:], target[:, None, 1:], strict=True)], rel=1e-6
+        )
+        assert states(metric) == [0, 0]  # no state has changed
+        metric.update(preds, target)
+        assert metric.compute().item() == pytest.approx(scores.nanmean().item(), rel=1e-6)
+        assert states(metric) == [int((~scores.isnan()).sum()), int(scores.isnan().sum())]
+
+    @EVERY
+    @pytest.mark.parametrize("empty", ["skip", "best", "skip_true"])
+    def test_given_scores_are_not_computed_again(self, make, empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        metric, expected = make(empty=empty), make(empty=empty)
+        preds, target = four_pairs()
+        expected.update(preds, target)
+        scores = metric.score_each(preds, target)
+        monkeypatch.setattr(type(metric), "scores", None)
+        metric.update(preds, target, scores=scores)
+        assert metric.compute() == expected.compute()
+        assert states(metric) == states(expected)
+
+    @EVERY
+    @pytest.mark.parametrize("shape", [(8,), (2, 4), (4, 1), ()], ids=str)
+    def test_scores_of_other_masks(self, make, shape: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match=r"scores must be what score_each returned .* of shape \(4, 2\), got"):
+            make().update(*four_pairs(), scores=torch.zeros(shape))
+
+    @EVERY
+    def test_score_each_checks_as_update_does(self, make) -> None:
+        for preds, target, message in [
+            (SOMETHING, SOMETHING[0], "of one shape"),
+            (2 * SOMETHING.float(), SOMETHING, "turn logits"),
+            (SOMETHING, 255 * SOMETHING.int(), "target > 0"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                make().score_each(preds, target)
+
+    @pytest.mark.parametrize("name", METRICS)
+    def test_nothing_counted_of_no_truth(self, name: str) -> None:
+        metric = METRICS[name](empty="skip_true")
+        metric.update(SOMETHING, NOTHING)
+        with pytest.warns(UserWarning, match="is NaN: all 1 masks are empty in the truth, so there is nothing"):
+            assert metric.compute().isnan()
+
+    @EVERY
+    @pytest.mark.parametrize("empty", ["", "worst", None, True])
+    def test_another_word(self, make, empty: object) -> None:
+        with pytest.raises(ValueError, match="empty must be 'skip', 'best' or 'skip_true', got"):
+            make(empty=empty)
+
+    @pytest.mark.parametrize("first", [(NOTHING, NOTHING), (SOMETHING, SOMETHING)], ids=["empty", "perfect"])
+    def test_collection_keeps_them_apart(self, first: tuple[Tensor, Tensor]) -> None:
+        collection = MetricCollection({empty: DiceScore(empty=empty) for empty in ("skip", "best", "skip_true")})
+        collection.update(*first)
+        collection.update(*four_pairs())
+        for empty, value in collection.compute().items():
+            metric = DiceScore(empty=empty)
+            metric.update(*first)
+            metric.update(*four_pairs())
+            assert metric.compute() == value
+        assert len(collection.compute_groups) == 3
+
+    @EVERY
+    @pytest.mark.parametrize("empty", ["skip", "best", "skip_true"])
+    def test_on_a_device(self, make, empty: str) -> None:
+        metric = make(empty=empty).to("meta")
+        preds, target = torch.rand(3, 2, 8, 9, device="meta"), torch.ones(3, 2, 8, 9, device="meta").int()
+        scores = metric.score_each(preds, target)
+        assert scores.shape == (3, 2)
+        metric.update(preds, target, scores=scores)
+
+
+class TestMaskCount:
+    @pytest.mark.parametrize("empty", ["skip", "best", "skip_true"])
+    def test_is_what_a_score_counts(self, empty: str) -> None:
+        score, counts = DiceScore(empty=empty), [MaskCount(left_out, empty=empty) for left_out in (False, True)]
+        for preds, target in (four_pairs(), (NOTHING, NOTHING), (SOMETHING, NOTHING)):
+            score.update(preds, target)
+            batch = [int(count(preds, target)) for count in counts]
+            assert sum(batch) == len(preds) * preds.shape[1]
+        assert [count.compute().item() for count in counts] == states(score)
+        assert states(score) == {"skip": [8, 2], "best": [10, 0], "skip_true": [6, 4]}[empty]
+
+    def test_threshold(self) -> None:
+        preds = torch.tensor([[[[0.6, 0.2]]], [[[0.8, 0.2]]]])
+        for threshold, expected in ((0.5, 2), (0.7, 1), (0.9, 0)):
+            assert MaskCount(threshold=threshold)(preds, torch.zeros(2, 1, 1, 2, dtype=torch.bool)) == expected
+
+    def test_life(self) -> None:
+        count = MaskCount()
+        count.update(*four_pairs())
+        for twin in (count.clone(), pickle.loads(pickle.dumps(count)), count.to(torch.float16)):
+            assert twin.compute() == 7
+            assert twin.compute().dtype == torch.float32
+        with torch.inference_mode():
+            count.reset()
+        count.update(NOTHING, NOTHING)
+        assert count.compute() == 0
+
+    def test_input(self) -> None:
+        with pytest.raises(ValueError, match="MaskCount takes preds that are probabilities, and some were NaN"):
+            MaskCount().update(2 * SOMETHING.float(), SOMETHING)
+        with pytest.raises(TypeError, match="MaskCount takes a target that is bool or integer"):
+            MaskCount().update(SOMETHING, SOMETHING.float())
+
+    def test_on_a_device(self) -> None:
+        count = MaskCount().to("meta")
+        mask = torch.ones(3, 2, 8, 9, device="meta").bool()
+        assert count(mask, mask).device.type == "meta"
 
 
 class TestMean:
@@ -420,3 +553,36 @@ def test_a_new_score() -> None:
             each.update(preds, target)
     assert metric.compute().item() == pytest.approx(expected.compute().item())
     assert states(metric) == states(expected) == [15, 3]
+
+
+def test_a_new_score_has_all_policies() -> None:
+    preds, target = four_pairs()
+    for empty in ("skip", "best", "skip_true"):
+        scores = Jaccard(threshold=0.5, empty=empty).score_each(preds, target)
+        torch.testing.assert_close(scores, TverskyIndex(1, 1, empty=empty).score_each(preds, target), equal_nan=True)
+
+
+class Shifted(Jaccard):
+    """A score on a scale of its own, from 1 to 2."""
+
+    def worst(self, size: Sequence[int]) -> float:
+        return 1.0
+
+    def best(self) -> float:
+        return 2.0
+
+    def scores(self, preds: Tensor, target: Tensor) -> Tensor:
+        return 1 + super().scores(preds, target)
+
+
+class Unsaid(Jaccard):
+    """A score that does not say whether higher is better."""
+
+    higher_is_better = None
+
+
+def test_the_best_score() -> None:
+    assert Shifted(threshold=0.5, empty="best")(NOTHING, NOTHING) == 2
+    assert Unsaid(threshold=0.5).score_each(NOTHING, NOTHING).isnan().all()
+    with pytest.raises(ValueError, match=r"Unsaid does not say what its best score is: set its higher_is_better, or"):
+        Unsaid(threshold=0.5, empty="best").update(NOTHING, NOTHING)

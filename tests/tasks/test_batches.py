@@ -5,18 +5,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from torchvision.models import googlenet
 from torchvision.models.inception import InceptionOutputs
 from torchvision.models.segmentation import fcn_resnet50, lraspp_mobilenet_v3_large
 
 from lightning_znorm import MaskOverlay, MaskWriter
+from lightning_znorm.batches import cases_of
 from lightning_znorm.tasks import ClassificationTask, SegmentationTask
 from lightning_znorm.tasks.base import Task
 from tests.trainers import trainer
@@ -185,7 +187,9 @@ class TestBatches:
     @pytest.mark.parametrize(
         ("batch", "what"),
         [
-            ({"image": IMAGES, "mask": MASKS}, "a dict of 'image' and 'mask'"),
+            ({"image": IMAGES, "masks": MASKS}, "a dict of 'image' and 'masks'"),
+            ({"image": IMAGES, "label": "x"}, "a dict of 'image' and 'label'"),
+            ({"image": [IMAGES], "label": MASKS}, "a dict of 'image' and 'label'"),
             (IMAGES, "a Tensor"),
             ([IMAGES], "a list of Tensor"),
             ((IMAGES, "x"), "a tuple of Tensor and str"),
@@ -198,7 +202,10 @@ class TestBatches:
     )
     @pytest.mark.parametrize(("make", "targets"), [(classifier, "labels"), (segmenter, "masks")])
     def test_others_are_refused(self, make: Callable, targets: str, batch: Any, what: str):
-        message = f"^A batch is {what}, and a tuple or list that begins with images and {targets}, both tensors, is exp"
+        message = (
+            f"^A batch is {what}, and a tuple or list that begins with images and {targets}, both tensors, "
+            "or a dictionary with 'image' and 'label', is expected"
+        )
         for step in ("training_step", "validation_step", "test_step"):
             with pytest.raises(TypeError, match=message):
                 getattr(make(), step)(batch, 0)
@@ -207,11 +214,145 @@ class TestBatches:
     def test_to_predict_for(self, make: Callable):
         task = make()
         expected = task.predict_step(IMAGES)
-        for batch in ([IMAGES], (IMAGES, ["a", "b"]), (IMAGES, LABELS, {"spacing": 1})):
+        for batch in ([IMAGES], (IMAGES, ["a", "b"]), (IMAGES, LABELS, {"spacing": 1}), {"image": IMAGES}):
             torch.testing.assert_close(task.predict_step(batch), expected)
-        for batch, what in (({"image": IMAGES}, "a dict of 'image'"), ([], "an empty list"), ("x", "a str")):
+        for batch, what in (({"images": IMAGES}, "a dict of 'images'"), ([], "an empty list"), ("x", "a str")):
             with pytest.raises(TypeError, match=f"^A batch is {what}, and images, a tensor, or a tuple or list"):
                 task.predict_step(batch)
+
+
+class TestDictionaries:
+    """MONAI's batches, and what batches say about their cases."""
+
+    @pytest.mark.parametrize("key", ["label", "mask"])
+    @pytest.mark.parametrize(("make", "targets"), [(classifier, LABELS), (segmenter, MASKS)])
+    def test_in_every_step(self, make: Callable, targets: Tensor, key: str):
+        class Samples(Dataset):
+            def __len__(self) -> int:
+                return len(IMAGES)
+
+            def __getitem__(self, index: int) -> dict[str, Any]:
+                return {"image": IMAGES[index], key: targets[index], "name": f"{index}.png"}
+
+        results = []
+        for data in (DataLoader(Samples(), batch_size=2), loader_of(IMAGES, targets)):
+            task, run = make(), trainer(max_epochs=1)
+            run.fit(task, data, data)
+            metrics = {name: value.item() for name, value in run.callback_metrics.items()}
+            (tested,) = run.test(task, data, verbose=False)
+            results.append((metrics, tested, torch.cat(run.predict(task, data))))
+        assert results[0][:2] == results[1][:2]
+        assert torch.equal(results[0][2], results[1][2])
+
+    def test_of_monai(self, tmp_path: Path):
+        """Its transforms and collation give tensors with metadata, and the steps work on plain ones."""
+        import monai.data
+        import monai.transforms as mt
+        from PIL import Image
+
+        paths = []
+        for index in range(3):
+            pair = {key: str(tmp_path / f"{key}{index}.png") for key in ("image", "label")}
+            for path in pair.values():
+                noise = np.random.default_rng(index).integers(0, 2, (8, 6), dtype=np.uint8)
+                Image.fromarray(noise * 255).save(path)
+            paths.append(pair)
+        transform = mt.Compose(
+            [
+                mt.LoadImaged(["image", "label"]),
+                mt.EnsureChannelFirstd(["image", "label"]),
+                mt.ScaleIntensityd(["image", "label"]),
+            ]
+        )
+        seen: list[type] = []
+
+        class Network(nn.Conv2d):
+            def forward(self, images: Tensor) -> Tensor:
+                seen.append(type(images))
+                return super().forward(images)
+
+        task = segmenter(Network(1, 1, 1))
+        data = monai.data.DataLoader(monai.data.Dataset(paths, transform), batch_size=3)
+        run = trainer()
+        run.fit(task, data, data)
+        assert set(seen) == {Tensor}
+        cases = cases_of(next(iter(data)))
+        assert [Path(name).name for name in cases.name] == ["image0.png", "image1.png", "image2.png"]
+        assert cases.spacing == [(1.0, 1.0)] * 3
+
+    def test_what_is_said_of_cases(self):
+        affine = np.diag([3.0, 0.5, 2.0, 1.0])[[1, 0, 2, 3]]
+        said = {
+            "name": ["a", "b"],
+            "patient": torch.tensor([7, 8]),
+            "slice": np.array([1.0, 2.0]),
+            "affine": np.stack([affine, affine]),
+        }
+        volumes = torch.zeros(2, 1, 4, 5, 6)
+        for batch in (
+            (volumes, said),
+            (volumes, volumes, said),
+            {"image": volumes, **said},
+            [volumes, ["x", "y"], said],
+        ):
+            cases = cases_of(batch)
+            assert (cases.name, cases.patient, cases.slice) == (["a", "b"], ["7", "8"], ["1", "2"])
+            assert cases.affine[0] == tuple(map(tuple, affine.tolist()))
+            assert cases.spacing == [(3.0, 0.5, 2.0)] * 2
+        own = cases_of((volumes, {**said, "spacing": torch.ones(2, 3)}))
+        assert own.spacing == [(1.0, 1.0, 1.0)] * 2
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            {},
+            {"name": ["a"]},
+            {"name": "ab"},
+            {"patient": [None, {}]},
+            {"spacing": [1, 2]},
+            {"affine": np.ones((2, 3, 3))},
+        ],
+    )
+    def test_what_is_not_one_word_for_each_image(self, said: dict[str, Any]):
+        cases = cases_of((torch.zeros(2, 1, 4, 5), said))
+        lists = (cases.name, cases.patient, cases.slice, cases.affine, cases.spacing)
+        assert set(map(tuple, lists)) == {(None, None)}
+
+    @pytest.mark.parametrize("count", [2, 3, 4, 5])
+    def test_numbers_that_torch_has_collated(self, count: int):
+        """Its default_collate makes a list of one tensor for each axis of each image's tuple."""
+        matrix = tuple(tuple(float(10 * row + column) for column in range(4)) for row in range(4))
+        samples = [
+            {"image": torch.zeros(1, 4, 5, 6), "spacing": (0.7, 0.8, 5.0 + index), "affine": matrix}
+            for index in range(count)
+        ]
+        batch = default_collate(samples)
+        if count in (3, 4):  # as many images as axes, or rows
+            key = {3: "spacing", 4: "affine"}[count]
+            with pytest.raises(
+                ValueError, match=f"A batch of {count} images holds '{key}' as a list of {count} tensors"
+            ):
+                cases_of(batch)
+            return
+        cases = cases_of(batch)
+        assert cases.spacing == [pytest.approx((0.7, 0.8, 5.0 + index)) for index in range(count)]
+        assert cases.affine == [matrix] * count
+
+    def test_single_tensors(self):
+        said = {"slice": [torch.tensor(3), torch.tensor(4)], "affine": [torch.eye(4), 2 * torch.eye(4)]}
+        cases = cases_of((torch.zeros(2, 1, 4, 5, 6), said))
+        assert cases.slice == ["3", "4"]
+        assert cases.spacing == [(1.0, 1.0, 1.0), (2.0, 2.0, 2.0)]
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_numbers_that_lightning_has_rounded(self, dtype: torch.dtype):
+        said = {"affine": torch.eye(4).expand(2, 4, 4).to(dtype)}
+        with pytest.warns(UserWarning, match=r"A batch holds 'affine' in torch\.\w+, .* as a NumPy array"):
+            cases = cases_of((torch.zeros(2, 1, 4, 5, 6), said))
+        assert cases.affine == cases.spacing == [None, None]
+
+    def test_a_single_path(self):
+        assert cases_of((IMAGES[:1], {"name": Path("a.png")})).name == ["a.png"]
 
 
 class Returns(nn.Module):
@@ -306,8 +447,8 @@ class TestOutputs:
             (lambda x: {"main": x, "aux": x}, "a dict of 'main' and 'aux'"),
             (lambda x: (x, None), "a NoneType"),
             (lambda x: [], "an empty list"),
-            (lambda x: torch.stack([x, x], dim=1), r"shape \(5, 2, 1, 8, 8\)"),  # MONAI's DynUNet, deeply supervised
-            (lambda x: [x, x[..., ::2, ::2]], r"shape \(5, 1, 4, 4\)"),  # MONAI's SegResNetDS
+            (lambda x: torch.stack([x, x], dim=2), r"shape \(5, 1, 2, 8, 8\)"),
+            (lambda x: [x[..., ::2, ::2]], r"shape \(5, 1, 4, 4\)"),
         ],
     )
     def test_others_are_refused_by_a_segmentation(self, wrap: Callable, what: str):

@@ -524,8 +524,8 @@ class TestLoaders:
             begin(segmentation(prior=0.01), DataLoader(Nothing(), batch_size=2))
 
     def test_no_images(self):
-        data = DataLoader([{"image": IMAGES[0]}] * 2, batch_size=2)
-        with pytest.raises(ZNormError, match="A batch is a dict of 'image', and images"):
+        data = DataLoader([{"images": IMAGES[0]}] * 2, batch_size=2)
+        with pytest.raises(ZNormError, match="A batch is a dict of 'images', and images"):
             begin(segmentation(prior=0.01), data)
 
     @pytest.mark.parametrize("by", ["module", "data module"])
