@@ -1,7 +1,7 @@
 """Base of the data modules of decoded 2-D images and their masks; that of volumes does not derive from it."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +136,8 @@ class SegmentationDataModule(PatientDataModule):
         if not self.patients:
             self._draw_sets()
         self.predict_set = self.test_set
-        if stage == "predict":
-            self.refuse_idle_processes(len(self.test_set), "image")  # type: ignore[arg-type]
+        if stage == "predict" and isinstance(self.test_set, Sized):
+            self.refuse_idle_processes(len(self.test_set), "image")
         if steps:
             assert isinstance(self.train_set, MaskedImages)
             values = max(self.num_classes, 2)

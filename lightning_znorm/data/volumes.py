@@ -53,6 +53,7 @@ Voxels: TypeAlias = NDArray[np.int64]
 # and 6 to 13 with "zscore_nonzero".
 _PEAK = 13
 _CENTRES = 10_000  # voxels of a class that a patch may be centred on; nnU-Net keeps as many
+_STAGES = {TrainerFn.VALIDATING: "validate", TrainerFn.TESTING: "test", TrainerFn.PREDICTING: "predict"}
 # The sets that a stage needs; all other stages need the test set.
 _SETS: dict[str, tuple[str, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
 
@@ -241,8 +242,8 @@ class VolumeDataModule(PatientDataModule):
     def prepare_data(self) -> None:
         """Decode volumes that do not fit in memory. One process per machine runs this."""
         self.refuse_other_settings("num_classes", "ignore_index")
-        stages = {TrainerFn.VALIDATING: "validate", TrainerFn.TESTING: "test", TrainerFn.PREDICTING: "predict"}
-        stage = "fit" if self.trainer is None else stages.get(self.trainer.state.fn, "fit")  # type: ignore[arg-type]
+        function = None if self.trainer is None else self.trainer.state.fn
+        stage = "fit" if function is None else _STAGES.get(function, "fit")
         if stage == "predict" and self.predict_root is not None:
             return
         cases = self._cases_of(stage)
@@ -290,10 +291,12 @@ class VolumeDataModule(PatientDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint of images whose axes point to other sides, or of the patients that would judge it."""
         super().load_state_dict(state_dict)
-        predicts = self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
-        is_elsewhere = predicts and self.predict_root is not None
         axes = state_dict.get("axes", self._axes)
-        _refuse_other_axes(self.predict_set.cases if is_elsewhere else self._cases, axes)  # type: ignore[attr-defined]
+        cases = self._cases
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING and self.predict_root is not None:
+            assert isinstance(self.predict_set, WholeVolumes)
+            cases = self.predict_set.cases
+        _refuse_other_axes(cases, axes)
         self._axes = axes
 
     @override

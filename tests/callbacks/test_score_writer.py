@@ -62,7 +62,7 @@ def batches(preds: Tensor, target: Tensor, size: int = 4, **said: list[Any]) -> 
 
 def run(folder: Path, module: LightningModule, *loaders: Iterable[Any], **kwargs: Any) -> dict[str, float]:
     made = trainer(callbacks=[ScoreWriter()], default_root_dir=folder, **kwargs)
-    loaded = [DataLoader(loader, batch_size=None) for loader in loaders]  # type: ignore[arg-type]
+    loaded = [DataLoader(loader, batch_size=None) for loader in loaders]
     return made.test(module, loaded if len(loaded) > 1 else loaded[0], verbose=False)[0]
 
 

@@ -77,7 +77,10 @@ def write(root: Path, images: dict[str, Any], masks: dict[str, Any]) -> Path:
 
 def several(image: Any, mask: Any, names: tuple[str, str], count: int = 4) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the same image and mask under ``count`` names."""
-    return tuple({f"{number}{end}": part for number in range(count)} for part, end in zip((image, mask), names))  # type: ignore[return-value] # noqa: B905
+    first, second = names
+    return {f"{number}{first}": image for number in range(count)}, {
+        f"{number}{second}": mask for number in range(count)
+    }
 
 
 def set_up(root: Path, stage: str = "fit", **kwargs: Any) -> MaskFolderDataModule:
