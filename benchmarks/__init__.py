@@ -1,1 +1,1 @@
-"""Programs that print the numbers in the README and in docs/."""
+"""Programs that print the numbers, and draw the pictures, in the README and in docs/."""

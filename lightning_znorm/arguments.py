@@ -24,6 +24,17 @@ def shown(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
+def listed(names: Sequence[str], limit: int = 5) -> str:
+    """Return names in one line, for messages: ``a, b and 3 more``.
+
+    Args:
+        names: The names.
+        limit: How many are named.
+    """
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
 def checked_number(name: str, value: Any, minimum: float | None = None, finite: bool = False) -> float:
     """Return a number as an ``int`` or ``float`` of Python.
 

@@ -8,6 +8,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -34,7 +35,14 @@ from lightning_znorm.gradients.optimizers import (
     takes_two_steps,
     wrapped_by,
 )
-from lightning_znorm.gradients.slots import OptimizerSlots, ParameterFilter, UnnamedSlots, optimizer_slots
+from lightning_znorm.gradients.slots import (
+    OptimizerSlots,
+    ParameterFilter,
+    UnnamedSlots,
+    optimizer_slots,
+    slots_by_group,
+)
+from lightning_znorm.gradients.step_sizes import StepSizes
 
 __all__ = ["attach", "centralize_grads_", "transform_grads_", "zscore_grads_"]
 
@@ -54,9 +62,9 @@ def zscore_grads_(
     for half-precision gradients and otherwise in the gradients' type, in two passes.
 
     - ``centering="adaptive"`` subtracts less of the mean, the larger it is compared to the deviation, so that the angle
-      between a gradient and the result is never more than 22 degrees: see :class:`~lightning_znorm.gradients.ZScore`.
-    - A constant gradient becomes zero (adaptive: its sign), also if it varies by rounding only (a deviation of less
-      than 8 units of rounding of the mean).
+      between a gradient and the result is always below 22.2 degrees: see :class:`~lightning_znorm.gradients.ZScore`.
+    - A constant gradient becomes zero, also if it varies by rounding only (a deviation of less than 8 units of rounding
+      of the mean). With adaptive centring, a constant gradient c becomes c / (abs(c) + eps).
     - A gradient of one element has no deviation and stays as it is; an empty or missing one is skipped. A parameter
       that is given twice is normalized once, and so is a gradient that several parameters share.
     - A gradient that holds an inf or NaN becomes NaN throughout. So does a gradient of d elements if the sum of its
@@ -254,7 +262,14 @@ def attach(
         NonFiniteGradientError: In a step, before the update, as in :func:`zscore_grads_`.
 
     Warns:
-        UserWarning: Once, if no parameter has a gradient in a step.
+        UserWarning: Once, if no parameter has a gradient in a step. Once, if the method is ZNorm or SING, and steps of
+            SGD would be larger than half the weights that they move: before the first step, or when the learning rate
+            has grown so far. The first process judges, where weights are sharded by its own part.
+
+    Note:
+        An optimizer knows parameters, and not the layers that they belong to. So nothing warns here of an embedding
+        with ``padding_idx``: its padding row has a gradient of zero, and ZNorm, which subtracts the mean, would train
+        that row. Leave it out: ``named_parameters=model.named_parameters(), exclude="embedding.weight"``.
 
     Example:
         >>> import torch
@@ -287,6 +302,7 @@ def attach(
     if named_parameters is not None or parameter_filter.needs_names or parameter_filter.min_ndim > 0:
         by_name = OptimizerSlots(optimizer, parameter_filter, named_parameters)
     warned_of_no_gradient = has_run = False
+    step_sizes = StepSizes(method)
 
     def transform(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal warned_of_no_gradient, has_run
@@ -303,6 +319,14 @@ def attach(
         _check_parameters(optimizer, known, slots.parameters)
         chosen = slots if by_name is None else by_name.chosen(optimizer, slots)
         transform_slots_(chosen, method, _loss_scale(optimizer, kwargs))
+        warning = step_sizes.warning_for(
+            optimizer,
+            lambda: slots_by_group(
+                optimizer, {id(slot.parameter): [slot] for slot in chosen if slot.parameter.grad is not None}
+            ),
+        )
+        if warning is not None and _is_first_process():
+            warnings.warn(f"{name} is attached: {warning}", stacklevel=4)
         if not warned_of_no_gradient and all(parameter.grad is None for parameter in slots.parameters):
             warned_of_no_gradient = True
             warnings.warn(
@@ -402,6 +426,10 @@ def _check_optimizer(optimizer: object) -> Optimizer | None:
             return candidate  # its step was replaced by a scheduler or a user, and may call the original
     which = f"the {type(wrapped[0]).__name__} that it wraps" if wrapped else "the one that it wraps, if it does"
     raise ZNormTypeError(f"{kind} runs no hooks before its step: attach to {which}, before it is wrapped")
+
+
+def _is_first_process() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def _check_parameters(optimizer: Optimizer, known: list[Tensor], now: list[Tensor]) -> None:

@@ -25,6 +25,7 @@ if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
 import torch
 
 from tests.cifar10 import fake_cifar10, real_cifar10  # noqa: F401
+from tests.large_steps import ANY_RATE, LARGE_STEPS
 from tests.medical import fake_lgg, fake_pcam, real_lgg, real_pcam  # noqa: F401
 
 # Each worker holds torch, Lightning and the data of its tests.
@@ -97,6 +98,9 @@ def missing() -> Iterator[str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.option.markexpr:
         choose_default_tier(config, items)
+    for item in items:
+        if item.path.parent.name in ANY_RATE:
+            item.add_marker(pytest.mark.filterwarnings(f"ignore:.*{LARGE_STEPS}"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -53,6 +53,8 @@ ROOMS = {
     "arguments": 1,
     "batches": 1,
     "functional": 1,
+    "lazy": 1,
+    "requirements": 1,
     "metrics": 1,
     "models": 1,
     "tasks": 1,

@@ -217,7 +217,29 @@ def test_scores() -> None:
         assert float(ratio) == pytest.approx(float(everything) / float(alone), rel=0.05)
 
 
+def test_startup(tmp_path: Path) -> None:
+    help_row, fit_row = rows(output_of("benchmarks.startup", "--rounds", "1", "--rows", "fit-help", "fit"))
+    assert float(help_row[-1]) < 100 < float(fit_row[-1])  # MB
+    (compared,) = rows(output_of("benchmarks.startup", "--rounds", "1", "--rows", "fit-help", "--against", "."))
+    assert len([float(cell) for cell in compared[1:]]) == 6
+
+
 def test_nonfinite() -> None:
     table = rows(output_of("benchmarks.nonfinite", "--rounds", "1", "--numel", "1024"))
     assert [row[0] for row in table[:2]] == ["zscore_grads_", "zscore_grads_, error_if_nonfinite"]
     assert float(table[0][2]) == 1.0
+
+
+def test_sgd_steps() -> None:
+    table = rows(
+        output_of("benchmarks.sgd_steps", "--epochs", "1", "--seeds", "0", "--sizes", "0.1", "3", "--networks", "MLP",
+                  "--threads", "1")
+    )  # fmt: skip
+    expected = [
+        [method, momentum, size] for method in ("ZNorm", "SING") for momentum in ("0", "0.9") for size in ("0.1", "3")
+    ]
+    assert [row[1:4] for row in table] == expected
+    for number in range(0, len(table), 2):
+        (_, *small), (_, *large) = table[number : number + 2]
+        assert float(large[3]) == pytest.approx(30 * float(small[3]), rel=0.1)
+        assert 0 <= float(large[4]) < float(small[4]) <= 1

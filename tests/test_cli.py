@@ -859,4 +859,4 @@ def test_monitor_on_the_command_line(folder):
     main(["fit", *configs(DIGITS, ZNORM), *SHORT, "--trainer.callbacks+", "GradientMonitor"])
     (logs,) = folder.glob("logs/*/version_0")
     assert "grad/sigma_over_running_median" in (logs / "metrics.csv").read_text().splitlines()[0]
-    assert len(list((logs / "gradients").glob("*.png"))) == 3
+    assert len(list((logs / "gradients").glob("*.png"))) == 4

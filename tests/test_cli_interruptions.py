@@ -69,7 +69,7 @@ trainer:
 
 
 def test_told_to_end_at_the_same_moment(tmp_path):
-    """If the processes are at different lines, they may wait for each other in Lightning: docs/reliability.md."""
+    """If the processes are at different lines, they may wait for each other: docs/reference/resuming.md."""
     run = tmp_path / "terminated"
     run.mkdir()
     (run / "terminate.yaml").write_text(TERMINATE)

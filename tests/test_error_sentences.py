@@ -571,7 +571,7 @@ def test_commands(typed: str, said: str, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_compare_after_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
-    monkeypatch.setattr("lightning_znorm.compare.command.main", given.append)
+    monkeypatch.setattr("lightning_znorm.compare.command.main", lambda args, program: given.append(args))
     main(shlex.split("-c a.yaml --config=b.yaml compare --methods c.yaml d.yaml --output e"))
     main(shlex.split("compare --methods c.yaml d.yaml -c a.yaml --output e --config b.yaml"))
     (first, second) = given

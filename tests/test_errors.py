@@ -21,7 +21,7 @@ PACKAGE = Path(lightning_znorm.__file__).parent
 OWN = [value for value in vars(errors).values() if inspect.isclass(value)]
 # Built-in exceptions that a room raises, and why.
 BUILT_IN = {
-    "__init__.py": {"AttributeError"},  # the protocol of a module's __getattr__
+    "lazy.py": {"AttributeError"},  # the protocol of a module's __getattr__
     "compare": {
         "KeyError",  # the protocol of a lookup
         "KeyboardInterrupt",  # an interruption is not an error

@@ -27,6 +27,9 @@ from lightning_znorm.gradients import (
 )
 from tests.gradients.reference import centralized, zscore
 
+# Steps as large as their z-scores are easy to read, and too large for the weights.
+pytestmark = pytest.mark.filterwarnings("ignore:ZScore.* is attached. with lr=.*the steps of SGD are about")
+
 LR = 0.1
 EPS = 0.3  # as large as the deviations, so that a wrong scale is seen
 

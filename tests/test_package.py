@@ -175,6 +175,8 @@ ROOMS = [
     "gradients",
     "arguments",
     "__init__",
+    "lazy",
+    "requirements",
     "errors",
 ]
 # Packages that a room may load, besides the standard library, torch and torch's dependencies.

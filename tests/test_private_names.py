@@ -62,6 +62,8 @@ NAMES: dict[str, tuple[str, str]] = {
     # argparse and jsonargparse
     "_option_string_actions": ("argparse:ArgumentParser", "a parser does not list its flags in public"),
     "_subcommands_action": ("jsonargparse:ArgumentParser", "a parser does not list its subcommands in public"),
+    # matplotlib
+    "_repr_png_": ("matplotlib.colors:Colormap", "a notebook asks an object for its picture by this name"),
     # torchmetrics
     "_plot": ("torchmetrics:Metric", "every metric of torchmetrics implements `plot` by it"),
     "_computed": ("torchmetrics:Metric", "a converted metric must keep the precision of its cached value"),

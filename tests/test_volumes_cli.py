@@ -170,16 +170,16 @@ def test_fit_test_and_predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         first = np.asarray(nibabel.load(masks / name.replace(".nii.gz", "_mask.nii.gz")).dataobj)
         np.testing.assert_array_equal(again, first)
 
-    # The Python of docs/segmentation.md marks what `predict` does.
+    # The Python of docs/how-to/own-data.md marks what `predict` does.
     shutil.copy(checkpoint, "best.ckpt")
-    text = (REPOSITORY / "docs/segmentation.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "docs/how-to/own-data.md").read_text(encoding="utf-8")
     (code,) = (code for code in re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S) if "VolumeDataModule" in code)
     settings = yaml.safe_load((runs / "version_1/config.yaml").read_text())["model"]["init_args"]
     network = DynUNet(**settings["model"]["init_args"])
     inferer = SlidingWindowInferer(**settings["inferer"]["init_args"])
     image = written[case][0]
     variables = {"network": network, "inferer": inferer, "voxels": torch.from_numpy(image[None])}
-    exec(compile(code, "docs/segmentation.md", "exec"), variables)
+    exec(compile(code, "docs/how-to/own-data.md", "exec"), variables)
     classes = variables["masks"][0].int().argmax(dim=0)
     assert variables["masks"].shape == (1, 3, *image.shape[1:])
     np.testing.assert_array_equal(classes.numpy(), np.asarray(nibabel.load(every / f"{case}_mask.nii.gz").dataobj))

@@ -52,6 +52,13 @@ def test_every_template_of_the_report_inside(installed):
     assert "report.html.j2" in inside
 
 
+def test_console_script(installed, tmp_path):
+    program = "import importlib.metadata as m; print(*m.distribution('lightning-znorm').entry_points)"
+    assert "value='lightning_znorm.cli:main'" in run("-c", program, cwd=tmp_path, PYTHONPATH=str(installed))
+    out = run(installed / "bin/lightning-znorm", "--help", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert out.startswith("usage: lightning-znorm {")
+
+
 def test_first_command_of_the_readme(installed, tmp_path):
     command = re.search(r"python (-m lightning_znorm fit .*)", (REPOSITORY / "README.md").read_text())
     assert command

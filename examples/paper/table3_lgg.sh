@@ -4,7 +4,7 @@
 #   MODELS=resnet50-unet sh examples/paper/table3_lgg.sh --jobs 3        a GPU of 80 GB
 #   MODELS="resnet50-unet unetpp" sh examples/paper/table3_lgg.sh --dry-run    prints commands, such as for a SLURM array
 # A run takes 21 (resnet50-unet), 50 (unetpp) or 48 GiB (attention-unet) of the GPU's memory, and more while it computes:
-# docs/segmentation.md, "Memory of Table 3", has other cards. With several GPUs, --jobs counts the runs of all of them.
+# docs/how-to/segmentation.md, "Memory of Table 3", has other cards. With several GPUs, --jobs counts the runs of all of them.
 # The images are expected in ./data; further options are passed on to compare.
 set -u
 failed=0

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_znorm.callbacks.folders import short_key
+from lightning_znorm.callbacks.representation import represented
 from lightning_znorm.errors import ZNormRuntimeError
 
 _NAME = r"last(-v\d+)?"  # without the extension
@@ -85,6 +86,11 @@ class LastCheckpoint(ModelCheckpoint):
         self._is_written = False  # but not in place yet
         self._found: str | Path | None = None  # the default folder
         self._trainer: weakref.ref[pl.Trainer] | None = None  # the one that wrote `last_model_path`
+        self._given = None if dirpath is None else str(dirpath)
+
+    def __repr__(self) -> str:
+        # Not `dirpath`, which `setup` replaces by the folder that it finds.
+        return represented(self, LastCheckpoint, {"dirpath": "_given", "enable_version_counter": "_counts_versions"})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_trainer": None}  # a weak reference cannot be pickled, and a copy has no Trainer yet

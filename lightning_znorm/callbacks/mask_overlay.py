@@ -15,8 +15,10 @@ from typing_extensions import override
 from lightning_znorm.batches import Cases, Matrix, cases_of, images_of
 from lightning_znorm.callbacks.drawing import Case, grid, log_picture, picture_name
 from lightning_znorm.callbacks.folders import run_folder
+from lightning_znorm.callbacks.representation import represented
 from lightning_znorm.callbacks.scores import masks_of, names_of_classes
 from lightning_znorm.errors import ZNormValueError
+from lightning_znorm.requirements import require
 
 
 class MaskOverlay(Callback):
@@ -56,6 +58,7 @@ class MaskOverlay(Callback):
         ValueError: If ``num_cases`` or ``every_n_epochs`` is less than 1, or a case is negative. At the first batch, if
             the masks do not have the shape of the images.
         TypeError: At the first batch, if the module returns no masks, or the batch holds no images.
+        ImportError: If Pillow or SciPy is missing.
 
     Example:
         >>> from lightning_znorm import MaskOverlay
@@ -63,6 +66,7 @@ class MaskOverlay(Callback):
     """
 
     def __init__(self, num_cases: int = 6, cases: Sequence[int] | None = None, every_n_epochs: int = 1) -> None:
+        require(type(self).__name__, "PIL", "scipy")
         if num_cases < 1 or every_n_epochs < 1:
             raise ZNormValueError(
                 f"num_cases and every_n_epochs must be at least 1, got {num_cases} and {every_n_epochs}: to draw "
@@ -75,6 +79,9 @@ class MaskOverlay(Callback):
         self.every_n_epochs = every_n_epochs
         self._folder = Path()
         self._begin()
+
+    def __repr__(self) -> str:
+        return represented(self, MaskOverlay, {name: name for name in ("num_cases", "cases", "every_n_epochs")})
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -18,8 +18,10 @@ from lightning_znorm.arguments import checked_choice, checked_flag
 from lightning_znorm.batches import Cases, Matrix, cases_of, has_targets, images_and_targets
 from lightning_znorm.callbacks.drawing import is_picture
 from lightning_znorm.callbacks.folders import run_folder
+from lightning_znorm.callbacks.representation import represented
 from lightning_znorm.callbacks.scores import CASE_COLUMNS, Row, ScoreTable, case_scores, names_of_classes, scores_file
-from lightning_znorm.errors import ZNormImportError, ZNormTypeError, ZNormValueError
+from lightning_znorm.errors import ZNormTypeError, ZNormValueError
+from lightning_znorm.requirements import require
 
 _NAME_TYPES = (str, os.PathLike, NoneType)
 _COLUMNS = ("image", "mask", "class", "pixels", "fraction", "max_probability", "mean_probability")
@@ -66,17 +68,17 @@ class MaskWriter(BasePredictionWriter):
 
     Args:
         dirpath: Folder for the files; by default ``masks`` beside the logs. It must be new or empty, because no file is
-            overwritten; pictures of :class:`~lightning_znorm.MaskOverlay` may be in it.
-        format: Of the files, ``"png"``, ``"tif"`` or ``"nifti"`` (``.nii.gz``; needs nibabel). The axes of a NIfTI file
-            are those of the tensor, so a volume that was read in the order of its file is written in that order.
+            overwritten; pictures of ``MaskOverlay`` may be in it.
+        format: Type of the files, ``"png"``, ``"tif"`` or ``"nifti"`` (``.nii.gz``; needs nibabel). The axes of a NIfTI
+            file are those of the tensor, so a volume that was read in the order of its file is written in that order.
             An affine matrix from a NIfTI file is written exactly; another one is rounded to float32, as NIfTI has it.
-        label_map: Write one file with class numbers for each image.
+        label_map: Whether to write one file with class numbers for each image, instead of a mask for each class.
 
     Raises:
         ValueError: If the format is another one. During prediction, if the probabilities of an image hold NaN, or if
             its name is empty.
         TypeError: If ``label_map`` is neither ``True`` nor ``False``.
-        ImportError: Before the first prediction, if the format is ``"nifti"`` and nibabel is missing.
+        ImportError: If the package that writes the format is missing: nibabel or Pillow.
         MisconfigurationException: Before the first prediction, if the folder is not empty, or if the module has no
             method ``marked``. At the first volume, if the format is ``"png"``.
 
@@ -95,10 +97,14 @@ class MaskWriter(BasePredictionWriter):
         self.dirpath = None if dirpath is None else Path(dirpath).expanduser()
         self.format = checked_choice("format", format, ("png", "tif", "nifti"))
         self.label_map = checked_flag("label_map", label_map)
+        require(f"MaskWriter(format={self.format!r})", "nibabel" if self.format == "nifti" else "PIL")
         self._folder = Path()
         self._numbered = 0
         self._table: ScoreTable | None = None
         self._warned = False
+
+    def __repr__(self) -> str:
+        return represented(self, MaskWriter, {name: name for name in ("dirpath", "format", "label_map")})
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -107,8 +113,6 @@ class MaskWriter(BasePredictionWriter):
                 f"MaskWriter writes the masks of a SegmentationTask, and {type(pl_module).__name__} has no method "
                 "`marked` that turns probabilities into masks"
             )
-        if self.format == "nifti":
-            _nibabel()
         if self.dirpath is None:
             self._folder = Path(run_folder(trainer)) / "masks"
         else:
@@ -360,11 +364,7 @@ def _write_nifti(mask: Tensor, affine: Matrix, path: Path) -> None:
     nibabel.save(image, path)
 
 
-def _nibabel() -> Any:
-    try:
-        import nibabel
-    except ImportError as error:
-        raise ZNormImportError(
-            "MaskWriter(format='nifti') needs nibabel: python -m pip install 'lightning-znorm[volumes]'"
-        ) from error
+def _nibabel() -> Any:  # not its module, whose functions have no types
+    import nibabel
+
     return nibabel

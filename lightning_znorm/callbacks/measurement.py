@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_znorm.callbacks.steps import Step, unwrapped
 from lightning_znorm.gradients.apply import GradientSummary, measure_slots
@@ -30,6 +31,21 @@ class GradientMeasurement:
     def norm(self) -> float:
         """The Euclidean norm of all gradients together."""
         return float(torch.linalg.vector_norm(self.summary.norm))
+
+    @property
+    def relative_size(self) -> Tensor:
+        r"""By how much more ZNorm enlarges each gradient than all finite ones together, one value for each slot.
+
+        .. math:: \frac{\lVert z_l \rVert / \lVert g_l \rVert}{\lVert z \rVert / \lVert g \rVert}
+
+        It is the change of a tensor's share of a step that is proportional to the gradient, as that of SGD is. NaN for
+        gradients that are not finite, or zero.
+        """
+        summary = self.summary
+        sizes = (summary.znorm_norm, summary.norm)
+        after, before = (torch.linalg.vector_norm(size[summary.is_finite]) for size in sizes)
+        relative: Tensor = (summary.znorm_norm / summary.norm) / (after / before)
+        return relative.masked_fill(~(summary.is_finite & relative.isfinite()), torch.nan)
 
 
 class GradientMeter:

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from lightning_znorm.callbacks.transform import GradientTransform
+from lightning_znorm.callbacks.representation import represented
+from lightning_znorm.callbacks.transform import OPTIONS, GradientTransform
 from lightning_znorm.gradients import SING, Centralization, ZScore
 from lightning_znorm.gradients.methods import Centering
 
@@ -18,15 +19,17 @@ class ZNormCallback(GradientTransform):
 
     Note:
         - A z-scored gradient of d elements has norm :math:`\sqrt{d}` whatever the loss: a learning rate chosen for
-          plain SGD is far too large. Adam divides most of the scale out again: its usual learning rates work.
+          plain SGD is far too large, and a warning says so once if steps are larger than half the weights they move.
+          Adam divides most of the scale out again: its usual learning rates work.
         - Gradients that are structurally zero do not stay zero, because the mean is subtracted: exclude embeddings with
-          a padding row or unseen tokens (``exclude="*embed*"``), and pruned weights.
+          a padding row (a warning names them) or unseen tokens (``exclude="*embed*"``), and pruned weights.
         - A bias in front of a normalization layer has a true gradient of zero. Its gradient is rounding noise, which
           becomes unit size. This does not change the output; ``bias=False`` or ``min_ndim=2`` avoids it.
         - With full centring, a tensor of two elements always becomes :math:`\pm 1`.
         - With sigmoid outputs, most of the output layer's gradient may be its mean: "everything less likely". Full
           centring subtracts exactly that, and training may stall. Use ``centering="adaptive"``, or leave out the
           output layer with ``exclude``. :class:`GradientMonitor` names layers where the mean dominates.
+          :class:`~lightning_znorm.gradients.ZScore` has the formula of adaptive centring.
         - See :func:`lightning_znorm.functional.zscore_grads_` for constant gradients, ``eps``, inf and NaN. See
           :class:`GradientTransform` for optimizers, precisions and strategies.
 
@@ -38,11 +41,13 @@ class ZNormCallback(GradientTransform):
         exclude: Pattern or patterns whose matches do not take part.
         min_ndim: Least number of dimensions of a parameter that takes part; 2 leaves out biases and normalization
             scales.
-        allow_untested_strategy: See :class:`GradientTransform`.
-        error_if_nonfinite: See :class:`GradientTransform`.
+        allow_untested_strategy: Whether to trust, with a warning, a strategy that is not one of Lightning's tested
+            ones, such as a subclass of one, to leave gradients where the tested ones do.
+        error_if_nonfinite: Whether to raise, before the update, if a gradient holds an inf or NaN after the method.
+            The check costs a pass over the gradients and one wait for the device at each step.
         centering: ``"full"`` subtracts the mean, as in the paper. ``"adaptive"`` subtracts less of it, the larger it is
-            compared to the deviation, so that the angle between a gradient and the result is never more than 22
-            degrees: see :class:`~lightning_znorm.gradients.ZScore` for the formula.
+            compared to the deviation, so that the angle between a gradient and the result is always below 22.2
+            degrees.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -72,6 +77,10 @@ class ZNormCallback(GradientTransform):
             ZScore(eps, centering), include, exclude, min_ndim, allow_untested_strategy, error_if_nonfinite
         )
 
+    def __repr__(self) -> str:
+        options = {"eps": "method.eps", **OPTIONS, "centering": "method.centering"}
+        return represented(self, ZNormCallback, options)
+
 
 class GradientCentralizationCallback(GradientTransform):
     """Subtract from each gradient the mean of each output channel before every optimizer step.
@@ -88,8 +97,10 @@ class GradientCentralizationCallback(GradientTransform):
         exclude: Pattern or patterns whose matches do not take part.
         min_ndim: Least number of dimensions of a parameter that takes part; 4 leaves only convolutions, as the authors'
             ``gc_conv_only`` does.
-        allow_untested_strategy: See :class:`GradientTransform`.
-        error_if_nonfinite: See :class:`GradientTransform`.
+        allow_untested_strategy: Whether to trust, with a warning, a strategy that is not one of Lightning's tested
+            ones, such as a subclass of one, to leave gradients where the tested ones do.
+        error_if_nonfinite: Whether to raise, before the update, if a gradient holds an inf or NaN after the method.
+            The check costs a pass over the gradients and one wait for the device at each step.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -114,6 +125,9 @@ class GradientCentralizationCallback(GradientTransform):
     ) -> None:
         super().__init__(Centralization(), include, exclude, min_ndim, allow_untested_strategy, error_if_nonfinite)
 
+    def __repr__(self) -> str:
+        return represented(self, GradientCentralizationCallback, OPTIONS)
+
 
 class SINGCallback(GradientTransform):
     """Centre each output channel's gradient and divide each tensor's by its norm, before every optimizer step.
@@ -132,8 +146,10 @@ class SINGCallback(GradientTransform):
         exclude: Pattern or patterns whose matches do not take part.
         min_ndim: Least number of dimensions of a parameter that takes part; 2 leaves out biases and normalization
             scales.
-        allow_untested_strategy: See :class:`GradientTransform`.
-        error_if_nonfinite: See :class:`GradientTransform`.
+        allow_untested_strategy: Whether to trust, with a warning, a strategy that is not one of Lightning's tested
+            ones, such as a subclass of one, to leave gradients where the tested ones do.
+        error_if_nonfinite: Whether to raise, before the update, if a gradient holds an inf or NaN after the method.
+            The check costs a pass over the gradients and one wait for the device at each step.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -157,3 +173,6 @@ class SINGCallback(GradientTransform):
         error_if_nonfinite: bool = False,
     ) -> None:
         super().__init__(SING(eps), include, exclude, min_ndim, allow_untested_strategy, error_if_nonfinite)
+
+    def __repr__(self) -> str:
+        return represented(self, SINGCallback, {"eps": "method.eps", **OPTIONS})

@@ -4,7 +4,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -15,22 +15,25 @@ from typing_extensions import override
 
 from lightning_znorm.arguments import checked_flag, checked_number, shown
 from lightning_znorm.callbacks.base import GradientCallback
+from lightning_znorm.callbacks.dominating_means import DOMINATING_SHARE, name_dominating_means
 from lightning_znorm.callbacks.drawing import log_picture
 from lightning_znorm.callbacks.folders import run_folder, short_key
 from lightning_znorm.callbacks.measurement import GradientMeter, logged_step
-from lightning_znorm.callbacks.monitor_history import SigmaHistory
+from lightning_znorm.callbacks.monitor_history import GradientHistory
+from lightning_znorm.callbacks.notebook import is_notebook, show_in_notebook
+from lightning_znorm.callbacks.representation import represented
 from lightning_znorm.callbacks.steps import Step, unwrapped
-from lightning_znorm.errors import ZNormTypeError, ZNormValueError
-from lightning_znorm.gradients import SING, Centralization, GradientMethod, ZScore
+from lightning_znorm.errors import ZNormRuntimeError, ZNormTypeError, ZNormValueError
+from lightning_znorm.gradients import ZScore
 from lightning_znorm.gradients.adapters import GradientAdapter
 from lightning_znorm.gradients.apply import GradientSummary
 from lightning_znorm.gradients.slots import GradientSlot
+from lightning_znorm.requirements import missing, needs, require
 
-DOMINATING_SHARE = 0.9
-"""Share of the mean in a squared gradient above which the callback names the parameter."""
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _ENOUGH_STEPS = 5  # before the layers are named
-_ENOUGH_ELEMENTS = 16  # of a parameter, whose share may else be a matter of luck
-_MAX_NAMED = 5
 
 
 class GradientMonitor(GradientCallback):
@@ -67,11 +70,17 @@ class GradientMonitor(GradientCallback):
     measurements, because in one of them the share is a matter of luck. The means of rows, which Gradient Centralization
     and SING subtract, are not measured.
 
-    When training ends, fails or is interrupted, the callback draws three pictures: :math:`\sigma` of every parameter
-    over the steps, its distribution by depth, and the share of the mean in every parameter's squared gradient. The
-    first two show at most 512 steps, evenly spaced; the third is a mean over all measurements. They are written to
-    ``gradients`` beside the logs, and sent to every TensorBoard and Weights & Biases logger. Without a logger they are
-    written to the Trainer's ``default_root_dir``; if that is the default one too, nothing is drawn.
+    When training ends, fails or is interrupted, the callback draws four pictures: :math:`\sigma` of every parameter
+    over the steps, its distribution by depth, the share of the mean in every parameter's squared gradient, and what
+    ZNorm would change of the step of each layer l. That is its direction, the cosine of g and its z-score, and its
+    size compared to the whole step, :math:`(\lVert z_l\rVert / \lVert g_l\rVert) / (\lVert z\rVert / \lVert
+    g\rVert)`: how much more of an SGD step the layer gets. Adam divides the size out again, so under Adam the direction
+    alone changes. The pictures show at most 512 steps, evenly spaced; the shares are means over all measurements.
+
+    The pictures are written to ``gradients`` beside the logs, and sent to every TensorBoard, Weights & Biases, MLflow
+    and Comet logger. Without a logger they are written to the Trainer's ``default_root_dir``; if that is the default
+    one too, none is written. A line says where they are. A notebook shows them below the cell, and :meth:`figures`
+    returns them. Without matplotlib or Pillow nothing is drawn, and a message at the start of training says so.
 
     The gradients are those of :class:`GradientTransform`: complete, of the stepping optimizer alone, without loss
     scale, and whole where a strategy shards them. They are measured before this package's callbacks transform them,
@@ -95,12 +104,13 @@ class GradientMonitor(GradientCallback):
             parameter, their numbers tell the values apart: ``grad_sigma/0/NAME``, ``grad_sigma/1/NAME``.
         sigma_threshold: The threshold of ``grad/share_below``. The default is Adam's ``eps``, below which Adam's own
             steps shrink.
-        eps: The ``eps`` of the ZNorm that ``grad/znorm_norm`` describes.
+        eps: The ``eps`` of the ZNorm that ``grad/znorm_norm`` and the fourth picture describe.
         include: Shell-style pattern or patterns; a parameter takes part if its name in the LightningModule matches one.
         exclude: Pattern or patterns whose matches are left out.
         min_ndim: Least number of dimensions of a parameter; 2 leaves out biases and normalization scales.
         prefix: What the names begin with instead of ``grad``. It tells several monitors apart.
-        allow_untested_strategy: See :class:`GradientTransform`.
+        allow_untested_strategy: Whether to trust, with a warning, a strategy that is not one of Lightning's tested
+            ones, such as a subclass of one, to leave gradients where the tested ones do.
 
     Raises:
         MisconfigurationException: Before training, if the strategy is not supported, or another Trainer is using this
@@ -148,7 +158,7 @@ class GradientMonitor(GradientCallback):
         self.sigma_threshold = checked_number("sigma_threshold", sigma_threshold, minimum=0, finite=True)
         self.eps = ZScore(eps).eps
         self.prefix = prefix
-        self._history = SigmaHistory()
+        self._history = GradientHistory()
         self._folder: Path | None = None
         self._steps_before = 0  # steps before this training, which may resume a checkpoint
         self._has_warned = False
@@ -156,6 +166,40 @@ class GradientMonitor(GradientCallback):
         self._has_measured_early = False
         self._has_named_means = False
         self._parameters: dict[int, str] = {}  # their names, by their rows in the history
+
+    def __repr__(self) -> str:
+        names = ("per_parameter", "sigma_threshold", "eps", "prefix", "allow_untested_strategy")
+        chosen = {name: f"parameter_filter.{name}" for name in ("include", "exclude", "min_ndim")}
+        return represented(self, GradientMonitor, {**{name: name for name in names}, **chosen})
+
+    def figures(self) -> dict[str, "Figure"]:
+        """Return the pictures of what has been measured so far, to restyle, save or show.
+
+        They are drawn anew at each call, during a training too. A notebook shows each of them. If training ran in other
+        processes (``strategy="ddp_notebook"``), what was measured is there.
+
+        Returns:
+            Figures of matplotlib by name: ``sigma_over_steps``, ``sigma_by_depth``, ``mean_share``, ``znorm_change``.
+
+        Raises:
+            RuntimeError: If nothing has been measured yet.
+            ImportError: If matplotlib is not installed.
+
+        Example:
+            >>> figure = monitor.figures()["znorm_change"]  # doctest: +SKIP
+            >>> figure.axes[0].set_title("ResNet-20 on the digits")  # doctest: +SKIP
+            >>> figure.savefig("change.pdf")  # doctest: +SKIP
+        """
+        if not self._history.steps:
+            raise ZNormRuntimeError(
+                f"{self.label} has measured nothing yet, so there are no figures: train with it first, for at least "
+                "log_every_n_steps steps. If the training ran in processes of its own, its pictures are in the folder "
+                "`gradients` beside the logs"
+            )
+        require(f"{self.label}.figures", "matplotlib")
+        from lightning_znorm.callbacks.monitor_plots import figures_of
+
+        return figures_of(self._history, DOMINATING_SHARE)
 
     @property
     @override
@@ -180,17 +224,21 @@ class GradientMonitor(GradientCallback):
         self._folder = (
             Path(run_folder(trainer)) / "gradients" if has_folder else None
         )  # in `setup`, because all processes must take part
-        if not has_folder and not _is_fast_dev_run(trainer):
+        if absent := missing("matplotlib", "PIL"):
+            self._folder = None
+            rank_zero_info(f"{self.label} logs its numbers, and draws no pictures. {needs('Drawing', *absent)}")
+        elif not has_folder and not _is_fast_dev_run(trainer):
             rank_zero_info(
-                f"{self.label} draws no pictures, because the Trainer has neither a logger nor a default_root_dir of "
-                "its own. The numbers are in trainer.callback_metrics."
+                f"{self.label} writes no pictures, because the Trainer has neither a logger nor a default_root_dir of "
+                "its own. Its method `figures()` returns them after training, and the numbers are in "
+                "trainer.callback_metrics."
             )
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if trainer.global_step == 0:
-            self._history, self._parameters = SigmaHistory(), {}
+            self._history, self._parameters = GradientHistory(), {}
         model = self.model_of(trainer, pl_module)
         steppers = _steppers(trainer, model.adapter)
         for slot in model.adapter.slots():  # in the order of the model, which may not be the optimizer's
@@ -239,7 +287,14 @@ class GradientMonitor(GradientCallback):
         steppers = _steppers(trainer, step.adapter)
         number = measurement.optimizer_number
         rows = [self._history.register(_row(slot, steppers, number or 0), slot.ndim or 0) for slot in slots]
-        ratio = self._history.add(measurement.logged_step, rows, summary.sigma, summary.is_finite)
+        ratio = self._history.add(
+            measurement.logged_step,
+            rows,
+            summary.sigma,
+            summary.is_finite,
+            summary.cosine,
+            measurement.relative_size,
+        )
         self._history.add_shares(rows, summary.mean_share, summary.count)
         self._parameters |= {row: slot.names[0] for row, slot in zip(rows, slots, strict=True)}
         infix = "" if number is None else f"/{number}"
@@ -308,33 +363,11 @@ class GradientMonitor(GradientCallback):
         if self._has_named_means or not self._history.steps or _is_fast_dev_run(trainer):
             return
         self._has_named_means = True
-        shares, names = self._history.trusted_shares(_ENOUGH_ELEMENTS), self._history.names
-        order = shares.nan_to_num(0.0).argsort(descending=True).tolist()
-        rows = [row for row in order if shares[row] > DOMINATING_SHARE]
-        if not rows:
-            return
         slots = {slot.names[0]: slot for slot in self.model_of(trainer, pl_module).adapter.slots()}
+        parameters = (self._parameters.get(row, name) for row, name in enumerate(self._history.names))
+        slot_of = {row: slots[name] for row, name in enumerate(parameters) if name in slots}
         callbacks: Any = getattr(trainer, "callbacks", ())
-        centring = [callback for callback in callbacks if isinstance(callback, GradientCallback)]
-
-        def is_centred(row: int) -> bool:
-            slot = slots.get(self._parameters.get(row, names[row]))
-            return slot is not None and any(
-                _subtracts_mean(callback.applied_method, slot) and callback.parameter_filter.matches(slot)
-                for callback in centring
-            )
-
-        centred = [row for row in rows if is_centred(row)]
-        found = [f"{names[row]} ({shares[row]:.2f})" for row in centred or rows]
-        listed = ", ".join(found[:_MAX_NAMED]) + (f" and {len(found) - _MAX_NAMED} more" if found[_MAX_NAMED:] else "")
-        fact = f"{self.label}: the mean holds more than {DOMINATING_SHARE} of the squared gradient of {listed}."
-        if centred:
-            rank_zero_warn(
-                f"{fact} It is subtracted there, and little of the direction remains: use ZNormCallback("
-                'centering="adaptive"), or leave these parameters out (exclude)'
-            )
-        else:
-            rank_zero_info(f"{fact} No callback is known to subtract it; ZNorm with full centring would.")
+        name_dominating_means(self.label, self._history, slot_of, callbacks)
 
     def _aggregates(self, summary: GradientSummary, ratio: Tensor) -> dict[str, float]:
         chosen = summary.is_finite & summary.has_deviation
@@ -355,18 +388,27 @@ class GradientMonitor(GradientCallback):
         }
 
     def _draw(self, trainer: pl.Trainer) -> None:
-        if self._folder is None or not self._history.steps or not trainer.is_global_zero or _is_fast_dev_run(trainer):
+        """Write the pictures, and send them to loggers and to a notebook that the program runs in."""
+        if not self._history.steps or not trainer.is_global_zero or _is_fast_dev_run(trainer):
             return
-        from lightning_znorm.callbacks.monitor_plots import by_depth, heat_map, mean_share
+        if (self._folder is None and not is_notebook()) or missing("matplotlib", "PIL"):
+            return
+        figures = self.figures()
+        if self._folder is not None:
+            from lightning_znorm.callbacks.monitor_plots import image_of
 
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for name, picture in (
-            ("sigma_over_steps", heat_map(self._history)),
-            ("sigma_by_depth", by_depth(self._history)),
-            ("mean_share", mean_share(self._history, DOMINATING_SHARE)),
-        ):
-            picture.save(self._folder / f"{short_key(self.prefix.replace('/', '_'))}_{name}.png")
-            log_picture(trainer, f"{self.prefix}/{name}", picture)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            prefix = short_key(self.prefix.replace("/", "_"))
+            for name, figure in figures.items():
+                picture = image_of(figure)
+                picture.save(self._folder / f"{prefix}_{name}.png")
+                log_picture(trainer, f"{self.prefix}/{name}", picture)
+            rank_zero_info(
+                f"{self.label}: the pictures of the gradients are {self._folder}{os.sep}{prefix}_*.png. Its method "
+                "`figures()` returns them as matplotlib figures."
+            )
+        if is_notebook():
+            show_in_notebook(*figures.values())
 
 
 def _steppers(trainer: pl.Trainer, adapter: GradientAdapter) -> defaultdict[str, list[int]]:
@@ -387,13 +429,6 @@ def _row(slot: GradientSlot, steppers: defaultdict[str, list[int]], number: int)
     """Return what a parameter is called in the pictures."""
     name = slot.names[0]
     return f"{name} (optimizer {number})" if len(steppers[name]) > 1 else name
-
-
-def _subtracts_mean(method: GradientMethod | None, slot: GradientSlot) -> bool:
-    """Return whether a method subtracts the mean of a whole gradient. Those that centre rows do if there is one row."""
-    if isinstance(method, (Centralization, SING)):
-        return slot.shape is not None and len(slot.shape) > 1 and slot.shape[0] == 1
-    return isinstance(method, ZScore) and method.centering == "full"
 
 
 def _log_interval(trainer: Any) -> int:

@@ -1,4 +1,4 @@
-"""Deviations of gradients over the steps of a training, and shares of their means, in bounded memory."""
+"""What GradientMonitor remembers of gradients over the steps of a training, in bounded memory."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +9,11 @@ from torch import Tensor
 # Weight of the past in the running mean, which then spans about ten measurements.
 _DECAY = 0.9
 
+_QUANTITIES = ("sigma", "cosine", "relative_size")
 
-class SigmaHistory:
-    """Remember the deviation of each parameter's gradient, its running mean, and the share of the mean.
+
+class GradientHistory:
+    """Remember the deviation of each parameter's gradient, what ZNorm would change, and the share of the mean.
 
     When there are too many steps, every two neighbours become one: the earlier one is kept, and what is not finite in
     either of them. So the kept steps stay equally far apart in a training of any length.
@@ -31,7 +33,7 @@ class SigmaHistory:
         self.ndims: list[int] = []
         self.steps: list[int] = []
         self._rows: dict[str, int] = {}
-        self._columns: list[Tensor] = []
+        self._columns: list[Tensor] = []  # of each step the quantities below, shape (quantities, names)
         self._stride, self._seen, self._last = 1, 0, -1
         # Sum of weighted deviations, and of the weights.
         self._sums = self._weights = torch.zeros(0, dtype=torch.float64)
@@ -41,8 +43,23 @@ class SigmaHistory:
     @property
     def sigma(self) -> Tensor:
         """Deviations, shape ``(names, steps)``: inf where a gradient was not finite, NaN where there was none."""
-        size = len(self.names)
-        return torch.stack([_grown(column, size, torch.nan) for column in self._columns], dim=1)
+        return self._kept("sigma")
+
+    @property
+    def cosine(self) -> Tensor:
+        """Cosines of gradients and their z-scores, shape ``(names, steps)``: NaN where there was none."""
+        return self._kept("cosine")
+
+    @property
+    def relative_size(self) -> Tensor:
+        """By how much more ZNorm enlarges a gradient than all of them together, ``(names, steps)``: NaN as above."""
+        return self._kept("relative_size")
+
+    def _kept(self, quantity: str) -> Tensor:
+        if not self.steps:
+            return torch.zeros(0, 0, dtype=torch.float32)
+        size, number = len(self.names), _QUANTITIES.index(quantity)
+        return torch.stack([_grown(column[number], size, torch.nan) for column in self._columns], dim=1)
 
     @property
     def mean_share(self) -> Tensor:
@@ -92,14 +109,25 @@ class SigmaHistory:
             self.ndims.append(ndim)
         return self._rows[name]
 
-    def add(self, step: int, rows: Sequence[int], sigma: Tensor, is_finite: Tensor) -> Tensor:
-        """Remember the deviations of a step.
+    def add(
+        self,
+        step: int,
+        rows: Sequence[int],
+        sigma: Tensor,
+        is_finite: Tensor,
+        cosine: Tensor | None = None,
+        relative_size: Tensor | None = None,
+    ) -> Tensor:
+        """Remember the deviations of a step, and what ZNorm would change.
 
         Args:
             step: Number of the step. Several calls with the same number share a column.
             rows: Numbers of the parameters.
             sigma: Deviations of their gradients, shape ``(rows,)``.
             is_finite: Whether each gradient is finite. One that is not does not enter the running mean.
+            cosine: Cosines of the gradients and their z-scores, shape ``(rows,)``; ``None`` if they are not known.
+            relative_size: By how much more ZNorm enlarges each than all of them together, shape ``(rows,)``, or
+                ``None``.
 
         Returns:
             Deviations over the running means of the steps before, shape ``(rows,)``; 1 where there are none.
@@ -112,8 +140,11 @@ class SigmaHistory:
         )
         self._sums[index] = torch.where(is_finite, _DECAY * sums + (1 - _DECAY) * sigma, sums)
         self._weights[index] = torch.where(is_finite, _DECAY * weights + (1 - _DECAY), weights)
-        column = torch.full((size,), torch.nan, dtype=torch.float32)
-        column[index] = sigma.masked_fill(~is_finite, torch.inf).float()
+        column = torch.full((len(_QUANTITIES), size), torch.nan, dtype=torch.float32)
+        column[0, index] = sigma.masked_fill(~is_finite, torch.inf).float()
+        for number, values in enumerate((cosine, relative_size), 1):
+            if values is not None:
+                column[number, index] = values.masked_fill(~is_finite, torch.nan).float()
         self._put(step, column)
         return ratio
 
@@ -123,7 +154,7 @@ class SigmaHistory:
         number = (self._seen - 1) // self._stride
         if number < len(self._columns):
             if self.steps[-1] == step:  # another optimizer has measured the same step
-                old = _grown(self._columns[-1], len(column), torch.nan)
+                old = _grown(self._columns[-1], column.shape[1], torch.nan)
                 self._columns[-1] = torch.where(column.isnan(), old, column)
             else:
                 self._columns[-1] = _merged(self._columns[-1], column)
@@ -142,7 +173,7 @@ class SigmaHistory:
             "names": list(self.names),
             "ndims": list(self.ndims),
             "steps": list(self.steps),
-            "sigma": self.sigma if self.steps else torch.zeros(0, 0, dtype=torch.float32),
+            **{quantity: self._kept(quantity) for quantity in _QUANTITIES},
             "sums": self._sums.clone(),
             "weights": self._weights.clone(),
             "counters": [self._stride, self._seen, self._last],
@@ -155,7 +186,9 @@ class SigmaHistory:
         """Continue from a state."""
         self.names, self.ndims, self.steps = list(state["names"]), list(state["ndims"]), list(state["steps"])
         self._rows = {name: row for row, name in enumerate(self.names)}
-        self._columns = list(state["sigma"].clone().unbind(1)) if self.steps else []
+        unknown = torch.full_like(state["sigma"], torch.nan)  # older checkpoints hold the deviations alone
+        kept = torch.stack([state.get(quantity, unknown) for quantity in _QUANTITIES])
+        self._columns = [column.clone() for column in kept.unbind(2)] if self.steps else []
         self._sums, self._weights = state["sums"].clone(), state["weights"].clone()
         self._stride, self._seen, self._last = state["counters"]
         none = torch.zeros(0, dtype=torch.float64)  # older checkpoints hold no shares
@@ -165,10 +198,11 @@ class SigmaHistory:
 
 
 def _grown(column: Tensor, size: int, value: float) -> Tensor:
-    return torch.cat([column, column.new_full((size - len(column),), value)])
+    """Return a column with a value for each parameter that came after it. Parameters are its last dimension."""
+    return torch.cat([column, column.new_full((*column.shape[:-1], size - column.shape[-1]), value)], dim=-1)
 
 
 def _merged(first: Tensor, second: Tensor) -> Tensor:
     """Return the first column, with what is missing in it or infinite in the second taken from the second."""
-    first = _grown(first, len(second), torch.nan)
+    first = _grown(first, second.shape[-1], torch.nan)
     return torch.where(second.isinf() | first.isnan(), second, first)

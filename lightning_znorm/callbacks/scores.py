@@ -14,7 +14,9 @@ from typing_extensions import override
 
 from lightning_znorm.batches import Cases, cases_of, kind_of, plain
 from lightning_znorm.callbacks.folders import run_folder
+from lightning_znorm.callbacks.representation import represented
 from lightning_znorm.errors import ZNormTypeError, ZNormValueError
+from lightning_znorm.requirements import require
 
 if TYPE_CHECKING:
     from lightning_znorm.metrics.mask_metric import MaskMetric
@@ -56,6 +58,7 @@ class ScoreWriter(Callback):
     Raises:
         TypeError: At the first batch, if the module does not return these.
         ValueError: At the first batch, if their shapes differ, or a score has the name of another column.
+        ImportError: If SciPy, which computes the distances, is missing.
 
     Example:
         >>> from lightning_znorm import ScoreWriter
@@ -63,9 +66,13 @@ class ScoreWriter(Callback):
     """
 
     def __init__(self) -> None:
+        require(type(self).__name__, "scipy")  # for the distances
         self._table: ScoreTable | None = None
         self._several = False  # loaders
         self._seen = 0
+
+    def __repr__(self) -> str:
+        return represented(self, ScoreWriter, {})
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

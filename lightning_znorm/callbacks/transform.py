@@ -1,5 +1,6 @@
 """The callback that applies a gradient method to the gradients of the stepping optimizer."""
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import dropwhile, takewhile
@@ -12,19 +13,31 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_znorm.arguments import checked_flag
+from lightning_znorm.arguments import checked_flag, listed
 from lightning_znorm.callbacks.base import GradientCallback
 from lightning_znorm.callbacks.folders import short_key
 from lightning_znorm.callbacks.monitor import GradientMonitor
+from lightning_znorm.callbacks.padding_rows import with_padding_row
+from lightning_znorm.callbacks.representation import represented
 from lightning_znorm.callbacks.steps import Step
 from lightning_znorm.functional import is_attached
 from lightning_znorm.gradients import AffineMethod, GradientMethod, transform_slots_
 from lightning_znorm.gradients.adapters import GradientAdapter
 from lightning_znorm.gradients.amp import found_inf
 from lightning_znorm.gradients.apply import check_finite
-from lightning_znorm.gradients.methods import describe
+from lightning_znorm.gradients.methods import describe, is_zscore
 from lightning_znorm.gradients.optimizers import takes_two_steps, wrapped_by
 from lightning_znorm.gradients.slots import GradientSlot, ParameterFilter
+from lightning_znorm.gradients.step_sizes import StepSizes
+
+OPTIONS = {
+    "include": "parameter_filter.include",
+    "exclude": "parameter_filter.exclude",
+    "min_ndim": "parameter_filter.min_ndim",
+    "allow_untested_strategy": "allow_untested_strategy",
+    "error_if_nonfinite": "error_if_nonfinite",
+}
+"""Where these callbacks keep the options that they share."""
 
 
 class GradientTransform(GradientCallback):
@@ -61,8 +74,7 @@ class GradientTransform(GradientCallback):
         find is not one for transformed gradients.
 
     Args:
-        method: A :class:`~lightning_znorm.gradients.AffineMethod`, or a function from a gradient to its replacement of
-            the same shape.
+        method: An ``AffineMethod``, or a function from a gradient to its replacement of the same shape.
         include: Shell-style pattern or patterns; a parameter takes part if its name in the LightningModule matches one.
         exclude: Pattern or patterns whose matches are left alone.
         min_ndim: Least number of dimensions of a parameter; 2 leaves biases and normalization scales alone.
@@ -73,7 +85,7 @@ class GradientTransform(GradientCallback):
             is about to use holds an inf or NaN after the method. Parameters that do not take part are checked too,
             unless their gradients are sparse or of 8 bits. The check costs a pass over the gradients and one wait for
             the device at each step. A step that a ``GradScaler`` is going to skip is no error. By default, inf and NaN
-            pass, as in :func:`torch.nn.utils.clip_grad_norm_`.
+            pass, as in ``torch.nn.utils.clip_grad_norm_``.
 
     Raises:
         TypeError: If ``method`` is not a method, or another argument has the wrong type; in a step, if the shift and
@@ -85,6 +97,12 @@ class GradientTransform(GradientCallback):
             and an optimizer steps parameters without names, because the LightningModule does not register them.
         UnsupportedGradientError: Before a step, if a gradient is sparse, of 8 bits, or sharded in an unknown way.
         NonFiniteGradientError: Before a step, if a gradient holds an inf or NaN and ``error_if_nonfinite`` is set.
+
+    Warns:
+        UserWarning: Once for each optimizer, if the method is ZNorm or SING, and steps of SGD would be larger than half
+            the weights that they move: before the first step, or when the learning rate has grown so far. Where weights
+            are sharded, the first process judges by its own part. Once, if the method is ZNorm and the weight of an
+            embedding with a padding row takes part: that row would not stay as it is.
 
     Example:
         A method of one's own (root mean square normalization) for all weights but the last layer's:
@@ -118,6 +136,14 @@ class GradientTransform(GradientCallback):
         self.error_if_nonfinite = checked_flag("error_if_nonfinite", error_if_nonfinite)
         self.description = describe(method)
         self._overlaps: set[int] = set()  # ids of the callbacks that a warning has named
+        self._step_sizes: StepSizes | None = None
+
+    def __repr__(self) -> str:
+        return represented(self, GradientTransform, {"method": "method", **OPTIONS})
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_step_sizes": None}
 
     @property
     @override
@@ -155,6 +181,8 @@ class GradientTransform(GradientCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._overlaps = set()
         super().on_train_start(trainer, pl_module)
+        self._warn_of_padding_rows(trainer, pl_module)
+        self._step_sizes = StepSizes(self.method) if self._decides_gradients(trainer, pl_module) else None
         if trainer.gradient_clip_val:
             rank_zero_info(
                 f"{self.label}: gradient clipping (gradient_clip_val={trainer.gradient_clip_val}) runs afterwards and "
@@ -172,6 +200,16 @@ class GradientTransform(GradientCallback):
                     "descends along another. Lightning sees neither step, and the climb would use transformed "
                     "gradients. examples/sam.py shows how to transform only the gradient of the descent."
                 )
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._step_sizes = None
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._step_sizes = None
 
     @override
     def is_handled_elsewhere(self, optimizer: Optimizer) -> bool:
@@ -193,17 +231,17 @@ class GradientTransform(GradientCallback):
             shared = _shared_names(self.parameter_filter, other.parameter_filter, slots)
             if not shared:
                 continue
-            listed = shared[0] + (f" and {len(shared) - 1} more" if len(shared) > 1 else "")
+            names = listed(shared, 1)
             if _is_same_method(self.method, other.method):
                 raise MisconfigurationException(
                     f"{self.label} with {self.description} would repeat what {other.label} with {other.description}, "
-                    f"before it in the list of callbacks, does to the gradients of {listed}: remove one of them, or "
+                    f"before it in the list of callbacks, does to the gradients of {names}: remove one of them, or "
                     "give each its own parameters (include, exclude, min_ndim)"
                 )
             if id(other) not in self._overlaps:
                 self._overlaps.add(id(other))
                 rank_zero_warn(
-                    f"{self.label} transforms the gradients of {listed} after {other.label}, which is before it in the "
+                    f"{self.label} transforms the gradients of {names} after {other.label}, which is before it in the "
                     "list of callbacks: the result belongs to neither method. To compare them, use one at a time."
                 )
 
@@ -216,12 +254,66 @@ class GradientTransform(GradientCallback):
                 slot.clear()
             return None
         grads = transform_slots_(slots, self.method, loss_scale)
+        if self._step_sizes is not None and step.is_training:
+            # Frozen parameters stay where they are.
+            stepping = [slot for slot, grad in zip(slots, grads, strict=True) if grad is not None]
+            self._warn_of_large_steps(self._step_sizes, step, stepping)
         # Where the optimizer divides by a scale itself, it also looks for inf and NaN itself, and skips the step.
         if self.error_if_nonfinite and loss_scale is None:
             scaler = getattr(step.trainer.precision_plugin, "scaler", None)
             found = found_inf(scaler, step.optimizer)
             check_finite(step.adapter.slots_of(step.optimizer), found, step.trainer.global_step)
         return (slot for slot, grad in zip(slots, grads, strict=True) if grad is not None)
+
+    def _warn_of_padding_rows(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn of padding rows that the method would move."""
+        if not is_zscore(self.method):
+            return
+        adapter = self.model_of(trainer, pl_module).adapter
+        stepped = {slot: None for optimizer in trainer.optimizers for slot in adapter.slots_of(optimizer)}
+        chosen = [slot for slot in stepped if self.parameter_filter.matches(slot)]
+        if found := list(with_padding_row(pl_module, chosen)):
+            rows = listed([f"{name} (padding_idx={number})" for name, number in found])
+            names = [name for name, _ in found]
+            rank_zero_warn(
+                f"{self.label} would train the padding row of {rows}: its gradient is zero, and ZNorm subtracts the "
+                "mean of the whole gradient from it, so that the row does not stay as it is. Leave the embedding out: "
+                f"exclude={names[0] if len(names) == 1 else names!r}"
+            )
+
+    def _decides_gradients(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Return whether the gradients that this callback makes are those that the optimizer will use, but clipped."""
+        # A module's own clipping may do anything.
+        clips = getattr(type(pl_module), "configure_gradient_clipping", None)
+        if not str(getattr(clips, "__module__", "")).startswith(("lightning.pytorch.", "pytorch_lightning.")):
+            return False
+        callbacks: Any = getattr(trainer, "callbacks", ())
+        following = list(dropwhile(lambda callback: callback is not self, callbacks))[1:]
+        adapter = self.model_of(trainer, pl_module).adapter
+        slots = [slot for optimizer in trainer.optimizers for slot in adapter.slots_of(optimizer)]
+        return not any(
+            _shared_names(self.parameter_filter, other.parameter_filter, slots)
+            for other in following
+            if isinstance(other, GradientTransform)
+        )
+
+    def _warn_of_large_steps(self, step_sizes: StepSizes, step: Step, slots: Sequence[GradientSlot]) -> None:
+        """Warn of steps that are too large for the weights. The first process judges, without asking the others."""
+        trainer: Any = step.trainer
+        if not trainer.is_global_zero:
+            return
+        clipping = {"clip_norm": step.adapter.clip_norm()}
+        if trainer.gradient_clip_val:
+            name = "clip_value" if trainer.gradient_clip_algorithm == "value" else "clip_norm"
+            clipping[name] = min(float(trainer.gradient_clip_val), clipping.get(name, math.inf))
+
+        def slots_by_group() -> list[list[GradientSlot]]:
+            chosen = set(slots)
+            groups = step.adapter.slots_by_group(step.optimizer)
+            return [[slot for slot in group if slot in chosen] for group in groups]
+
+        if warning := step_sizes.warning_for(step.optimizer, slots_by_group, **clipping):
+            rank_zero_warn(f"{self.label}: {warning}")
 
 
 def _shared_names(first: ParameterFilter, second: ParameterFilter, slots: Iterable[GradientSlot]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The command line: ``python -m lightning_znorm``.
+"""The command line: ``lightning-znorm``, or ``python -m lightning_znorm``.
 
 It adapts `lightning.pytorch.cli.LightningCLI`, whose documentation says how to write YAML files and flags. The config
 files in the package are found from any folder. Flags override files wherever they stand. Experiments are applied before
@@ -15,6 +15,8 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,11 +28,13 @@ from lightning_znorm.cli.config_files import (
     is_stream,
     read_config,
     refuse_streams,
-    shipped_configs,
 )
 from lightning_znorm.cli.error_sentences import sentence
+from lightning_znorm.cli.help import COMMANDS, SHELLS, overview, page, usage
 from lightning_znorm.cli.launchers import is_first_process, started_processes
+from lightning_znorm.cli.program import MODULE, SCRIPT, program
 from lightning_znorm.errors import ZNormValueError
+from lightning_znorm.requirements import COMMAND, STUDY, require
 
 __all__ = ["main"]
 
@@ -38,33 +42,14 @@ THEN_TEST = "LIGHTNING_ZNORM_THEN_TEST"
 """Environment variable by which a study lets the process of `fit` test, too: JSON with the arguments of `test`, and the
 file that exists once the training is complete."""
 
-_COMMANDS = ("fit", "validate", "test", "predict", "compare")
-_HELP = """\
-usage: python -m lightning_znorm {fit,validate,test,predict,compare} [--config FILE ...] [--KEY VALUE ...]
-
-  fit       train
-  validate  evaluate on the validation set
-  test      evaluate on the test set
-  predict   save the predictions for the test set
-  compare   run several methods with several seeds, and report whether they differ (`compare --help`)
-
-Name an experiment and a method. The method changes the experiment, and flags override both:
-
-  python -m lightning_znorm fit --config configs/digits/resnet20.yaml --config configs/methods/znorm.yaml
-  python -m lightning_znorm fit --config configs/digits/resnet20.yaml --trainer.max_epochs 2
-
-`fit --help` lists the flags, `fit ... --print_config` prints the resulting settings, `--version` the version.
-
-These files come with the package; a file of the same name on disk is used in place of one:
-
-"""
+_COMPLETION = "--print_completion"
 
 
 def main(args: list[str] | None = None) -> None:
     """Run one command.
 
     Args:
-        args: The arguments of ``python -m lightning_znorm``. Default: those of this program.
+        args: The arguments of ``lightning-znorm``. Default: those of this program.
 
     Raises:
         SystemExit: With one sentence on stderr, if the files, the settings or the data are wrong.
@@ -73,16 +58,21 @@ def main(args: list[str] | None = None) -> None:
         >>> main(["--version"])
         lightning-znorm 0.1.0
     """
+    is_program = args is None
     if args is None:
         args = sys.argv[1:]
         _prepare_streams(args)
+        _find_modules_here()
     if args in ([], ["-h"], ["--help"]):
-        print(_HELP + "\n".join(f"  {name}" for name in shipped_configs()))
+        _print(overview(program()))
     elif args == ["--version"]:
-        print(f"lightning-znorm {__version__}")
+        _print(f"lightning-znorm {__version__}")
     else:
         try:
-            _run(args)
+            if args[0].partition("=")[0] == _COMPLETION:
+                _print_completion(args)
+            else:
+                _run(args, is_program)
         except Exception as error:  # any, because `sentence` decides which of them need no traceback
             message = sentence(error)
             if message is None:
@@ -90,11 +80,10 @@ def main(args: list[str] | None = None) -> None:
             sys.exit(f"error: {message}")
 
 
-def _run(args: list[str]) -> None:
+def _run(args: list[str], is_program: bool) -> None:
     # Not for the processes that Lightning may start.
     then_test = os.environ.pop(THEN_TEST, None)
-    options = _Options(prog="python -m lightning_znorm", add_help=False, allow_abbrev=False)
-    options.usage = _HELP.splitlines()[0].removeprefix("usage: ")
+    options = _Options(prog=program(), usage=usage(program()), add_help=False, allow_abbrev=False)
     options.add_argument("-c", "--config", action="append", default=[])
     named, remaining = options.parse_known_args(args)
     if problem := _no_command(remaining, args):
@@ -102,9 +91,10 @@ def _run(args: list[str]) -> None:
     if remaining[0] == "compare":
         named_files = [*named.config, *remaining[1:]]  # methods are in the remaining arguments
         refuse_streams([name for name in named_files if is_stream(name)], "each run of a study reads its settings")
+        require("compare", *STUDY)
         from lightning_znorm.compare.command import main as compare
 
-        if code := compare([*(arg for name in named.config for arg in ("--config", name)), *remaining[1:]]):
+        if code := compare([*(arg for name in named.config for arg in ("--config", name)), *remaining[1:]], program()):
             sys.exit(code)
         return
     streams = [name for name in named.config if is_stream(name)]
@@ -113,10 +103,15 @@ def _run(args: list[str]) -> None:
     check_streams(streams, started_processes(os.environ))
     files = [read_config(name) for name in named.config]
     ordered = in_order(files)
+    if {"-h", "--help"} & {*remaining[1:]}:
+        _print(page(remaining[0], program(), ordered))
+        sys.exit(0)
     if (moves := describe_moves(files)) and is_first_process(os.environ):
         print(moves, file=sys.stderr)  # stdout may be a config file, with --print_config
 
-    from lightning_znorm.cli.run import RunCLI
+    require(remaining[0], *COMMAND)
+    with _no_collections(is_program):
+        from lightning_znorm.cli.run import RunCLI
 
     world_size = RunCLI(ordered, remaining).trainer.world_size
     # After a training in several processes, the study starts others for the test.
@@ -124,11 +119,48 @@ def _run(args: list[str]) -> None:
         _test_as_well(**json.loads(then_test))
 
 
+def _print_completion(args: list[str]) -> None:
+    """Print the script that completes commands in a shell.
+
+    Args:
+        args: The arguments of the program: the option, and the name of the shell.
+
+    Raises:
+        ValueError: If they name no shell.
+        ImportError: If shtab is not installed.
+    """
+    shell = " ".join(args).replace("=", " ", 1).partition(" ")[2]
+    if shell not in SHELLS:
+        raise ZNormValueError(f"{_COMPLETION} takes the name of a shell: {', '.join(SHELLS[:-1])} or {SHELLS[-1]}.")
+    require(_COMPLETION, "shtab", *COMMAND)
+    from lightning_znorm.cli.completion import print_script
+
+    print_script(shell)
+
+
+@contextmanager
+def _no_collections(is_program: bool) -> Iterator[None]:
+    """Import without garbage collections: PyTorch and Lightning make very many objects, and nearly all of them stay.
+
+    Args:
+        is_program: Whether this is the whole program. Then later collections do not look at these objects either.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_program:
+            gc.freeze()
+        if collects:
+            gc.enable()
+
+
 def _test_as_well(args: list[str], once: str) -> None:
     """Test in this process what it has trained.
 
     Args:
-        args: Arguments of ``python -m lightning_znorm``.
+        args: Arguments of ``lightning-znorm``.
         once: File that exists once the training is complete.
     """
     if not Path(once).is_file():
@@ -138,9 +170,9 @@ def _test_as_well(args: list[str], once: str) -> None:
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     sys.stderr.flush()
-    print(f"$ python -m lightning_znorm {' '.join(args)}", flush=True)
+    print(f"$ {MODULE} {' '.join(args)}", flush=True)  # the log of a study has this line in front of each command
     sys.argv[1:] = args
-    _run(args)
+    _run(args, is_program=False)
 
 
 class _Options(argparse.ArgumentParser):
@@ -153,17 +185,18 @@ class _Options(argparse.ArgumentParser):
 def _no_command(remaining: list[str], args: list[str]) -> str | None:
     """Return what is wrong with the command; None if one comes first among the arguments that name no config file."""
     first = remaining[0] if remaining else ""
-    if first in _COMMANDS:
+    if first in COMMANDS:
         return None
-    every = f"{', '.join(_COMMANDS[:-1])} or {_COMMANDS[-1]}"
+    *others, last = COMMANDS
+    every = f"{', '.join(others)} or {last}"
     if first and not first.startswith("-"):
-        nearest = difflib.get_close_matches(first.lower(), _COMMANDS, 1)
+        nearest = difflib.get_close_matches(first.lower(), COMMANDS, 1)
         advice = f"did you mean {nearest[0]}?" if nearest else f"it is {every}."
         return f"there is no command {first}: {advice}"
-    later = [arg for arg in remaining if arg in _COMMANDS]
+    later = [arg for arg in remaining if arg in COMMANDS]
     if len(later) == 1:
         return f"the command comes first: {later[0]} {shlex.join(arg for arg in args if arg != later[0])}"
-    nearest = difflib.get_close_matches(first, ("--help", "--version"), 1)
+    nearest = difflib.get_close_matches(first, ("--help", "--version", _COMPLETION), 1)
     return f"there is no option {first}: did you mean {nearest[0]}?" if nearest else f"name a command first: {every}."
 
 
@@ -174,3 +207,18 @@ def _prepare_streams(args: list[str]) -> None:
             stream.reconfigure(errors="backslashreplace")
     if isinstance(sys.stdout, io.TextIOWrapper) and any(arg.startswith("--print_config") for arg in args):
         sys.stdout.reconfigure(encoding="utf-8")  # the encoding in which config files are read
+
+
+def _print(text: str) -> None:
+    """Print a text of which the user may read the beginning alone: ``lightning-znorm --help | head``."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Else Python would write the rest when it ends, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _find_modules_here() -> None:
+    """Let the console script find modules in the current folder, as ``python -m`` does, for settings name them."""
+    if program() == SCRIPT and not getattr(sys.flags, "safe_path", False):  # a flag of Python 3.11 and later
+        sys.path.insert(0, os.getcwd())

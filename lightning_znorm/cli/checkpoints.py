@@ -13,11 +13,9 @@ from typing import Any
 
 import yaml
 
-from lightning_znorm import metrics
 from lightning_znorm.cli.config_files import dotted
 from lightning_znorm.cli.pickles import check_folder, load_plain
 from lightning_znorm.errors import ZNormValueError
-from lightning_znorm.tasks import SegmentationTask
 
 # Lightning reads these keys without asking whether they are there.
 _NEEDED: dict[str, type] = {"state_dict": Mapping, "pytorch-lightning_version": str}
@@ -32,6 +30,8 @@ _HARMLESS = (
     "torch.nn.",
     "torch.optim.",
 )
+# Of these, the public metrics alone.
+_METRICS = "lightning_znorm.metrics."
 # Settings of a SegmentationTask that say how it is evaluated, and leave the trained network as it is.
 _EVALUATION = ("metrics", "inferer", "threshold", "class_names", "size_divisor")
 # Settings of the model that change nothing in an evaluation.
@@ -111,6 +111,8 @@ def evaluation_settings(given: Mapping[str, Any], keys: Iterable[str]) -> dict[s
         >>> evaluation_settings(given, ["model.init_args.threshold"])
         {'threshold': True}
     """
+    from lightning_znorm.tasks import SegmentationTask
+
     task = pydoc.locate(str(given.get("class_path")))
     if not (isinstance(task, type) and issubclass(task, SegmentationTask)):
         return {}
@@ -303,12 +305,14 @@ def _may_be_code(text: str) -> bool:
     module, _, name = text.rpartition(".")
     if not module or not all(part.isidentifier() for part in text.split(".")):
         return False
-    if text.startswith((*_HARMLESS, f"{metrics.__name__}.")):
+    if text.startswith((*_HARMLESS, _METRICS)):
         try:
             found = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError):  # jsonargparse may find a module that this module has imported
             return True
-        if text.startswith(f"{metrics.__name__}."):
+        if text.startswith(_METRICS):
+            from lightning_znorm import metrics
+
             return found not in [getattr(metrics, known) for known in metrics.__all__]
         return not (isinstance(found, type) and f"{found.__module__}.".startswith(_HARMLESS))
     package = module.partition(".")[0]

@@ -1,9 +1,11 @@
 """The parser, the Trainer and the callback that `lightning_znorm.cli.run.RunCLI` is made of."""
 
+import argparse
 import codecs
 import locale
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
@@ -17,10 +19,14 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from typing_extensions import override
 
 from lightning_znorm.callbacks.folders import run_folder
+from lightning_znorm.cli.classes import import_classes
 from lightning_znorm.cli.config_files import ConfigFile
+from lightning_znorm.cli.help_format import HelpFormatter, in_order
 from lightning_znorm.cli.parse_errors import explained
 from lightning_znorm.errors import ZNormValueError
 
+# What jsonargparse says above the arguments of a class.
+_CLASS_HELP = re.compile(r"Help for --\S+=(\S+)")
 # Lightning divides by these without a check.
 _AT_LEAST_ONE = ("accumulate_grad_batches", "check_val_every_n_epoch")
 
@@ -53,6 +59,30 @@ class Parser(LightningArgumentParser):
     files: Sequence[ConfigFile] = ()
     failures: list[tuple[type, Exception]]
     """Classes that could not be instantiated, and why."""
+    titles: Mapping[str, str] = {}
+    """Titles of groups of flags, by the names of the groups."""
+
+    def __init__(self, *args: Any, usage: str | None = argparse.SUPPRESS, **kwargs: Any) -> None:
+        # jsonargparse makes a parser for the help of a class by the description alone: no usage can be shown there.
+        if found := _CLASS_HELP.fullmatch(kwargs.get("description") or ""):
+            kwargs["description"] = (
+                f"Arguments of {found[1]}, as flags behind the flag that names the class. In a file, these are its "
+                "init_args."
+            )
+        super().__init__(*args, usage=usage, formatter_class=HelpFormatter, **kwargs)
+
+    @override
+    def add_argument_group(self, *args: Any, name: str | None = None, **kwargs: Any) -> Any:
+        """Add a group of flags. jsonargparse's title is the first line of a class's docstring."""
+        if name is not None and name in self.titles:
+            args = (self.titles[name], *args[1:])
+        return super().add_argument_group(*args, name=name, **kwargs)
+
+    @override
+    def format_help(self, *args: Any) -> str:
+        """Return the help: of a command, what one needs comes first."""
+        text: str = super().format_help(*args)
+        return in_order(text) if self.titles else text
 
     @override
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
@@ -84,13 +114,30 @@ class Parser(LightningArgumentParser):
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End the program, unless a parser around this one handles the error."""
-        super().error(explained(message, self.files, self.options()) if self.exit_on_error else message, ex)
+        if self.exit_on_error:
+            import_classes()  # the nearest names are suggested
+            message = explained(message, self.files, self.options())
+        super().error(message, ex)
+
+    def commands(self) -> Mapping[str, "Parser"]:
+        """Return the parsers of the commands."""
+        # jsonargparse does not list them in public.
+        return self._subcommands_action.choices if self._subcommands_action else {}
 
     def options(self) -> Collection[str]:
-        """Return all flags of the command and its subcommands, to suggest the nearest one for a misspelt flag."""
-        # Neither argparse nor jsonargparse lists the flags of a parser in public.
-        commands: Iterable[Parser] = self._subcommands_action.choices.values() if self._subcommands_action else ()
-        return {*self._option_string_actions, *(option for command in commands for option in command.options())}
+        """Return all flags of the commands, to suggest the nearest one for a misspelt flag."""
+        parsers = (self, *self.commands().values())
+        return {option for parser in parsers for action in flags_of(parser) for option in action.option_strings}
+
+
+def flags_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Return the flags of a parser.
+
+    Args:
+        parser: The parser of a command.
+    """
+    # Neither argparse nor jsonargparse lists them in public.
+    return list(dict.fromkeys(parser._option_string_actions.values()))
 
 
 class CommandTrainer(Trainer):

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from lightning_znorm.cli.program import program
 from lightning_znorm.errors import ZNormFileNotFoundError, ZNormValueError
 
 _PACKAGE = Path(__file__).parents[1]
@@ -294,9 +295,7 @@ def _find(name: str) -> Path:
     if PurePath(name).as_posix() in names:
         return _shipped_root() / name
     nearest = difflib.get_close_matches(name, names)
-    advice = (
-        f"did you mean {' or '.join(nearest)}?" if nearest else "python -m lightning_znorm --help lists the latter."
-    )
+    advice = f"did you mean {' or '.join(nearest)}?" if nearest else f"{program()} --help lists the latter."
     raise ZNormFileNotFoundError(f"No config file {name}, neither on disk nor in the package: {advice}")
 
 

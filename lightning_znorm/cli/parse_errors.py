@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 from lightning_znorm.cli.config_files import ConfigFile
 from lightning_znorm.cli.error_sentences import describe_error
 from lightning_znorm.cli.jsonargparse_messages import Fault, read_fault
+from lightning_znorm.requirements import is_ours, needs
 
 _OF_CLASSES = ("class_path", "init_args")
 _SECTIONS = ("seed_everything", "model", "data", "trainer")
@@ -229,6 +230,8 @@ def _failed_import(class_path: str, reason: str) -> str | None:
             return None
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
             parent, _, name = error.name.rpartition(".")
+            if is_ours(error.name):
+                return f"is {class_path}, {needs('which', error.name)}"
             folders = getattr(_resolved(parent), "__path__", ()) if parent else None
             known = [each.name for each in pkgutil.iter_modules(folders)]
             return f"cannot be made: {error}{_did_you_mean(name, known, parent) or '.'}"

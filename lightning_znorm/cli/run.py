@@ -17,9 +17,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-# Imported for their names: YAML may then name these classes without their modules.
-import lightning_znorm.data
-import lightning_znorm.tasks  # noqa: F401
 from lightning_znorm.callbacks import GradientTransform, LastCheckpoint
 from lightning_znorm.callbacks.folders import run_folder
 from lightning_znorm.cli.checkpoints import (
@@ -33,15 +30,17 @@ from lightning_znorm.cli.checkpoints import (
     saved_class,
     saved_model,
 )
+from lightning_znorm.cli.classes import import_classes
 from lightning_znorm.cli.components import CommandTrainer, Parser, SaveConfig, check_encoding, stand_in
 from lightning_znorm.cli.config_files import ConfigFile, check_callbacks, check_streams
 from lightning_znorm.cli.error_sentences import describe_error, is_bug, sentence, users_traceback
+from lightning_znorm.cli.help import SENTENCES
+from lightning_znorm.cli.help_format import TITLES
 from lightning_znorm.cli.launchers import check_processes
 from lightning_znorm.cli.parse_errors import class_settings, where
+from lightning_znorm.cli.program import program
 from lightning_znorm.errors import ZNormFileExistsError, ZNormValueError
 from lightning_znorm.hyperparameters import not_loadable
-
-_PROGRAM = "python -m lightning_znorm"
 
 
 class RunCLI(LightningCLI):
@@ -56,9 +55,13 @@ class RunCLI(LightningCLI):
         self.files = files
         self.args = args
         self.failures: list[tuple[type, Exception]] = []
-        usages = {name: f"{_PROGRAM} {name} [--config FILE ...] [--KEY VALUE ...]" for name in self.subcommands()}
+        import_classes()
+        usage = f"{program()} {{}} [--config FILE ...] [--KEY VALUE ...]"
         # Others look for flags by their full names, so abbreviations are off.
-        commands = {name: {"usage": usage, "allow_abbrev": False} for name, usage in usages.items()}
+        commands = {
+            name: {"usage": usage.format(name), "allow_abbrev": False, "description": SENTENCES[name]}
+            for name in self.subcommands()
+        }
         try:
             super().__init__(
                 args=[*args[:1], *_flags(map(stand_in, range(len(files)))), *args[1:]],
@@ -66,7 +69,7 @@ class RunCLI(LightningCLI):
                 trainer_class=CommandTrainer,
                 save_config_callback=SaveConfig,
                 save_config_kwargs={"save_to_log_dir": False},  # but to the run's own folder, also for W&B
-                parser_kwargs={"prog": _PROGRAM, "allow_abbrev": False, **commands},
+                parser_kwargs={"prog": program(), "usage": None, "allow_abbrev": False, **commands},
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 seed_everything_default=0,
@@ -84,6 +87,12 @@ class RunCLI(LightningCLI):
         self._refuse_constructor(*failure)
 
     @override
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning's is a static method
+        """Return the command that is run, with the arguments that its flags leave out; without one, all commands."""
+        commands = super().subcommands()
+        return {name: commands[name] for name in self.args[:1] or commands}
+
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let callbacks draw no random numbers: a seed gives the same weights and data split with any callbacks."""
         parser.add_instantiator(_isolated, Callback)  # callbacks are instantiated before the model
@@ -93,6 +102,9 @@ class RunCLI(LightningCLI):
         """Return the parser, or that of one command."""
         parser = super().init_parser(**kwargs)
         assert isinstance(parser, Parser)
+        parser.titles = TITLES
+        # --help is answered before PyTorch is loaded.
+        parser.add_argument("--help_all", action="help", help="Show this page, and exit.")
         parser.files = self.files
         parser.failures = self.failures
         return parser
@@ -236,7 +248,7 @@ class RunCLI(LightningCLI):
             args = ["test", *self._same_settings(), "--ckpt_path", path]
             which = f"{which} checkpoint"
             print(f"{which:<{width}} {path}{since}")
-            print(f"{'test it with':<{width}} {_PROGRAM} {shlex.join(args)}")
+            print(f"{'test it with':<{width}} {program()} {shlex.join(args)}")
 
     def _same_settings(self) -> list[str]:
         """Return files and flags for another command on the same settings."""

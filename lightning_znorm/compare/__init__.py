@@ -21,6 +21,7 @@ from typing import Any
 
 from lightning_znorm.compare.statistics import Row, Table
 from lightning_znorm.compare.study import StudyError
+from lightning_znorm.requirements import STUDY, require
 
 __all__ = ["Row", "StudyError", "Table", "run"]
 
@@ -63,11 +64,12 @@ def run(
         args: Further options of ``fit``, such as ``["--trainer.max_epochs", "10"]``.
 
     Returns:
-        The table. A run that fails raises nothing: it is among the table's ``failures``. If the report cannot be
+        The table. A run that fails raises nothing, and is among the table's ``failures``. If the report cannot be
         written, a warning says why.
 
     Raises:
         StudyError: Before the first run, if something is wrong with the study.
+        ImportError: Before the first run, if a package that a study needs is missing.
         KeyboardInterrupt: Upon Ctrl-C; and in the main thread upon SIGTERM, SIGHUP and SIGQUIT, unless the program
             handles or ignores them. The processes of the runs are ended before.
 
@@ -77,6 +79,8 @@ def run(
         >>> table = compare.run("configs/digits/resnet20.yaml", methods, output="studies/digits")  # doctest: +SKIP
         >>> table.row("znorm").difference, table.row("znorm").verdict  # doctest: +SKIP
     """
+    require("compare", *STUDY)
+
     import warnings
 
     from rich.console import Console

@@ -7,7 +7,7 @@ from lightning_znorm.compare.settings import scales_gradients, values_by_path
 from lightning_znorm.compare.study import Plan
 
 _LOWER = 1e-3
-"""Usual learning rates of SGD with gradients of unit size, as a share of those without (README)."""
+"""Usual learning rates of SGD with gradients of unit size, as a share of those without (docs/methods/index.md)."""
 
 
 def advise(plan: Plan, optimizers: Mapping[str, Sequence[str]]) -> list[str]:

@@ -56,7 +56,7 @@ def monitored_value(checkpoint: dict[str, Any]) -> tuple[str | None, float | Non
     """Return the metric that chose a checkpoint, and its value; ``None`` for both if no metric chose it."""
     if MONITORED in checkpoint:
         return checkpoint[MONITORED]["name"], checkpoint[MONITORED]["value"]
-    for key, state in checkpoint["callbacks"].items():  # written by version 0.1.0
+    for key, state in checkpoint["callbacks"].items():  # written by versions before 0.1.0
         if key.startswith(f"{BestCheckpoint.__name__}{{"):
             return state["monitor"], None if state["current_score"] is None else float(state["current_score"])
     return None, None

@@ -30,7 +30,7 @@ Does a method help? Runs every method with every seed, each in its own process: 
 Writes DIR/report.html, report.md and results.csv. After an interruption, the same command runs what is missing.
 Methods may be added; with more seeds, the report is exploratory. All other options are those of `fit`.
 
-  python -m lightning_znorm compare --config configs/digits/resnet20.yaml \\
+  {program} compare --config configs/digits/resnet20.yaml \\
       --methods configs/methods/baseline.yaml configs/methods/znorm.yaml --seeds 0 1 2 --output studies/digits
 
 To compare each method at its own best learning rate, add
@@ -38,11 +38,12 @@ To compare each method at its own best learning rate, add
 """
 
 
-def main(args: Sequence[str]) -> int:
+def main(args: Sequence[str], program: str = "python -m lightning_znorm") -> int:
     """Run a study.
 
     Args:
         args: The arguments behind ``compare``.
+        program: What the user types in front of ``compare``.
 
     Returns:
         The exit code: 1 if a run failed, or a part of the report could not be written; 130 after an interruption.
@@ -51,7 +52,7 @@ def main(args: Sequence[str]) -> int:
         SystemExit: With one sentence on stderr, before the first run, if something is wrong with the study.
     """
     try:
-        return _main(args)
+        return _main(args, program)
     except StudyError as error:
         sys.exit(f"error: {error}")
 
@@ -120,8 +121,8 @@ def command_line(study: Study, resources: Resources) -> str:
     return shlex.join([*words, *study.args])
 
 
-def _main(args: Sequence[str]) -> int:
-    options, fit_options = _parser().parse_known_args(args)
+def _main(args: Sequence[str], program: str) -> int:
+    options, fit_options = make_parser(program).parse_known_args(args)
     study = Study(
         tuple(options.config),
         tuple(options.methods),
@@ -153,11 +154,16 @@ def _main(args: Sequence[str]) -> int:
     return 1 if table.failures or problems else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser(program: str) -> argparse.ArgumentParser:
+    """Return the parser of the command's own flags. All other flags are those of ``fit``.
+
+    Args:
+        program: What the user types in front of ``compare``.
+    """
     parser = argparse.ArgumentParser(
-        "python -m lightning_znorm compare",
-        usage="python -m lightning_znorm compare --config FILE ... --methods FILE ... --output DIR [--KEY VALUE ...]",
-        description=_DESCRIPTION,
+        f"{program} compare",
+        usage=f"{program} compare --config FILE ... --methods FILE ... --output DIR [--KEY VALUE ...]",
+        description=_DESCRIPTION.format(program=program),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -22,7 +22,8 @@ from lightning_znorm.compare.processes import Processes, Stopped, import_paths
 from lightning_znorm.compare.runner import fit_and_test
 from lightning_znorm.compare.settings import values_by_path
 from lightning_znorm.compare.study import Outcome, Plan, Run, StudyError
-from lightning_znorm.errors import ZNormRuntimeError
+from lightning_znorm.errors import ZNormImportError, ZNormRuntimeError
+from lightning_znorm.requirements import require
 
 _SECONDS_FOR_RAY = 10
 """How long an interrupted study waits for its Ray tasks to end."""
@@ -213,9 +214,11 @@ def ray_engine(address: str, cpus: float, gpus: float, monitored: bool) -> Itera
         StudyError: If Ray is not installed, there is no cluster, or none of its machines is large enough.
     """
     try:
-        import ray
-    except ImportError:
-        raise StudyError("--ray needs Ray: pip install 'lightning-znorm[ray]'.") from None
+        require("--ray", "ray")
+    except ZNormImportError as error:
+        raise StudyError(str(error)) from error
+    import ray
+
     module: Any = ray  # its types are incomplete
     connects = not module.is_initialized()
     if connects:

@@ -278,6 +278,9 @@ def _import() -> bool:
 
     import lightning_znorm.cli.run
     import lightning_znorm.compare.recorder  # noqa: F401
+    from lightning_znorm.cli.classes import import_classes
+
+    import_classes()  # once, instead of in every copy
 
     gc.collect()
     gc.freeze()  # a collection in a copy would write to, and so copy, the memory that all share

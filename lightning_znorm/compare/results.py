@@ -101,7 +101,7 @@ def read_test(run: Run) -> Evaluation | None:
     """Read the test of a run.
 
     Returns:
-        The test; ``None`` if there is none, or if it does not say what was tested, as version 0.1.0 wrote it.
+        The test; ``None`` if there is none, or if it does not say what was tested, as versions before 0.1.0 wrote it.
 
     Raises:
         DamagedError: If the file holds something else.

@@ -35,7 +35,7 @@ _ROUNDING = 1e-3  # relative variation of equal differences between float32 metr
 class Row:
     """A metric under a method.
 
-    Args:
+    Attributes:
         metric: Name of the metric.
         method: Name of the method.
         seeds: Seeds of the runs that are done.
@@ -51,6 +51,24 @@ class Row:
         differences: Difference from the first method for each of the seeds, ``None`` where the first method lacks the
             seed; empty for the first method.
         counts: For each of the seeds, how many logged values its value is the mean of.
+
+    Example:
+        A study makes the rows. This one has the numbers of a study with three seeds:
+
+        >>> from lightning_znorm.compare import Row
+        >>> row = Row(
+        ...     metric="test/accuracy",
+        ...     method="znorm",
+        ...     seeds=(0, 1, 2),
+        ...     values=(0.97, 0.98, 0.96),
+        ...     mean=0.97,
+        ...     spread=0.01,
+        ...     difference=0.005,
+        ...     interval=(-0.02, 0.03),
+        ...     differences=(0.01, 0.01, -0.005),
+        ... )
+        >>> f"{row.method}: {row.difference:+.3f}, 95 % interval from {row.interval[0]} to {row.interval[1]}"
+        'znorm: +0.005, 95 % interval from -0.02 to 0.03'
     """
 
     metric: str
@@ -79,14 +97,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The result of a study: every metric under every method.
+    """The result of a study: every metric under every method. ``print(table)`` prints the metric that decides.
 
-    Args:
+    Attributes:
         metric: The metric that decides.
         rows: Every metric under every method; the metric that decides comes first.
-        failures: Runs that failed. They are not in the rows.
+        failures: Runs that failed. They are not in the rows. Each has ``run.name``, ``error`` (why it failed, with the
+            end of its log), ``seconds`` (how long it took) and ``notes`` (a sentence about each damaged file that was
+            set aside).
         output: Folder with ``results.csv``, ``report.md`` and ``report.html``.
         chosen: In a sweep, the values at which each method is compared, by swept setting.
+
+    Example:
+        `lightning_znorm.compare.run` returns such a table:
+
+        >>> from pathlib import Path
+        >>> from lightning_znorm.compare import Row, Table
+        >>> baseline = Row("test/accuracy", "baseline", (0, 1), (0.96, 0.98), 0.97, 0.014, None, None)
+        >>> znorm = Row("test/accuracy", "znorm", (0, 1), (0.97, 0.99), 0.98, 0.014, 0.01, (0.01, 0.01))
+        >>> table = Table("test/accuracy", (baseline, znorm), (), Path("studies/digits"))
+        >>> table.row("znorm").difference, table.failures
+        (0.01, ())
     """
 
     metric: str

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from lightning_znorm.data.samplers import EpochSampler
 from lightning_znorm.data.splits import stratified_split
 from lightning_znorm.errors import ZNormRuntimeError, ZNormValueError
 from lightning_znorm.hyperparameters import PlainHyperparameters, plain_values
+from lightning_znorm.requirements import require
 
 
 class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
@@ -40,6 +41,7 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
     Raises:
         ValueError: If one of these is out of range.
         TypeError: If one is not a number.
+        ImportError: If a package that the data module imports is missing.
     """
 
     train_set: Dataset[Any]
@@ -51,9 +53,13 @@ class ImageDataModule(PlainHyperparameters, LightningDataModule, ABC):
     """Mean of each channel, in units of `max_value`."""
     std: tuple[float, ...]
     """Standard deviation of each channel, in units of `max_value`."""
+    # Packages that a class imports besides those that torch and lightning need, without those of its base classes.
+    _packages: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, batch_size: int, val_fraction: float, seed: int, num_workers: int = 0) -> None:
         super().__init__()
+        packages = [package for cls in type(self).__mro__ for package in vars(cls).get("_packages", ())]
+        require(type(self).__name__, *dict.fromkeys(packages))
         batch_size, val_fraction, seed, num_workers = plain_values(
             batch_size=batch_size, val_fraction=val_fraction, seed=seed, num_workers=num_workers
         )
@@ -231,6 +237,7 @@ class InMemoryDataModule(ImageDataModule):
     """
 
     num_classes: int
+    _packages: ClassVar[tuple[str, ...]] = ("sklearn",)
 
     @abstractmethod
     def load(self, train: bool) -> tuple[Images, Labels]:

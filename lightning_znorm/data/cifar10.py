@@ -43,6 +43,7 @@ class CIFAR10DataModule(InMemoryDataModule):
     Raises:
         ValueError: If an argument is out of range.
         TypeError: If one is of another type.
+        ImportError: If a package that it needs is missing.
 
     Example:
         >>> data = CIFAR10DataModule(root="data", download=True)
@@ -50,6 +51,7 @@ class CIFAR10DataModule(InMemoryDataModule):
         (10, 256)
     """
 
+    _packages = ("sklearn", "torchvision")
     num_classes = 10
     max_value = 255
     # Of all pixels of the 50,000 training images.

@@ -26,6 +26,7 @@ class DigitsDataModule(InMemoryDataModule):
     Raises:
         ValueError: If an argument is out of range.
         TypeError: If one is of another type.
+        ImportError: If a package that it needs is missing.
 
     Example:
         >>> data = DigitsDataModule(batch_size=32)

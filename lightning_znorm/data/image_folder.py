@@ -82,6 +82,7 @@ class ImageFolderDataModule(ImageDataModule):
             exceeds ``resize_size``, if ``train`` and ``val`` have different classes, or if a file is in two classes or
             in both folders.
         TypeError: If an argument is of another type.
+        ImportError: If a package that it needs is missing.
         FileNotFoundError: If ``train``, ``val``, or the images of a class are missing.
         RuntimeError: When a batch is read, if an image cannot be read, or would be cut or changed.
 
@@ -91,6 +92,7 @@ class ImageFolderDataModule(ImageDataModule):
         224
     """
 
+    _packages = ("PIL", "sklearn", "torchvision")
     max_value = 255
     # Of ImageNet's training images.
     mean = (0.485, 0.456, 0.406)

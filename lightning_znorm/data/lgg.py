@@ -91,6 +91,7 @@ class LGGDataModule(SegmentationDataModule):
             with other values than 0 and 255: one error names them. If a checkpoint was trained on patients that it
             would be judged by.
         TypeError: If an argument is of another type.
+        ImportError: If a package that it needs is missing.
         FileNotFoundError: If there are no slices.
 
     Example:
@@ -99,6 +100,7 @@ class LGGDataModule(SegmentationDataModule):
         (1, 32)
     """
 
+    _packages = ("PIL", "rich")
     num_classes = 1
     max_value = 255
     # Of the 1,114 slices of 30 patients.

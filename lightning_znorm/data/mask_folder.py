@@ -115,6 +115,7 @@ class MaskFolderDataModule(SegmentationDataModule):
             two cases: one error names them. If a checkpoint was trained on patients that it would be judged by, or with
             another ``mean`` and ``std`` than given.
         TypeError: If an argument is of another type.
+        ImportError: If a package that it needs is missing.
         FileNotFoundError: If there are no images.
         RuntimeError: If images are to be predicted for without a checkpoint, a training or a ``mean``.
 
@@ -123,6 +124,8 @@ class MaskFolderDataModule(SegmentationDataModule):
         >>> data.num_classes
         3
     """
+
+    _packages = ("PIL", "rich")
 
     def __init__(
         self,

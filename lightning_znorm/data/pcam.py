@@ -26,7 +26,7 @@ from lightning_znorm.data.listing import (
 )
 from lightning_znorm.data.samplers import BlockSampler
 from lightning_znorm.data.splits import stratified_indices
-from lightning_znorm.errors import ZNormFileNotFoundError, ZNormImportError, ZNormRuntimeError, ZNormValueError
+from lightning_znorm.errors import ZNormFileNotFoundError, ZNormRuntimeError, ZNormValueError
 from lightning_znorm.hyperparameters import plain_values
 
 _SPLITS = ("train", "valid", "test")
@@ -92,6 +92,7 @@ class PCamDataModule(ImageDataModule):
         ValueError: If an argument is out of range, if the data are not PatchCamelyon's, or if a file has two names,
             through a link or as a hard link.
         TypeError: If an argument is of another type.
+        ImportError: If a package that it needs is missing.
         FileNotFoundError: If files are missing, or are broken links.
         RuntimeError: If an HDF5 file cannot be read.
 
@@ -101,6 +102,7 @@ class PCamDataModule(ImageDataModule):
         (2, 128)
     """
 
+    _packages = ("PIL", "h5py", "rich", "sklearn")
     num_classes = 2
     max_value = 255
     # Of 2,217 of the training images.
@@ -273,12 +275,7 @@ def _h5_copier(images: Any, path: Path) -> Callable[[NDArray[np.uint8]], None]:
 
 @contextmanager
 def _h5_dataset(path: Path, name: str) -> Iterator[Any]:
-    try:
-        import h5py
-    except ImportError as error:
-        raise ZNormImportError(
-            "PatchCamelyon's h5 files are read by h5py, which is missing: pip install h5py"
-        ) from error
+    import h5py
 
     with _reading_h5(path):
         file = h5py.File(path)

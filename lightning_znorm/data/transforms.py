@@ -14,8 +14,9 @@ from torch import Tensor
 from lightning_znorm.arguments import shown
 from lightning_znorm.batches import kind_of, plain
 from lightning_znorm.data.datasets import IGNORED
-from lightning_znorm.errors import ZNormTypeError, ZNormValueError
+from lightning_znorm.errors import ZNormError, ZNormTypeError, ZNormValueError
 from lightning_znorm.hyperparameters import plain_value
+from lightning_znorm.requirements import is_ours, require
 
 Described: TypeAlias = dict | list | Callable[..., Any] | None  # type: ignore[type-arg]
 """A transform as a data module takes it. The dictionary comes first, and has no types of its own, because jsonargparse
@@ -246,7 +247,7 @@ def _instance(name: str, described: Any) -> Any:
         raise ZNormValueError(f"{name}: {path} is no class of transforms: name one that is called with a case.")
     try:
         return found(**{key: _instance(name, each) for key, each in arguments.items()})
-    except ZNormValueError:
+    except ZNormError:
         raise
     except Exception as error:  # of any package
         raise ZNormValueError(
@@ -257,6 +258,8 @@ def _instance(name: str, described: Any) -> Any:
 
 def _imported(name: str, path: Any) -> Any:
     module, _, attribute = str(path).rpartition(".")
+    if is_ours(package := module.partition(".")[0]):
+        require(f"{name}: {path}", package)
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:

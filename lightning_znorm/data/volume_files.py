@@ -20,7 +20,7 @@ from lightning_znorm.data.datasets import IGNORED
 from lightning_znorm.data.decoding import BadFileError, read_all
 from lightning_znorm.data.listing import AGAIN, OTHER_TYPES, Listing, list_files, same_files, warn_of_skipped
 from lightning_znorm.data.splits import patient_of
-from lightning_znorm.errors import ZNormFileNotFoundError, ZNormImportError
+from lightning_znorm.errors import ZNormFileNotFoundError
 
 VERSION = 2
 """Version of what `read_image` and `read_mask` return. Volumes that another version has cached are decoded again."""
@@ -443,7 +443,6 @@ def _opened(path: Path) -> Any:
 
 def _read(path: Path) -> NDArray[np.float32]:
     """Read a file as MONAI's `LoadImaged` and `EnsureChannelFirstd` do, shape ``(C, X, Y, Z)``."""
-    _nibabel()
     try:
         voxels = _loader()(path, reader=_reader())
     except Exception as error:  # nibabel's, zlib's and others have no common base
@@ -473,13 +472,9 @@ def _reader() -> Any:
     return NibabelReader()
 
 
-def _nibabel() -> Any:
-    try:
-        import nibabel
-    except ImportError as error:
-        raise ZNormImportError(
-            "NIfTI volumes need nibabel: python -m pip install 'lightning-znorm[volumes]'"
-        ) from error
+def _nibabel() -> Any:  # not its module, whose functions have no types
+    import nibabel
+
     return nibabel
 
 

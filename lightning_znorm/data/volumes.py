@@ -72,7 +72,7 @@ class VolumeDataModule(PatientDataModule):
             ...
 
     With ``channel_files``, each channel has a file of its own, ``CASE_0000.nii.gz``, ``CASE_0001.nii.gz`` and so on, as
-    nnU-Net has them. Needs nibabel: ``python -m pip install 'lightning-znorm[volumes]'``.
+    nnU-Net has them. Needs nibabel, which the extra ``volumes`` installs.
 
     Training batches are random patches, ``(N, C, *patch_size)``, and their masks. Batches for validation and test are
     whole volumes in the order of the file's axes, one at a time, with their masks and a dictionary that holds the
@@ -153,7 +153,7 @@ class VolumeDataModule(PatientDataModule):
             axes point to other sides. If predictions are asked of more processes than there are volumes.
         TypeError: If an argument is of another type.
         FileNotFoundError: If there are no volumes.
-        ImportError: If nibabel is missing.
+        ImportError: If nibabel or another package that it needs is missing.
         RuntimeError: When an image in ``predict_root`` is read, if it is damaged.
 
     Example:
@@ -161,6 +161,8 @@ class VolumeDataModule(PatientDataModule):
         >>> data.num_classes, data.hparams.patches_per_volume
         (3, 4)
     """
+
+    _packages = ("monai", "nibabel", "rich")
 
     def __init__(
         self,

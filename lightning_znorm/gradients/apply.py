@@ -47,13 +47,27 @@ def transform_slots_(
             a scalar tensor. The method sees the true gradients, and its result is multiplied by the factor.
 
     Returns:
-        What was read from each slot, in their order: ``None`` if there is no gradient.
+        What was read from each slot, in their order; ``None`` if there is no gradient.
 
     Raises:
         TypeError: If ``method`` is not a method.
         UnsupportedGradientError: Before any gradient is changed, if one is sparse, of 8 bits, or sharded in an unknown
             way; if one is sharded and the method is a function; or if gradients overlap in memory. Also if a function
             returns anything but a tensor of its argument's shape.
+
+    Example:
+        For a strategy of your own: say where each gradient is kept. Parameters with an ordinary ``grad`` have a slot
+        already:
+
+        >>> import torch
+        >>> from lightning_znorm.gradients import ZScore, transform_slots_
+        >>> from lightning_znorm.gradients.slots import ParameterSlot
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> model(torch.tensor([[1.0, 3.0]])).sum().backward()
+        >>> slots = [ParameterSlot((name,), parameter) for name, parameter in model.named_parameters()]
+        >>> _ = transform_slots_(slots, ZScore())
+        >>> model.weight.grad
+        tensor([[-1.,  1.]])
     """
     name = describe(method)
     if not isinstance(slots, UnnamedSlots):

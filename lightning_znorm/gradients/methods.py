@@ -36,6 +36,15 @@ class Statistics:
         mean: Arithmetic mean of the elements. Complex if the gradients are complex.
         m2: Sum of the squared deviations from the mean (of their magnitudes, if the gradients are complex). ``None`` if
             the method says that it does not need it (:attr:`AffineMethod.needs_std`).
+
+    Example:
+        Of two gradients, (1, 7) and (2, 2, 2):
+
+        >>> import torch
+        >>> from lightning_znorm.gradients import Statistics
+        >>> stats = Statistics(torch.tensor([2.0, 3.0]), torch.tensor([4.0, 2.0]), torch.tensor([18.0, 0.0]))
+        >>> stats.std
+        tensor([3., 0.])
     """
 
     count: Tensor
@@ -168,13 +177,15 @@ class ZScore(AffineMethod):
         \qquad r = \frac{\sigma^2}{\sigma^2 + \lvert\mu\rvert^2}
 
     r is the squared cosine between g and its z-score. Where the mean is small, this is ZNorm; where the mean dominates,
-    g is divided by its root mean square. A constant gradient becomes its sign. For every gradient of n elements that is
-    not zero, :math:`\langle z, g \rangle = n (\sigma^2 + (1 - r) \lvert\mu\rvert^2) / (\dots) > 0`. With
-    :math:`x = 1 - r`, the squared cosine between z and g is :math:`(1 - x + x^2)^2 / (1 - x + x^3)`: it is never below
-    that of full centring, r, and the cosine is never below 0.926 (22 degrees).
+    g is divided by its root mean square. A constant gradient c becomes :math:`c / (\lvert c\rvert + \epsilon)`. For
+    every gradient of n elements that is not zero,
+    :math:`\langle z, g \rangle = n (\sigma^2 + (1 - r) \lvert\mu\rvert^2) / (\dots) > 0`. With :math:`x = 1 - r`, the
+    squared cosine between z and g is :math:`(1 - x + x^2)^2 / (1 - x + x^3)`: it is never below that of full centring,
+    r, and the cosine is never below 0.926 (the angle is below 22.2 degrees).
 
     Source: Yun, "ZNorm: Z-Score Gradient Normalization", arXiv 2408.01215, Algorithm 1; :math:`\sigma` is the
-    population deviation of Lemma 4.1. Adaptive centring is this package's own (docs/methods.md).
+    population deviation of Lemma 4.1. Adaptive centring is this package's own
+    (``docs/methods/adaptive-centring.md``).
 
     Args:
         eps: Added to the standard deviation (adaptive: to the root), an absolute number: gradients whose deviation is
@@ -233,6 +244,17 @@ class Centralization(AffineMethod):
 
     Source: Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks", ECCV 2020,
     equation 1. :func:`lightning_znorm.functional.centralize_grads_` says how it differs from the authors' code.
+
+    Example:
+        >>> import torch
+        >>> from lightning_znorm.functional import transform_grads_
+        >>> from lightning_znorm.gradients import Centralization
+        >>> weight = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> weight.grad = torch.tensor([[1.0, 3.0], [5.0, 5.0]])
+        >>> transform_grads_(weight, Centralization())
+        >>> weight.grad
+        tensor([[-1.,  1.],
+                [ 0.,  0.]])
     """
 
     over = "row"
@@ -298,6 +320,11 @@ class SING(AffineMethod):
 
 GradientMethod: TypeAlias = AffineMethod | Callable[[Tensor], Tensor]
 """An affine method, or any function from an unsharded gradient to its replacement of the same shape."""
+
+
+def is_zscore(method: GradientMethod) -> bool:
+    """Return whether a method is :class:`ZScore`, and not a class derived from it that does something else."""
+    return getattr(type(method), "affine", None) is ZScore.affine
 
 
 def describe(method: GradientMethod) -> str:

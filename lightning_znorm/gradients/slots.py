@@ -4,7 +4,7 @@ import difflib
 import operator
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from types import ModuleType, NoneType
@@ -53,6 +53,10 @@ class GradientSlot(ABC):
         Raises:
             UnsupportedGradientError: If the gradient cannot be normalized.
         """
+
+    def local_parameter(self) -> Tensor | None:
+        """Return this process' part of the parameter, of any shape; ``None`` if there is none, or it is not known."""
+        return None
 
     def on_rewritten(self) -> None:  # noqa: B027
         """Update what was computed from the gradient. Called after the gradient has been rewritten in place."""
@@ -117,6 +121,13 @@ class ParameterSlot(GradientSlot):
             grad = parameter.grad = grad.clone(memory_format=torch.contiguous_format)
         return grad
 
+    def local_parameter(self) -> Tensor | None:  # noqa: D102
+        if is_lazy(self.parameter):
+            return None
+        to_local = getattr(self.parameter, "to_local", None)  # of a DTensor
+        local: Tensor = self.parameter if to_local is None else to_local()
+        return local
+
     def clear(self) -> None:  # noqa: D102
         self.parameter.grad = None
 
@@ -162,6 +173,19 @@ class UnnamedSlots:
 def optimizer_slots(optimizer: Optimizer) -> UnnamedSlots:
     """Return the slots of an optimizer's parameters, named by their numbers."""
     return UnnamedSlots(*[group["params"] for group in optimizer.param_groups], names_groups=True)
+
+
+def slots_by_group(optimizer: Optimizer, slots_by_id: Mapping[int, Sequence[GradientSlot]]) -> list[list[GradientSlot]]:
+    """Return the slots of each parameter group of an optimizer, in the order of its groups.
+
+    Args:
+        optimizer: The optimizer.
+        slots_by_id: The slots behind each parameter, by its identity; others are left out.
+    """
+    groups: list[list[Tensor]] = [group["params"] for group in optimizer.param_groups]
+    return [
+        [slot for number in dict.fromkeys(map(id, group)) for slot in slots_by_id.get(number, ())] for group in groups
+    ]
 
 
 # What torch.compile, FSDP, activation checkpointing and Fabric put into the names of the modules that they wrap.

@@ -18,8 +18,7 @@ class MaskCount(MetricOfMasks):
     Args:
         left_out: Whether to count the masks that are left out instead.
         threshold: Smallest probability of a pixel in the predicted mask.
-        empty: What an empty mask means: ``"skip"``, ``"best"`` or ``"skip_true"``; see
-            :class:`~lightning_znorm.metrics.mask_metric.MaskMetric`.
+        empty: What an empty mask means, as in `DiceScore`: ``"skip"``, ``"best"`` or ``"skip_true"``.
         **kwargs: Arguments of `torchmetrics.Metric`.
 
     Raises:

@@ -14,10 +14,11 @@ from lightning_znorm.metrics.mask_metric import Empty, MaskMetric, widest_float
 class TverskyIndex(MaskMetric):
     r"""Tversky index of masks: an overlap score in which missed pixels may weigh more than false ones.
 
-    For the sets of predicted pixels :math:`P` and true pixels :math:`G`,
+    With the numbers of pixels that are true positives (TP: in both masks), false positives (FP: predicted alone) and
+    false negatives (FN: missed),
 
     .. math::
-        S(P, G; \alpha, \beta) = \frac{|P \cap G|}{|P \cap G| + \alpha |P \setminus G| + \beta |G \setminus P|}
+        S = \frac{\mathrm{TP}}{\mathrm{TP} + \alpha \, \mathrm{FP} + \beta \, \mathrm{FN}}
 
     so ``alpha`` weighs false positives and ``beta`` false negatives. With both 0.5 it is the Dice score, with both 1
     the Jaccard index, with 0 and 1 the recall, with 1 and 0 the precision.
@@ -36,8 +37,9 @@ class TverskyIndex(MaskMetric):
         alpha: Weight of false positives.
         beta: Weight of false negatives.
         threshold: Smallest probability of a pixel in the predicted mask.
-        empty: What an empty mask means: ``"skip"``, ``"best"`` (a score of 1) or ``"skip_true"``; see
-            :class:`~lightning_znorm.metrics.mask_metric.MaskMetric`.
+        empty: What an empty mask means. ``"skip"``: as above. ``"best"``: two empty masks count as a score of 1, as in
+            MONAI's ``DiceMetric(ignore_empty=False)``. ``"skip_true"``: every mask whose truth is empty is left out, as
+            with ``ignore_empty=True``.
         **kwargs: Arguments of `torchmetrics.Metric`.
 
     Attributes:
@@ -113,8 +115,9 @@ class DiceScore(MaskMetric):
 
     Args:
         threshold: Smallest probability of a pixel in the predicted mask.
-        empty: What an empty mask means: ``"skip"``, ``"best"`` (a score of 1) or ``"skip_true"``; see
-            :class:`~lightning_znorm.metrics.mask_metric.MaskMetric`.
+        empty: What an empty mask means. ``"skip"``: as above. ``"best"``: two empty masks count as a score of 1, as in
+            MONAI's ``DiceMetric(ignore_empty=False)``. ``"skip_true"``: every mask whose truth is empty is left out, as
+            with ``ignore_empty=True``.
         **kwargs: Arguments of `torchmetrics.Metric`.
 
     Attributes:

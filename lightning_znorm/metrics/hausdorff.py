@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_znorm.errors import ZNormValueError
 from lightning_znorm.metrics.distances import hausdorff_distances
 from lightning_znorm.metrics.mask_metric import Empty, MaskMetric
+from lightning_znorm.requirements import require
 
 _NEEDS_SPACING = "HausdorffDistance(spacing='image') needs the spacing of each image"
 
@@ -56,8 +57,8 @@ class HausdorffDistance(MaskMetric):
         spacing: Distance of neighbouring pixels along each axis, in the order of the masks' axes, or one number for all
             axes; 1 by default. With ``"image"``, each image has a spacing of its own, which ``update`` takes.
         threshold: Smallest probability of a pixel in the predicted mask.
-        empty: What an empty mask means: ``"skip"``, ``"best"`` (a distance of 0) or ``"skip_true"``; see
-            :class:`~lightning_znorm.metrics.mask_metric.MaskMetric`.
+        empty: What an empty mask means. ``"skip"``: as above. ``"best"``: two empty masks count as a distance of 0.
+            ``"skip_true"``: every mask whose truth is empty is left out.
         **kwargs: Arguments of `torchmetrics.Metric`.
 
     Attributes:
@@ -65,6 +66,7 @@ class HausdorffDistance(MaskMetric):
         skipped: Number of masks left out, in this process.
 
     Raises:
+        ImportError: If SciPy is missing.
         ValueError: If ``threshold`` is not in (0, 1), ``percentile`` is not in (0, 100], a ``spacing`` is not a
             positive number, or ``empty`` is another word; in ``update``, if there is not one spacing for each axis, or
             with ``spacing="image"`` not one for each image.
@@ -101,6 +103,7 @@ class HausdorffDistance(MaskMetric):
         empty: Empty = "skip",
         **kwargs: Any,
     ) -> None:
+        require(type(self).__name__, "scipy")
         if percentile is not None and not 0 < percentile <= 100:
             raise ZNormValueError(f"percentile must be in (0, 100], or None for all pixels, got {percentile}.")
         steps: Sequence[float] | str | None

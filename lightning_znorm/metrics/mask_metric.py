@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_znorm.arguments import checked_choice
 from lightning_znorm.errors import ZNormTypeError, ZNormValueError
+from lightning_znorm.requirements import require
 
 Empty: TypeAlias = Literal["skip", "best", "skip_true"]
 
@@ -77,8 +78,9 @@ class MetricOfMasks(Metric):
             Figure and axes; no figure if ``ax`` is given.
 
         Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
+            ImportError: If matplotlib is missing.
         """
+        require(f"{type(self).__name__}.plot", "matplotlib")
         return self._plot(val, ax)  # what torchmetrics tells subclasses to call
 
     @override

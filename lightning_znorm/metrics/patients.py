@@ -205,7 +205,7 @@ class PatientDiceScore(PatientMetric):
 
     @property
     def counted(self) -> Tensor:
-        """Number of volumes in the mean: of this process, or of all processes while the metric is synchronised."""
+        """Number of volumes in the mean, of this process, or of all processes while the metric is synchronised."""
         _, _, counted, _ = self._volumes()
         return counted.sum()
 

@@ -48,6 +48,13 @@ class ResNet(nn.Module):
         blocks_per_stage: n of the paper: 3 for ResNet-20, 9 for ResNet-56.
         num_classes: Width of the output.
         in_chans: Channels of the input.
+
+    Example:
+        A ResNet-8 for grey images:
+
+        >>> import torch
+        >>> ResNet(blocks_per_stage=1, in_chans=1)(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(self, blocks_per_stage: int, num_classes: int = 10, in_chans: int = 3) -> None:

@@ -83,6 +83,7 @@ class ClassificationTask(Task):
             ``docs/performance.md`` says where.
 
     Raises:
+        ImportError: If the network is one of timm's, and timm is missing.
         ValueError: If no network has the name, if ``model_kwargs`` come with a module or hold anything but plain
             values, if ``prior`` is out of range, if ``num_classes`` is less than 1 or not the data module's, if the
             network's output has another width, or if labels have another shape, are out of range or not whole, or are

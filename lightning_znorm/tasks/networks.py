@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_znorm import models
 from lightning_znorm.errors import ZNormTypeError, ZNormValueError
+from lightning_znorm.requirements import needed_by
 
 
 def create_classifier(name: str, num_classes: int, in_chans: int = 3, **kwargs: Any) -> nn.Module:
@@ -27,6 +28,7 @@ def create_classifier(name: str, num_classes: int, in_chans: int = 3, **kwargs: 
 
     Raises:
         ValueError: If neither has a network of this name. The message gives the nearest names.
+        ImportError: If it is none of this package's, and timm is missing.
         TypeError: If the network has no argument of a name in ``kwargs``.
 
     Example:
@@ -38,7 +40,8 @@ def create_classifier(name: str, num_classes: int, in_chans: int = 3, **kwargs: 
     if name in models.__all__:
         return _create(name, getattr(models, name), {"num_classes": num_classes, "in_chans": in_chans}, kwargs)
 
-    import timm  # takes seconds, and this package's own networks do not need it
+    with needed_by("ClassificationTask"):
+        import timm  # takes seconds, and this package's own networks do not need it
 
     if not timm.is_model(name):
         nearest = difflib.get_close_matches(name, [*models.__all__, *timm.list_models()])
@@ -74,6 +77,7 @@ def create_segmenter(
 
     Raises:
         ValueError: If the name is none of these.
+        ImportError: If MONAI is missing.
         TypeError: If the network has no argument of a name in ``kwargs``.
 
     Example:
@@ -84,7 +88,8 @@ def create_segmenter(
     if name not in _SEGMENTERS:
         raise ZNormValueError(f"No segmentation network is called {name!r}: choose one of {', '.join(_SEGMENTERS)}.")
 
-    from monai.networks.nets import AttentionUnet, BasicUNetPlusPlus, FlexibleUNet  # takes seconds
+    with needed_by("SegmentationTask"):
+        from monai.networks.nets import AttentionUnet, BasicUNetPlusPlus, FlexibleUNet  # takes seconds
 
     shape: dict[str, Any] = {"spatial_dims": spatial_dims, "in_channels": in_chans, "out_channels": num_classes}
     if name == "resnet50_unet":

@@ -18,6 +18,7 @@ from lightning_znorm.errors import ZNormTypeError, ZNormValueError
 from lightning_znorm.hyperparameters import plain_value, plain_values
 from lightning_znorm.metrics import PatientDiceScore
 from lightning_znorm.metrics.mask_metric import MaskMetric, at_least_float32, orderable
+from lightning_znorm.requirements import needed_by
 from lightning_znorm.tasks import scores
 from lightning_znorm.tasks.base import BUILD_IT, Task
 from lightning_znorm.tasks.networks import create_segmenter
@@ -148,6 +149,7 @@ class SegmentationTask(Task):
             which pads nothing, for a module.
 
     Raises:
+        ImportError: If the network or the loss is one of MONAI's, and MONAI is missing.
         ValueError: If no network has the name, if ``model_kwargs`` come with a module or hold anything but plain
             values, if ``num_classes``, ``activation``, ``threshold``, ``prior``, ``class_names``, ``ignore_index``,
             ``size_divisor`` or a name in ``metrics`` is out of range, or if the network's output or a mask has another
@@ -259,7 +261,8 @@ class SegmentationTask(Task):
     def configure_losses(self, loss: nn.Module | None) -> None:
         """Set the loss."""
         if loss is None:
-            from monai.losses import DiceCELoss
+            with needed_by("SegmentationTask"):
+                from monai.losses import DiceCELoss
 
             if self.activation == "sigmoid":
                 loss = DiceCELoss(sigmoid=True, batch=True)

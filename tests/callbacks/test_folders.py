@@ -53,5 +53,6 @@ def test_second_run_leaves_the_pictures_of_the_first(trainer: Callable[..., Trai
         made = trainer(GradientMonitor(), logger=OwnLogger(version, str(tmp_path)), log_every_n_steps=1)
         made.fit(Training(), DataLoader(batches(1), batch_size=None))
     drawn = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
-    names = ("grad_mean_share.png", "grad_sigma_by_depth.png", "grad_sigma_over_steps.png")
+    figures = ("mean_share", "sigma_by_depth", "sigma_over_steps", "znorm_change")
+    names = [f"grad_{figure}.png" for figure in figures]
     assert drawn == [f"project/{version}/gradients/{name}" for version in ("one", "two") for name in names]

@@ -23,8 +23,8 @@ from lightning_znorm import (
     ZNormCallback,
 )
 from lightning_znorm.callbacks import measurement, monitor_plots
-from lightning_znorm.callbacks.monitor_history import SigmaHistory
-from lightning_znorm.callbacks.monitor_plots import by_depth, heat_map
+from lightning_znorm.callbacks.monitor_history import GradientHistory
+from lightning_znorm.callbacks.monitor_plots import by_depth, heat_map, image_of
 from tests.callbacks.test_strategies import ThirdParty
 from tests.callbacks.training import LR, OPTIMIZERS, ManualTraining, Training, Weights, amp, batches, loss_of, network
 from tests.dtypes import DEFAULTS, default_dtype
@@ -148,12 +148,12 @@ def test_torchs_default_type_changes_nothing(fit, tmp_path: Path, default: torch
         with default_dtype(each):
             fit(module, data, monitor, collected, **QUIET)
             assert monitor.state_dict()["sigma"].dtype == torch.float32
-            twin = SigmaHistory()
+            twin = GradientHistory()
             assert twin.state_dict()["sigma"].dtype == torch.float32
             twin.load_state_dict(monitor.state_dict())
             assert torch.equal(twin.sigma, monitor._history.sigma)
         runs.append((collected.metrics, monitor.state_dict()["sums"].tolist()))
-        assert len(list((tmp_path / "gradients").glob("*.png"))) == 3
+        assert len(list((tmp_path / "gradients").glob("*.png"))) == 4
         for picture in (tmp_path / "gradients").glob("*.png"):
             picture.unlink()
     assert runs[1] == runs[0]
@@ -464,8 +464,9 @@ def test_resumed_run_goes_on_from_the_running_mean(fit, trainer, tmp_path: Path)
     second.fit(Training(), DataLoader(data, batch_size=None), ckpt_path=tmp_path / "half.ckpt")
     ours, theirs = rest.state_dict(), whole.state_dict()
     assert ours["steps"] == theirs["steps"] == list(range(8))
-    for key in ("sums", "weights", "sigma"):
+    for key in ("sums", "weights", "sigma", "cosine", "relative_size"):
         assert torch.equal(ours[key], theirs[key])
+        assert ours[key].isfinite().all()
     # A new training begins anew.
     fit(Training(), data, rest, **QUIET)
     assert rest._history.steps == list(range(4))
@@ -607,7 +608,7 @@ class TestDominatingMeans:
         assert " and 2 more. No callback" in message
 
     def test_resumed_training_goes_on_with_the_shares(self) -> None:
-        history, twin = SigmaHistory(), SigmaHistory()
+        history, twin = GradientHistory(), GradientHistory()
         rows = [history.register(name, 2) for name in "ab"]
         history.add_shares(rows, torch.tensor([0.5, torch.nan]).double(), torch.tensor([9.0, 9.0]))
         history.add_shares(rows[:1], torch.tensor([1.0]).double(), torch.tensor([9.0]))
@@ -617,7 +618,7 @@ class TestDominatingMeans:
         assert twin.trusted_shares(16).nan_to_num(-1).tolist() == [0.75, -1, 0.25]
 
     def test_checkpoint_without_shares(self) -> None:
-        history, twin = SigmaHistory(), SigmaHistory()
+        history, twin = GradientHistory(), GradientHistory()
         row = history.register("a", 2)
         history.add(0, [row], torch.ones(1).double(), torch.tensor([True]))
         state = history.state_dict()
@@ -628,9 +629,8 @@ class TestDominatingMeans:
         twin.add_shares([row], torch.tensor([0.5]).double(), torch.tensor([2.0]))
         assert twin.mean_share.tolist() == [0.5]
 
-    def test_picture(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(monitor_plots, "_picture", lambda figure: figure)
-        history = SigmaHistory()
+    def test_picture(self) -> None:
+        history = GradientHistory()
         rows = [
             history.register(f"net.{name}", ndim) for name, ndim in [("0.weight", 2), ("0.bias", 1), ("2.weight", 4)]
         ]
@@ -649,7 +649,7 @@ class TestWhereItGoes:
         lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
         assert "grad/norm" in lines[0]
         assert [line.split(",")[lines[0].split(",").index("step")] for line in lines[1:]] == ["1", "3"]
-        for name in ("sigma_over_steps", "sigma_by_depth", "mean_share"):
+        for name in ("sigma_over_steps", "sigma_by_depth", "mean_share", "znorm_change"):
             with Image.open(Path(logger.log_dir) / "gradients" / f"grad_{name}.png") as picture:
                 assert picture.width > 500
 
@@ -661,6 +661,7 @@ class TestWhereItGoes:
             "grad/sigma_over_steps",
             "grad/sigma_by_depth",
             "grad/mean_share",
+            "grad/znorm_change",
         ]
         assert images.call_args.args[1].dtype == torch.uint8
 
@@ -673,7 +674,7 @@ class TestWhereItGoes:
 
         with pytest.raises(KeyError, match="as it happens"):
             fit(Failing(), batches(4), GradientMonitor(), **QUIET)
-        assert len(list((tmp_path / "gradients").glob("*.png"))) == 3
+        assert len(list((tmp_path / "gradients").glob("*.png"))) == 4
 
     @pytest.mark.parametrize("arguments", [{"fast_dev_run": True}, {"log_every_n_steps": 50}])
     def test_nothing_where_there_is_nothing_to_show(self, fit, warned, tmp_path: Path, arguments) -> None:
@@ -691,8 +692,9 @@ class TestWhereItGoes:
         assert not list(tmp_path.iterdir())
         told = [line for line in said() if "GradientMonitor" in line]
         assert told == [
-            "GradientMonitor draws no pictures, because the Trainer has neither a logger nor a default_root_dir of "
-            "its own. The numbers are in trainer.callback_metrics."
+            "GradientMonitor writes no pictures, because the Trainer has neither a logger nor a default_root_dir of "
+            "its own. Its method `figures()` returns them after training, and the numbers are in "
+            "trainer.callback_metrics."
         ]
 
     @pytest.mark.parametrize("folder", [".", "runs"])
@@ -704,12 +706,12 @@ class TestWhereItGoes:
             **arguments, **QUIET,
         )  # fmt: skip
         made.fit(Training(), DataLoader(batches(1), batch_size=None))
-        assert len(list((tmp_path / folder / "gradients").glob("*.png"))) == 3
+        assert len(list((tmp_path / folder / "gradients").glob("*.png"))) == 4
 
 
 class TestHistory:
     def test_is_bounded_and_evenly_spaced(self) -> None:
-        history = SigmaHistory(max_steps=8)
+        history = GradientHistory(max_steps=8)
         rows = [history.register(name, 2) for name in "ab"]
         for step in range(100):
             finite = torch.tensor([True, step != 77])
@@ -721,7 +723,7 @@ class TestHistory:
         assert history.sigma[1].isinf().nonzero().flatten().tolist() == [4]
 
     def test_ratio_to_the_mean_of_those_before(self) -> None:
-        history = SigmaHistory()
+        history = GradientHistory()
         rows, finite = [history.register("a", 1)], torch.tensor([True])
         ratios = [
             float(history.add(step, rows, torch.tensor([value]).double(), finite))
@@ -730,20 +732,19 @@ class TestHistory:
         assert ratios == pytest.approx([1.0, 2.0, 1 / ((0.9 * 2 + 4) / 1.9)])
 
     def test_parameter_that_comes_later(self) -> None:
-        history = SigmaHistory()
+        history = GradientHistory()
         finite = torch.tensor([True])
         history.add(0, [history.register("a", 1)], torch.ones(1).double(), finite)
         history.add(1, [history.register("b", 1)], torch.ones(1).double(), finite)
         assert history.sigma.isnan().tolist() == [[False, True], [True, False]]
-        twin = SigmaHistory()
+        twin = GradientHistory()
         twin.load_state_dict(history.state_dict())
         assert torch.equal(twin.sigma.isnan(), history.sigma.isnan())
         assert twin.names == ["a", "b"]
 
 
-def test_heat_map_names_its_rows_and_its_axis(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitor_plots, "_picture", lambda figure: figure)
-    history = SigmaHistory()
+def test_heat_map_names_its_rows_and_its_axis() -> None:
+    history = GradientHistory()
     rows = [history.register(f"net.{name}", ndim) for name, ndim in [("0.weight", 2), ("0.bias", 1), ("2.weight", 4)]]
     for step in range(3):
         history.add(step, rows, torch.tensor([1.0, 2.0, 3.0]).double(), torch.ones(3, dtype=torch.bool))
@@ -758,10 +759,10 @@ def test_heat_map_names_its_rows_and_its_axis(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.full
 def test_pictures_of_special_cases() -> None:
-    history = SigmaHistory()
+    history = GradientHistory()
     rows = [history.register(f"layers.{number}.weight", ndim) for number, ndim in enumerate((2, 1))]
     values = {"grey": torch.zeros(2), "scale": torch.tensor([1e-3, 1e-9])}
-    plain = SigmaHistory()
+    plain = GradientHistory()
     for name in history.names:
         plain.register(name, 2 - history.names.index(name))
     plain.add(0, rows, values["scale"].double(), torch.tensor([True, True]))
@@ -773,7 +774,7 @@ def test_pictures_of_special_cases() -> None:
         return {colour for count, colour in picture.getcolors(2**24) if count > 500}
 
     vermilion, grey = (213, 94, 0), (191, 191, 191)
-    assert {vermilion, grey} <= colours(heat_map(history))
-    assert not {vermilion, grey} & colours(heat_map(plain))
+    assert {vermilion, grey} <= colours(image_of(heat_map(history)))
+    assert not {vermilion, grey} & colours(image_of(heat_map(plain)))
     for one in (history, plain):
-        assert by_depth(one).width == heat_map(one).width
+        assert image_of(by_depth(one)).width == image_of(heat_map(one)).width

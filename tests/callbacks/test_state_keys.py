@@ -97,7 +97,7 @@ def test_profiler_names_files_by_them(trainer, tmp_path: Path, monkeypatch: pyte
 def test_resumed_run_finds_the_state_of_a_long_key(fit, trainer, tmp_path: Path, warned) -> None:
     first = ZNormCallback(include=NAMES), GradientMonitor(prefix="/".join(NAMES))
     made = fit(deep(), batches(2), *first, log_every_n_steps=1)
-    assert len(list((tmp_path / "gradients").glob("*.png"))) == 3
+    assert len(list((tmp_path / "gradients").glob("*.png"))) == 4
     made.save_checkpoint(tmp_path / "one.ckpt")
     monitor = GradientMonitor(prefix="/".join(NAMES))
     second = trainer(ZNormCallback(include=NAMES), monitor, max_epochs=2, log_every_n_steps=1)

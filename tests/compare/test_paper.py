@@ -151,14 +151,14 @@ def tuned(folder: Path) -> dict[str, tuple[str, dict[int, float]]]:
 
 
 @pytest.mark.parametrize("folder", swept_studies(), ids=lambda path: path.name)
-def test_numbers_in_readme_and_report_are_those_of_the_runs(folder):
+def test_numbers_in_docs_and_report_are_those_of_the_runs(folder):
     found = tuned(folder)
     report = (folder / "report.md").read_text(encoding="utf-8")
-    readme = (PAPER.parents[1] / "README.md").read_text(encoding="utf-8")
+    page = (PAPER.parents[1] / "docs" / "methods" / "index.md").read_text(encoding="utf-8")
     said = (PAPER / "results" / "README.md").read_text(encoding="utf-8")
     assert len(found) == 5
     cells = [f"{np.mean([*tests.values()]):.3f} ({lr})" for lr, tests in found.values()]
-    assert f" | {' | '.join(cells)} |" in readme
+    assert f" | {' | '.join(cells)} |" in page
     baseline = found["baseline"][1]
     for method, (lr, tests) in found.items():
         assert f"{method} at lr={lr}" in report
@@ -181,9 +181,9 @@ def test_numbers_of_the_reduced_study_are_those_of_the_runs():
     }
     report = (folder / "report.md").read_text(encoding="utf-8")
     said = (PAPER / "results" / "README.md").read_text(encoding="utf-8")
-    readme = (PAPER.parents[1] / "README.md").read_text(encoding="utf-8")
+    page = (PAPER.parents[1] / "docs" / "methods" / "index.md").read_text(encoding="utf-8")
     means = [f"{np.mean([*by_seed.values()]):.3f}" for by_seed in tests.values()]
-    assert f" | {' | '.join(means)} |" in readme
+    assert f"\n| {' | '.join(means)} |\n" in page
     for method, by_seed in tests.items():
         if method != "baseline":
             differences = [by_seed[seed] - tests["baseline"][seed] for seed in by_seed]

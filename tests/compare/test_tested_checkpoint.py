@@ -189,7 +189,7 @@ def test_other_settings_by_hand_leave_a_study_alone(command, given):
 def test_tests_of_other_checkpoints_are_refused():
     run = Path("out/runs/baseline-5")
     tested = read_json(run / "test.json")
-    (run / "test.json").write_text(json.dumps(tested["metrics"]))  # as version 0.1.0 did
+    (run / "test.json").write_text(json.dumps(tested["metrics"]))  # as versions before 0.1.0 did
     with pytest.raises(StudyError, match=r"baseline-5 by a version that tested last checkpoints and called them best"):
         study()
     tested["checkpoint"]["path"] = str(run / "checkpoints/last.ckpt")

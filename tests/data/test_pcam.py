@@ -303,7 +303,7 @@ class TestMistakes:
 
     def test_h5py_is_missing(self, fake_pcam, monkeypatch):
         monkeypatch.setitem(sys.modules, "h5py", None)
-        with pytest.raises(ImportError, match="pip install h5py"):
+        with pytest.raises(ImportError, match=r"^PCamDataModule needs h5py: pip install lightning-znorm$"):
             set_up(fake_pcam)
 
 

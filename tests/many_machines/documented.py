@@ -1,4 +1,4 @@
-"""The commands of docs/many-machines.md, reduced to two processes and a few seconds."""
+"""The commands of many-machines.md and gpus.md in docs/how-to, reduced to two processes and a few seconds."""
 
 import os
 import re
@@ -8,9 +8,16 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-DOCUMENT = Path(__file__).parents[2] / "docs/many-machines.md"
-BLOCKS = re.findall(r"^```bash\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-TORCHRUN, SBATCH, LAUNCHER, TIMEOUT = BLOCKS
+HOW_TO = Path(__file__).parents[2] / "docs/how-to"
+
+
+def bash_blocks(page: str) -> list[str]:
+    text = (HOW_TO / page).read_text(encoding="utf-8")
+    return re.findall(r"^```bash\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+TORCHRUN, SBATCH, TIMEOUT = bash_blocks("many-machines.md")
+(LAUNCHER,) = (block for block in bash_blocks("gpus.md") if "--trainer.strategy ddp\n" in block)
 
 # Two epochs of 41 steps, in each of two processes.
 SHORT = shlex.split(

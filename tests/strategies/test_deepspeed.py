@@ -1,5 +1,6 @@
 """Which of DeepSpeed's engines and optimizers are supported, and which are refused; scenarios.py trains with them."""
 
+import math
 from importlib.metadata import requires, version
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ class DeepSpeedEngine(SimpleNamespace):
 SETTINGS = {
     "autotp_size": 0,
     "fp16_master_weights_and_gradients": False,
+    "gradient_clipping": lambda: 0.0,
     "has_moe_layers": False,
     "is_deepcompile_enabled": False,
     "is_gradient_accumulation_boundary": True,
@@ -145,6 +147,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
         "grad_position": {},
         "norm_for_param_grads": {},
         "offload_optimizer": True,
+        "sub_group_to_group_id": {},
     },
 }
 
@@ -172,6 +175,44 @@ def test_parameter_of_stage_3_without_what_is_needed_is_refused(monkeypatch: pyt
     delattr(model.weight, lacking)
     with pytest.raises(UnsupportedGradientError, match=f"Parameter has no {lacking}"):
         DeepSpeedAdapter(model, engine(optimizer=optimizer))
+
+
+def test_slots_by_parameter_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of stages 1 and 2, each group is one of the optimizer's; stage 3 cuts them into several."""
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 1)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))
+    first, first_bias, last, last_bias = parameters = list(model.parameters())
+    for parameter in parameters:
+        shape, size = parameter.shape, parameter.numel()
+        own = {"ds_numel": size, "ds_process_group": None, "ds_shape": shape, "partition_numel": lambda size=size: size}
+        vars(parameter).update(own)
+    groups = [{"lr": 0.1}, {"lr": 0.2}]  # DeepSpeed puts flat tensors in place of their parameters
+
+    def names(cls: str, **own: Any) -> list[list[str]]:
+        optimizer = instance_of(cls, **OPTIMIZERS[cls] | own, param_groups=groups)
+        adapter = DeepSpeedAdapter(model, engine(optimizer=optimizer, zero_optimization_stage=lambda: 1))
+        found = adapter.slots_by_group(optimizer)
+        assert {slot for group in found for slot in group} == set(adapter.slots_of(optimizer))
+        return [[slot.names[0] for slot in group] for group in found]
+
+    two = [["0.weight", "0.bias"], ["1.weight", "1.bias"]]
+    held = [[first, first_bias], [last, last_bias]]
+    assert two == names(
+        "DeepSpeedZeroOptimizer",
+        bit16_groups=held,
+        first_offset=[0, 0],
+        params_in_partition=held,
+        real_dp_process_group=[None, None],
+    )
+    assert two == names("BF16_Optimizer", bf16_groups=held, fp32_groups_gradients=[[None, None]] * 2)
+    cut = [[first, first_bias], [last], [last_bias]]
+    assert two == names("DeepSpeedZeroOptimizer_Stage3", fp16_groups=cut, sub_group_to_group_id={0: 0, 1: 1, 2: 1})
+
+
+@pytest.mark.parametrize(("setting", "norm"), [(0.0, math.inf), (0.5, 0.5)])
+def test_engines_own_clipping(setting: float, norm: float) -> None:
+    assert DeepSpeedAdapter(nn.Linear(2, 2), engine(gradient_clipping=lambda: setting)).clip_norm() == norm
 
 
 def test_parameter_of_stage_3_is_told_by_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:

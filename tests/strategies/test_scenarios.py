@@ -8,11 +8,21 @@ import torch
 
 from lightning_znorm.gradients import UnsupportedGradientError
 from tests.gradients.reference import wide
+from tests.large_steps import LARGE_STEPS
 from tests.strategies.conftest import Runs
-from tests.strategies.reference import METHODS, check, gradients, mean_gradients, moved_by_rounding, tolerance, updates
+from tests.strategies.reference import (
+    METHODS,
+    check,
+    gradients,
+    mean_gradients,
+    moved_by_rounding,
+    rate,
+    tolerance,
+    updates,
+)
 from tests.strategies.scenarios import DEFAULT, PRODUCT, SCENARIOS, STRATEGIES, Scenario, name_of, selected
 from tests.strategies.support import PRECISIONS, SUPPORT
-from tests.strategies.training import CALLBACKS, LEARNING_RATE, STEPS
+from tests.strategies.training import CALLBACKS, LEARNING_RATE, MOMENTUM, STEPS
 
 
 def trained(name: str, scenario: Scenario) -> bool:
@@ -151,7 +161,36 @@ def test_untested_strategy_warns_once(runs: Runs, name: str) -> None:
         else:
             assert said == []
         # There is no warning of a step without an effect either: a process may hold nothing of a gradient.
-        assert not [message for message in run["warnings"] if message.startswith((f"{callback}:", "GradientMonitor:"))]
+        others = [message for message in run["warnings"] if LARGE_STEPS not in message]
+        assert not [message for message in others if message.startswith((f"{callback}:", "GradientMonitor:"))]
+
+
+@pytest.mark.parametrize(
+    "name", selected(lambda name, scenario: trained(name, scenario) and scenario.optimizer != "manual")
+)
+def test_first_process_alone_warns_of_large_steps(runs: Runs, name: str) -> None:
+    """It judges by its own part of the weights, so that near the limit it may or may not warn."""
+    scenario = SCENARIOS[name]
+    first, *others = runs(name)
+    weights = first["weights"][0]
+    of_rate: dict[float, list[float]] = {}
+    updates_of = {key: torch.ones_like(wide(weight)) for key, weight in weights.items() if key not in scenario.leaves}
+    clipped = 1.0
+    if scenario.clip is not None:
+        clipped = min(1.0, scenario.clip / math.sqrt(sum(update.numel() for update in updates_of.values())))
+    for key, update in updates_of.items():
+        if update.ndim > 1 and update.numel() > 1 and key not in scenario.frozen:
+            sums = of_rate.setdefault(rate(scenario, key), [0.0, 0.0])
+            sums[0] += update.numel()
+            sums[1] += float(wide(weights[key]).square().sum())
+    factor = 1 / math.sqrt(1 - MOMENTUM**2) if scenario.optimizer == "momentum" else 1.0
+    largest = max(own * factor * clipped * math.sqrt(count / square) for own, (count, square) in of_rate.items())
+    counts = [sum(LARGE_STEPS in message for message in run["warnings"]) for run in (first, *others)]
+    assert counts[1:] == [0] * len(others)
+    if scenario.callback not in ("znorm", "adaptive") or largest < 0.35:
+        assert counts[0] == 0
+    elif largest > 0.75:
+        assert counts[0] == 1
 
 
 def counts_collectives(name: str, scenario: Scenario) -> bool:

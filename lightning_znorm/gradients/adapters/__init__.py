@@ -15,6 +15,7 @@ To add a strategy, write one file here, with
 and name the strategy in ``lightning_znorm/callbacks/strategies.py``. Methods and kernels serve it as they are.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -48,6 +49,18 @@ class GradientAdapter(ABC):
     @abstractmethod
     def slots_of(self, optimizer: Optimizer) -> Iterator[GradientSlot]:
         """Yield the slots of the parameters that an optimizer steps, each once and the same objects each time."""
+
+    def slots_by_group(self, optimizer: Optimizer) -> list[list[GradientSlot]]:
+        """Return the slots of each parameter group of an optimizer, in the order of its groups.
+
+        An adapter that does not override this tells those of an only group, and nothing of several.
+        """
+        is_only = len(optimizer.param_groups) == 1
+        return [list(self.slots_of(optimizer)) if is_only else [] for _ in optimizer.param_groups]
+
+    def clip_norm(self) -> float:
+        """Return what the strategy itself clips the norm of an optimizer's gradients to; infinite if it does not."""
+        return math.inf
 
     def is_complete(self) -> bool:
         """Return whether gradients are complete, and the optimizer is about to take its step."""

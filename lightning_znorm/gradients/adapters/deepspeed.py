@@ -1,8 +1,10 @@
 """Gradients under DeepSpeed: unsharded (ZeRO stage 0), or intervals of flattened ones (stages 1 to 3)."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
+from itertools import chain
 from typing import Any
 
 import torch
@@ -43,13 +45,14 @@ class DeepSpeedAdapter(GradientAdapter):
         self._slots: dict[Tensor, GradientSlot] = {
             parameter: _UnsteppedSlot(names, parameter) for parameter, names in named.items()
         }
-        self._stepped: list[GradientSlot] = []
+        self._stepped: list[list[GradientSlot]] = []  # by the store's groups
         for group, parameters in enumerate(self._store.groups()):
+            self._stepped.append([])
             for number, parameter in enumerate(parameters):
                 names = named.get(parameter, (f"parameter {number} of group {group}",))
                 slot = self._store.slot(names, parameter, group, number)
                 self._slots[parameter] = slot
-                self._stepped.append(slot)
+                self._stepped[group].append(slot)
                 if parameter not in named:
                     self.unnamed.add(slot)
 
@@ -67,7 +70,18 @@ class DeepSpeedAdapter(GradientAdapter):
     def slots_of(self, optimizer: Optimizer) -> Iterator[GradientSlot]:
         """Yield the slots of the parameters that the engine steps. It has one optimizer, with flattened parameters."""
         self._store.refresh()
-        yield from self._stepped
+        yield from chain.from_iterable(self._stepped)
+
+    def slots_by_group(self, optimizer: Optimizer) -> list[list[GradientSlot]]:
+        """Return the slots of each parameter group, of which the store may have made several."""
+        self._store.refresh()
+        found: list[list[GradientSlot]] = [[] for _ in optimizer.param_groups]
+        for group, slots in enumerate(self._stepped):
+            found[self._store.parameter_group(group)] += slots
+        return found
+
+    def clip_norm(self) -> float:  # noqa: D102
+        return float(self._engine.gradient_clipping()) or math.inf
 
 
 class _UnsteppedSlot(GradientSlot):
@@ -82,6 +96,10 @@ class _UnsteppedSlot(GradientSlot):
         """Shape of the unsharded parameter, which stage 3 shards."""
         shape: torch.Size = getattr(self._parameter, "ds_shape", self._parameter.shape)
         return shape
+
+    def local_parameter(self) -> Tensor | None:
+        local: Tensor = getattr(self._parameter, "ds_tensor", self._parameter)
+        return local
 
     def read(self) -> Tensor | Shard | None:
         return None
@@ -173,6 +191,10 @@ class _Store(ABC):
     @abstractmethod
     def slot(self, names: tuple[str, ...], parameter: Tensor, group: int, number: int) -> GradientSlot:
         """Return the slot of one of these parameters."""
+
+    def parameter_group(self, group: int) -> int:
+        """Return the number of the optimizer's parameter group that one of :meth:`groups` is a part of."""
+        return group
 
     def refresh(self) -> None:
         """Look up what a backward pass has made anew, before the slots are read."""
@@ -315,6 +337,7 @@ class _Zero3(_Zero):
         "get_param_id",
         "grad_position",
         "offload_optimizer",
+        "sub_group_to_group_id",
     )
 
     def __init__(self, optimizer: Any) -> None:
@@ -325,6 +348,9 @@ class _Zero3(_Zero):
 
     def groups(self) -> list[list[Tensor]]:
         return [list(group) for group in self.optimizer.fp16_groups]
+
+    def parameter_group(self, group: int) -> int:
+        return int(self.optimizer.sub_group_to_group_id[group])
 
     def slot(self, names: tuple[str, ...], parameter: Any, group: int, number: int) -> GradientSlot:
         _check(parameter, "ds_numel", "ds_process_group", "ds_shape", "partition_numel")
@@ -397,6 +423,7 @@ _ENGINE_NEEDS = (
     "basic_optimizer",
     "fp16_enabled",
     "fp16_master_weights_and_gradients",
+    "gradient_clipping",
     "has_moe_layers",
     "is_deepcompile_enabled",
     "is_gradient_accumulation_boundary",

@@ -73,6 +73,11 @@ class FSDP1Slot(GradientSlot):
             in_rows=self._in_rows,
         )
 
+    def local_parameter(self) -> Tensor | None:  # noqa: D102
+        if self._parameter is not None:
+            return self._parameter
+        return self._part_of(self._flat_parameter) if self._interval.in_shard else None
+
     def clear(self) -> None:  # noqa: D102
         if self._parameter is not None:
             self._parameter.grad = None
@@ -80,8 +85,8 @@ class FSDP1Slot(GradientSlot):
             # The flat gradient holds other parameters' too.
             self._part_of(self._flat_parameter.grad).zero_()
 
-    def _part_of(self, flat_grad: Tensor) -> Tensor:
-        return flat_grad.narrow(0, self._interval.offset_in_shard or 0, self._interval.numel_in_shard or 0)
+    def _part_of(self, flat: Tensor) -> Tensor:
+        return flat.narrow(0, self._interval.offset_in_shard or 0, self._interval.numel_in_shard or 0)
 
 
 class FSDP1Adapter(PlainAdapter):

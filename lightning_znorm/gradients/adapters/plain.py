@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_znorm.gradients.adapters import GradientAdapter
-from lightning_znorm.gradients.slots import GradientSlot, ParameterSlot, clean_name, optimizer_slots
+from lightning_znorm.gradients.slots import GradientSlot, ParameterSlot, clean_name, optimizer_slots, slots_by_group
 
 
 class PlainAdapter(GradientAdapter):
@@ -39,6 +39,10 @@ class PlainAdapter(GradientAdapter):
             self._slots_by_id = unnamed | self._slots_by_id | named
         for number in stepped:
             yield from self._slots_by_id[number]
+
+    def slots_by_group(self, optimizer: Optimizer) -> list[list[GradientSlot]]:  # noqa: D102
+        list(self.slots_of(optimizer))  # which finds new ones
+        return slots_by_group(optimizer, self._slots_by_id)
 
     def read_slots(self) -> dict[Tensor, list[GradientSlot]]:
         """Return the slots behind each tensor that an optimizer may hold, in the model as it is now.
