@@ -195,7 +195,7 @@ def test_group_of_biases_alone_is_not_judged(fit, warned) -> None:
 @pytest.mark.parametrize("rate", [1e-3, 1e-1])
 @pytest.mark.parametrize("is_warmed_up", [False, True])
 def test_weights_that_begin_at_zero_are_not_judged_by_their_first_steps(
-    momentum: float, rate: float, is_warmed_up: bool
+    warned, momentum: float, rate: float, is_warmed_up: bool
 ) -> None:
     """At any rate, they are as small as the steps that they have grown from, if gradients have nothing in common."""
     weight = nn.Parameter(torch.zeros(50, 50))
@@ -207,6 +207,7 @@ def test_weights_that_begin_at_zero_are_not_judged_by_their_first_steps(
         if is_warmed_up:
             optimizer.param_groups[0]["lr"] = rate * (number + 1) / 100
         optimizer.step()
+    assert warned() == []
 
 
 def test_weights_that_begin_at_zero_are_looked_at_again() -> None:
