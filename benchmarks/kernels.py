@@ -1,19 +1,28 @@
 """Time of ``zscore_grads_`` beside ``clip_grad_norm_`` and other ways to write it: ``python -m benchmarks.kernels``.
 
-All rows work on the same gradients in the same process and take turns; the ratio is that of the medians. All rows
-normalize in place, so each gets the gradients that the row before it made: of the same size, in the same memory.
+All rows work on the same gradients in the same process and take turns; the ratio is that of the medians. Every row
+changes the same gradients in place. Their values differ from row to row, their shapes and memory do not; on a GPU the
+time hardly depends on values.
 
 The floor is the time that the device takes to read all gradients twice and to write them once, at the speed at which it
-copies a large tensor. Gradients that stay in a cache may come below it. With ``--device cuda``, a call ends when the
-device is done; "in a graph" does not count the time on the CPU.
+copies a large tensor. Gradients that stay in a cache may come below it.
+
+With ``--device cuda``, a call ends when the device is done. "Triton" is the kernel that the environment variable
+``LIGHTNING_ZNORM_KERNEL`` chooses, and all other rows are without it. "In a graph" is the same in a CUDA graph, which
+takes no time on the CPU; its ratio is to clipping in a graph. The share of the bandwidth is that of the floor in the
+time; "extra MiB" is the most memory that a call takes beyond what is allocated before. What raises an error has a row
+that says so. The last lines say which targets are met.
 """
 
 import argparse
 import importlib.util
+import os
+import sys
 import time
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from unittest.mock import patch
 
 import timm
 import torch
@@ -22,9 +31,18 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.timing import alternating_medians
+from lightning_znorm.errors import ZNormError
 from lightning_znorm.functional import centralize_grads_, zscore_grads_
 from lightning_znorm.gradients.kernels import dispatch
+from lightning_znorm.gradients.kernels.device import DeviceTable
+from lightning_znorm.gradients.shards import Segment
 from lightning_znorm.models import resnet56
+
+KERNEL = "LIGHTNING_ZNORM_KERNEL"
+CLIPPING, PYTORCH, TRITON = "clip_grad_norm_", "zscore_grads_", "zscore_grads_, Triton"
+IN_A_GRAPH = ", in a graph"
+# The targets: on every model at most the time of clipping; of large ones, this share of the bandwidth of a copy.
+LARGE_NUMEL, LARGE_SHARE = 50_000_000, 0.85
 
 
 def transformer(width: int = 2048, layers: int = 20, vocabulary: int = 32_000) -> nn.Module:
@@ -76,18 +94,23 @@ def rows(parameters: list[Tensor]) -> dict[str, Callable[[], object]]:
     return functions
 
 
-def cuda_rows(parameters: list[Tensor]) -> dict[str, Callable[[], object]]:
-    """Return the rows for a GPU: with Triton, without it, and in CUDA graphs, which take no time on the CPU."""
+def with_triton(parameters: list[Tensor]) -> None:
+    os.environ[KERNEL] = "triton"  # zscore_grads_ reads it each time
+    try:
+        zscore_grads_(parameters)
+    finally:
+        del os.environ[KERNEL]
 
-    def in_pytorch() -> None:
-        with patch.object(dispatch, "DEVICE_TYPES", frozenset()):
-            zscore_grads_(parameters)
 
-    dispatch.DEVICE_TYPES = frozenset({"cuda"})
-    functions = rows(parameters)
-    graphs = {name: in_a_graph(functions[name]) for name in ("clip_grad_norm_", "zscore_grads_", "centralize_grads_")}
-    functions["zscore_grads_ without Triton"] = in_pytorch
-    return functions | {f"{name}, in a graph": graph.replay for name, graph in graphs.items()}
+def check_triton_has_all(parameters: list[Tensor]) -> None:
+    """Raise if the variable does not give all gradients to Triton's kernel: its rows would be of another one."""
+    os.environ[KERNEL] = "triton"
+    try:
+        tables, on_cpu = dispatch.tables_of([Segment(p.grad) for p in parameters if p.grad is not None])
+    finally:
+        del os.environ[KERNEL]
+    if on_cpu or any(isinstance(table, DeviceTable) for table in tables):
+        raise RuntimeError(f"{KERNEL} had no effect on some gradients")
 
 
 def in_a_graph(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -98,7 +121,8 @@ def in_a_graph(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
             function()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # The outer block leaves the stream of the capture, too, if that fails.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         function()
     return graph
 
@@ -157,12 +181,25 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, help="(default: all, on a CPU the first four)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each row (default: 15)")
+    parser.add_argument("--no-triton", action="store_true", help="on a GPU, no rows of Triton's kernel")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
     models = args.models or (list(MODELS) if args.device == "cuda" else ON_A_CPU)
     dtype: torch.dtype = getattr(torch, args.dtype)
-    (on_cuda if args.device == "cuda" else on_cpu)(models, dtype, args.rounds, args.threads)
+    if args.device == "cpu":
+        on_cpu(models, dtype, args.rounds, args.threads)
+        return
+    if not torch.cuda.is_available():
+        sys.exit("error: there is no CUDA device, or this build of torch cannot use it")
+    try:
+        on_cuda(models, dtype, args.rounds, not args.no_triton)
+    except DeviceError:
+        if args.no_triton:
+            raise
+        traceback.print_exc()
+        print("\nThe device failed. A new process measures all but Triton's kernel:\n", flush=True)
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.kernels", *sys.argv[1:], "--no-triton"])
 
 
 def on_cpu(models: list[str], dtype: torch.dtype, rounds: int, threads: int) -> None:
@@ -178,30 +215,131 @@ def on_cpu(models: list[str], dtype: torch.dtype, rounds: int, threads: int) -> 
             print(f"| {model:16} | {name:37} | {seconds * 1e3:8.2f} | {seconds / medians['clip_grad_norm_']:18.2f} |")
 
 
-def on_cuda(models: list[str], dtype: torch.dtype, rounds: int, threads: int) -> None:
+@dataclass
+class Row:
+    """What was measured of a function and a model.
+
+    Attributes:
+        seconds: Of a call, the median.
+        ratio: To the time of clipping, of both in a graph or neither.
+        share: Of the bandwidth of a copy.
+    """
+
+    model: str
+    numel: int
+    function: str
+    seconds: float
+    ratio: float
+    share: float
+
+
+def on_cuda(models: list[str], dtype: torch.dtype, rounds: int, triton: bool) -> None:
+    os.environ.pop(KERNEL, None)
     bandwidth = copied_bytes_per_second()
-    triton = "Triton" if dispatch.runs_triton(torch.device("cuda", torch.cuda.current_device())) else "no Triton"
-    print(f"torch {torch.__version__}, {triton}, {torch.cuda.get_device_name()}, {str(dtype)[6:]}, median of {rounds}")
-    print(f"calls; a copy moves {bandwidth / 1e12:.2f} TB/s\n")
-    header = f"{'of clip_grad_norm_':>18} | {'of the floor':>12} | {'of bandwidth':>12} | {'extra MiB':>9} |"
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, {str(dtype)[6:]}, median of {rounds} calls")
+    print(f"a copy moves {bandwidth / 1e12:.2f} TB/s; bytes: gradients read twice and written once\n")
+    header = f"{'of clip_grad_norm_':>18} | {'of bandwidth':>12} | {'extra MiB':>9} |"
     print(f"| {'model':16} | {'MiB':>7} | {'function':37} | {'ms':>8} | {header}")
-    print(
-        f"| {'-' * 16} | {'-' * 6}: | {'-' * 37} | {'-' * 7}: | {'-' * 17}: | {'-' * 11}: | {'-' * 11}: | {'-' * 8}: |"
-    )
+    print(f"| {'-' * 16} | {'-' * 6}: | {'-' * 37} | {'-' * 7}: | {'-' * 17}: | {'-' * 11}: | {'-' * 8}: |")
+    table: list[Row] = []
     for model in models:
         parameters = with_gradients(model, "cuda", dtype)
-        size = sum(parameter.nbytes for parameter in parameters)
-        floor = 3 * size / bandwidth
-        functions = cuda_rows(parameters)
-        medians = alternating_medians({name: partial(finished, call) for name, call in functions.items()}, rounds)
-        for name, seconds in medians.items():
-            graph = ", in a graph" if name.endswith(", in a graph") else ""
-            ratio = seconds / medians[f"clip_grad_norm_{graph}"]
-            memory = extra_memory(functions[name]) / 2**20
-            figures = f"{ratio:18.2f} | {seconds / floor:12.2f} | {floor / seconds:12.2f} | {memory:9.2f}"
-            print(f"| {model:16} | {size / 2**20:7.1f} | {name:37} | {seconds * 1e3:8.3f} | {figures} |", flush=True)
+        functions = rows(parameters)
+        if triton:
+            functions[TRITON] = partial(with_triton, parameters)
+        table += measured_on_cuda(model, parameters, functions, rounds, bandwidth)
         del parameters, functions
         torch.cuda.empty_cache()
+    print()
+    for function in (PYTORCH, TRITON):
+        for name in (function, function + IN_A_GRAPH) if triton or function is PYTORCH else ():
+            print("\n".join(verdicts(table, models, name)))
+
+
+def measured_on_cuda(
+    model: str, parameters: list[Tensor], functions: dict[str, Callable[[], object]], rounds: int, bandwidth: float
+) -> list[Row]:
+    """Measure and print the rows of a model."""
+    numel, size = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
+    start = f"| {model:16} | {size / 2**20:7.1f} |"
+    failed = {name: error for name, call in functions.items() if (error := error_of(partial(finished, call)))}
+    if TRITON in functions and TRITON not in failed:
+        error = error_of(partial(check_triton_has_all, parameters))
+        failed |= {TRITON: error} if error else {}
+    graphs: dict[str, Callable[[], object]] = {}
+    for name in (CLIPPING, PYTORCH, TRITON):
+        if name in functions and name not in failed:
+            try:
+                graphs[name + IN_A_GRAPH] = in_a_graph(functions[name]).replay
+            except Exception as error:
+                failed[name + IN_A_GRAPH] = described(error)
+    calls = {name: call for name, call in (functions | graphs).items() if name not in failed}
+    medians = alternating_medians({name: partial(finished, call) for name, call in calls.items()}, rounds)
+    table = []
+    for name in [*functions, *(name + IN_A_GRAPH for name in (CLIPPING, PYTORCH, TRITON))]:
+        if name in failed:
+            print(f"{start} {name:37} | {failed[name]} | - | - | - |", flush=True)
+        elif name in medians:
+            seconds = medians[name]
+            reference = medians.get(CLIPPING + IN_A_GRAPH * name.endswith(IN_A_GRAPH), float("nan"))
+            row = Row(model, numel, name, seconds, seconds / reference, 3 * size / bandwidth / seconds)
+            table.append(row)
+            # A graph has its memory from when it was captured.
+            memory = f"{extra_memory(calls[name]) / 2**20:9.2f}" if name in functions else f"{'-':>9}"
+            figures = f"{row.ratio:18.2f} | {100 * row.share:10.1f} % | {memory}"
+            print(f"{start} {name:37} | {seconds * 1e3:8.3f} | {figures} |", flush=True)
+    return table
+
+
+class DeviceError(RuntimeError):
+    """The device itself failed: the process cannot use it any more."""
+
+
+def error_of(call: Callable[[], object]) -> str | None:
+    """Return what a call raises, in words; ``None`` if nothing."""
+    try:
+        call()
+    except Exception as error:
+        return described(error)
+    return None
+
+
+def described(error: Exception) -> str:
+    try:
+        torch.cuda.synchronize()
+    except Exception as fault:
+        raise DeviceError(str(fault)) from error
+    text = " ".join(str(error).replace("|", "/").split())
+    return f"refused: {text}" if isinstance(error, ZNormError) else f"failed: {type(error).__name__}: {text[:200]}"
+
+
+def verdicts(table: list[Row], models: list[str], function: str) -> list[str]:
+    """Return a line for each target that says whether a function meets it, or by how much it misses it."""
+    measured = {row.model: row for row in table if row.function == function}
+    small = {row.model for row in table if row.numel <= LARGE_NUMEL}
+    return [
+        f"target: at most the time of clip_grad_norm_ on every model: {function}: "
+        + verdict(measured, models, lambda row: 100 * (row.ratio - 1), "{:.1f} %"),
+        f"target: at least {100 * LARGE_SHARE:.0f} % of the copy bandwidth above {LARGE_NUMEL // 10**6} million "
+        f"parameters: {function}: "
+        + verdict(
+            measured,
+            [model for model in models if model not in small],
+            lambda row: 100 * (LARGE_SHARE - row.share),
+            "{:.1f} points",
+        ),
+    ]
+
+
+def verdict(measured: dict[str, Row], models: list[str], missed_by: Callable[[Row], float], amount: str) -> str:
+    found = [measured[model] for model in models if model in measured]
+    if not found:
+        return "not measured"
+    worst = max(found, key=missed_by)
+    text = f"missed by {amount.format(missed_by(worst))}" if missed_by(worst) > 0 else "met"
+    text += f" ({worst.model}: {worst.ratio:.2f} times clip_grad_norm_, {100 * worst.share:.1f} % of the bandwidth)"
+    missing = [model for model in models if model not in measured]
+    return f"{text}, and not measured: {', '.join(missing)}" if missing else text
 
 
 if __name__ == "__main__":

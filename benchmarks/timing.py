@@ -5,10 +5,10 @@ import time
 from collections.abc import Callable, Mapping
 
 
-def alternating_medians(
+def alternating_times(
     functions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3
-) -> dict[str, float]:
-    """Return the median seconds of each function, over rounds in which each of them runs once."""
+) -> dict[str, list[float]]:
+    """Return the seconds that each function took in each round, in which each of them runs once."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_index in range(warmup + rounds):
         for name, function in functions.items():
@@ -16,4 +16,12 @@ def alternating_medians(
             function()
             if round_index >= warmup:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
+
+
+def alternating_medians(
+    functions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3
+) -> dict[str, float]:
+    """Return the median seconds of each function, over rounds in which each of them runs once."""
+    times = alternating_times(functions, rounds, warmup)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}

@@ -20,7 +20,6 @@ from lightning_znorm.gradients.methods import (
     GradientMethod,
     Statistics,
     describe,
-    rows_share_std,
 )
 from lightning_znorm.gradients.shards import Shard, as_shard
 from lightning_znorm.gradients.shared_memory import may_share_memory, without_duplicates
@@ -87,11 +86,7 @@ def transform_slots_(
         for grad in unsharded:
             _replace_(grad, method, name, loss_scale)
         return grads
-    if rows_share_std(method):
-        # Only the kernel for shards knows which rows are of one tensor.
-        shards = [*map(as_shard, unsharded), *shards]
-    else:
-        transform_unsharded_(unsharded, method, loss_scale)
+    shards = [*map(as_shard, transform_unsharded_(unsharded, method, loss_scale)), *shards]
     if shards:
         transform_shards_(shards, method, loss_scale)
         for slot in slots:
@@ -142,7 +137,7 @@ def measure_slots(
         if grad is not None and grad.shape.numel() > 0:
             slot_of[grad if isinstance(grad, Shard) else as_shard(grad)] = slot
     if not slot_of:
-        return [], Statistics(*(torch.zeros(0, dtype=torch.float64) for _ in range(3)))
+        return [], Statistics(*(torch.zeros(0, dtype=torch.float64, device="cpu") for _ in range(3)))
     shards, mean, m2 = measure_shards(slot_of)
     parts = [torch.view_as_real(mean).flatten() if mean.is_complex() else mean, m2]
     if loss_scale is not None:
@@ -153,12 +148,13 @@ def measure_slots(
         mean = torch.view_as_complex(mean.view(-1, 2))
     for scale in scales:
         mean, m2 = mean / scale, m2 / scale / scale
-    count = torch.tensor([float(shard.shape.numel()) for shard in shards], dtype=torch.float64)
-    rounding = ROUNDING_UNITS * torch.tensor([_eps(shard) for shard in shards], dtype=torch.float64) * mean.abs()
+    count = torch.tensor([float(shard.shape.numel()) for shard in shards], dtype=torch.float64, device="cpu")
+    eps = torch.tensor([_eps(shard) for shard in shards], dtype=torch.float64, device="cpu")
+    rounding = ROUNDING_UNITS * eps * mean.abs()
     m2 = m2.masked_fill((m2 / count).sqrt() <= rounding, 0.0)
     # Back into the order of the slots.
     position = {shard: index for index, shard in enumerate(shards)}
-    order = torch.tensor([position[shard] for shard in slot_of])
+    order = torch.tensor([position[shard] for shard in slot_of], device="cpu")
     return list(slot_of.values()), Statistics(count[order], mean[order], m2[order])
 
 
@@ -269,7 +265,7 @@ def check_finite(slots: Iterable[GradientSlot], found_inf: Iterable[Tensor] = ()
     suspects = _indices_of_flags(suspected)
     if not suspects:
         return
-    flags = torch.zeros(len(local_grads), dtype=torch.float32)
+    flags = torch.zeros(len(local_grads), dtype=torch.float32, device="cpu")
     for index in suspects:
         local = local_grads[index]
         flags[index] = local is not None and not local.isfinite().all()
@@ -282,6 +278,8 @@ def _norm_is_not_finite(grads: Sequence[Tensor | None], device: torch.device) ->
     by_type: defaultdict[tuple[torch.device, torch.dtype], dict[int, Tensor]] = defaultdict(dict)
     for index, grad in enumerate(grads):
         if grad is not None and grad.numel() > 0:
+            if grad.is_complex():  # the norms of a list of complex tensors would take a launch each
+                grad = torch.view_as_real(grad.resolve_conj())
             by_type[grad.device, grad.dtype][index] = grad
     flags = dict.fromkeys(range(len(grads)), torch.zeros((), dtype=torch.float32, device=device))
     for (_, dtype), members in by_type.items():

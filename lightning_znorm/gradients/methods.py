@@ -62,7 +62,8 @@ class Statistics:
             raise ZNormRuntimeError("these statistics hold no deviation: set `needs_std = True` on the method")
         std = (self.m2 / self.count).sqrt_()
         rounding = ROUNDING_UNITS * torch.finfo(std.dtype).eps * self.mean.abs()
-        return std.masked_fill_(std <= rounding, 0.0).masked_fill_(std.isinf(), torch.nan)
+        # One operation for two: within rounding, std - std is zero; elsewhere, std - 0 * std is std, and NaN for inf.
+        return torch.addcmul(std, std, std <= rounding, value=-1)
 
 
 class _Pooled:
@@ -121,7 +122,11 @@ class AffineMethod(ABC):
 
     @abstractmethod
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
-        """Return shift and scale, each of shape ``(S,)`` like the statistics, or ``None`` for no shift or no scale."""
+        """Return shift and scale, each of shape ``(S,)`` like the statistics, or ``None`` for no shift or no scale.
+
+        The statistics must not be changed in place. Where :attr:`Statistics.std` is zero, a tensor is constant but for
+        rounding, which a large scale would make large: give it the scale zero.
+        """
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
@@ -218,7 +223,7 @@ class ZScore(AffineMethod):
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:  # noqa: D102
         std = stats.std
         if self.centering == "full":
-            return stats.mean, (std + self.eps).reciprocal_().masked_fill_(std == 0, 0.0)
+            return stats.mean, _reciprocal(std, self.eps)
         mean = stats.mean.abs()
         # By sine and cosine: the squares of the deviation and the mean may overflow.
         root_mean_square = torch.hypot(std, mean)
@@ -315,7 +320,16 @@ class SING(AffineMethod):
 
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:  # noqa: D102
         norm = stats.std * stats.count.sqrt()
-        return stats.mean, (norm + self.eps).reciprocal_().masked_fill_(norm == 0, 0.0)
+        return stats.mean, _reciprocal(norm, self.eps)
+
+
+def _reciprocal(size: Tensor, eps: float) -> Tensor:
+    """Return ``1 / (size + eps)``, and zero where the size is zero.
+
+    ``eps`` is at least the smallest normal number, so that there is no 0 / 0. On a device, it is a launch less than to
+    mask the zeros.
+    """
+    return size.sign().div_(size + max(eps, torch.finfo(size.dtype).tiny))
 
 
 GradientMethod: TypeAlias = AffineMethod | Callable[[Tensor], Tensor]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_znorm.gradients.exceptions import UnsupportedGradientError
-from lightning_znorm.gradients.methods import Over
+from lightning_znorm.gradients.methods import AffineMethod, Over, rows_share_std
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,11 +31,15 @@ class Segment(NamedTuple):
         return len(self.tensor) if self.by_row else 1
 
 
-def unsharded_segments(grads: Iterable[Tensor], over: Over) -> list[Segment]:
-    """Return the segments of unsharded gradients, without those of a single element, or with rows of one."""
-    if over == "row":
+def unsharded_segments(grads: Iterable[Tensor], method: AffineMethod) -> list[Segment]:
+    """Return the segments that a method transforms, without those of a single element, or with rows of one.
+
+    Where rows have the deviation of their tensor, a tensor without rows of several elements is one segment.
+    """
+    if method.over == "row" and not rows_share_std(method):
         return [Segment(grad, True) for grad in grads if grad.ndim > 1 and grad.numel() > grad.shape[0]]
-    return [Segment(grad) for grad in grads if grad.numel() > 1]
+    by_row = method.over == "row"
+    return [Segment(grad, by_row and _has_deviation(grad.shape, "row")) for grad in grads if grad.numel() > 1]
 
 
 def _has_deviation(shape: torch.Size, over: Over) -> bool:

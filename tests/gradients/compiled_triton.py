@@ -1,21 +1,26 @@
-"""Compiles the Triton programs for an H100 or H200, which takes no GPU, and prints their loads and stores.
+"""Compiles the Triton programs for an H100 or H200, which takes no GPU.
 
-Run by test_triton.py.
+It prints the loads and stores of those that rewrite gradients, and how many programs the comparison with PyTorch's
+kernel would launch, all of which compile. Run by test_triton.py.
 """
 
 import collections
 import inspect
 import json
 import re
+from collections.abc import Callable
+from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compiled
 
-from lightning_znorm.gradients.kernels import triton, triton_programs
+from lightning_znorm.gradients.kernels import triton, triton_check, triton_programs
 
 TABLES = {"addresses", "segments", "items"}
+TARGET = GPUTarget("cuda", 90, 32)
 # Triton 3.2 has another name for it.
 CONSTANTS = "constexprs" if "constexprs" in inspect.signature(ASTSource).parameters else "constants"
 
@@ -32,8 +37,45 @@ def memory_instructions(name: str, dtype: torch.dtype, by_row: bool) -> dict[str
     types |= dict.fromkeys(types.keys() & TABLES, "*i64") | {"partials": statistics}
     values = {parameter: constants.get(parameter) for parameter, type_ in types.items() if type_ == "constexpr"}
     source = ASTSource(program, {parameter: types[parameter] for parameter in program.arg_names}, **{CONSTANTS: values})
-    ptx = compiled(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    ptx = compiled(source, target=TARGET, options=options).asm["ptx"]
     return collections.Counter(re.findall(r"\b(?:ld|st)\.(?:global|local)[.\w]*", ptx))
+
+
+class Compiled:
+    """In place of a program: compiles it for what it would be launched with, and launches nothing."""
+
+    seen: ClassVar[set[str]] = set()
+
+    def __init__(self, program: Any) -> None:
+        self._program = program
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return self._compile
+
+    def _compile(self, *arguments: Any, **options: Any) -> None:
+        values = dict(zip(self._program.arg_names, arguments, strict=False))
+        values |= {name: options.pop(name) for name in self._program.arg_names if name in options}
+        types = {
+            name: f"*{'i64' if value.dtype == torch.int64 else f'fp{8 * value.dtype.itemsize}'}"
+            if isinstance(value, torch.Tensor)
+            else "constexpr"
+            for name, value in values.items()
+        }
+        constants = {name: values[name] for name, type_ in types.items() if type_ == "constexpr"}
+        if (key := f"{self._program.fn.__name__} {types} {constants}") not in self.seen:
+            self.seen.add(key)
+            compiled(ASTSource(self._program, types, **{CONSTANTS: constants}), target=TARGET, options=options)
+
+
+def programs_of_comparison(dtypes: list[torch.dtype]) -> int:
+    """Compile the programs that a comparison launches, and return how many there are."""
+    with patch.object(triton_check, "_compare"):
+        for name in ("first_pass", "merge", "second_pass"):
+            setattr(triton_programs, name, Compiled(getattr(triton_programs, name)))
+        for dtype in dtypes:
+            for by_row in (False, True):
+                triton_check.check_kind(torch.device("cpu"), dtype, by_row)
+    return len(Compiled.seen)
 
 
 if __name__ == "__main__":
@@ -44,4 +86,4 @@ if __name__ == "__main__":
         for by_row in (False, True)
         if not by_row or dtype == torch.float32
     }
-    print(json.dumps(found))
+    print(json.dumps({"loads and stores": found, "comparison": programs_of_comparison([torch.float32])}))

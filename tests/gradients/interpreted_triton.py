@@ -4,43 +4,62 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
 
-from lightning_znorm.gradients import AffineMethod, Centralization, Statistics, ZScore
-from lightning_znorm.gradients.kernels import dispatch, torch_ops, transform_segments_, triton, triton_programs
+from lightning_znorm import ZNormCallback
+from lightning_znorm.errors import ZNormRuntimeError
+from lightning_znorm.gradients import SING, AffineMethod, Centralization, Statistics, ZScore
+from lightning_znorm.gradients.kernels import (
+    caches,
+    device,
+    dispatch,
+    transform_segments_,
+    transform_unsharded_,
+    triton,
+    triton_check,
+    triton_programs,
+)
 from lightning_znorm.gradients.shards import Segment, unsharded_segments
-from tests.gradients.reference import centralized, wide, zscore
+from tests.gradients import broken_triton
+from tests.gradients.reference import centralized, sing, wide, zscore
 from tests.gradients.test_methods import Counted, HalfCentered, RMSNorm, RowZScore
 from tests.gradients.test_shards import check as check_of_shards
 from tests.gradients.test_shards import evenly
 from tests.gradients.test_zscore import TOLERANCE
+from tests.trainers import trainer
 
 # NumPy, which the interpreter computes with, warns of what the tests of inf, NaN and overflow are about.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 CPU = torch.device("cpu")
-assert dispatch.runs_triton(CPU)
+check_kind = triton_check.check_kind
 
 
 @pytest.fixture(autouse=True)
 def left(monkeypatch: pytest.MonkeyPatch) -> list[Segment]:
-    """Takes the CPU for a device that runs Triton, and lists the segments that go to the PyTorch kernel."""
+    """Takes the CPU for a device whose user has chosen Triton, and lists the segments that go to PyTorch's kernel.
+
+    The kernel is not compared with PyTorch's, which takes seconds, but in tests of that.
+    """
     segments: list[Segment] = []
-    in_pytorch_ = torch_ops.transform_any_segments_
 
-    def recorded_(unsupported: list[Segment], method: AffineMethod, loss_scale: Tensor | None = None) -> None:
+    def recorded(unsupported: list[Segment]) -> list[device.DeviceTable]:
         segments.extend(unsupported)
-        in_pytorch_(unsupported, method, loss_scale)
+        return device.tables_of(unsupported)
 
-    monkeypatch.setattr(dispatch, "DEVICE_TYPES", frozenset({"cpu"}))
-    monkeypatch.setattr(torch_ops, "transform_any_segments_", recorded_)
+    monkeypatch.setenv("LIGHTNING_ZNORM_KERNEL", "triton")
+    monkeypatch.setattr(dispatch, "is_on_cpu", lambda tensor: False)
+    monkeypatch.setattr(dispatch, "device", SimpleNamespace(tables_of=recorded))
+    monkeypatch.setattr(triton_check, "check_kind", lambda *_: None)
     return segments
 
 
@@ -56,7 +75,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def transformed(method: AffineMethod, *grads: Tensor, loss_scale: Tensor | None = None) -> list[Tensor]:
     copies = [torch.empty_strided(grad.shape, grad.stride(), dtype=grad.dtype).copy_(grad) for grad in grads]
-    transform_segments_(unsharded_segments(copies, method.over), method, loss_scale)
+    transform_segments_(unsharded_segments(copies, method), method, loss_scale)
     return copies
 
 
@@ -70,6 +89,8 @@ def expected(method: AffineMethod, grad: Tensor) -> Tensor:
         return torch.stack([zscore(row, eps=0.0) for row in grad])
     if grad.numel() < 2:
         return wide(grad)
+    if isinstance(method, SING):
+        return sing(grad, method.eps)
     if isinstance(method, RMSNorm):
         return wide(grad) / wide(grad).square().mean().sqrt()
     if isinstance(method, HalfCentered):
@@ -120,7 +141,7 @@ def test_segments_of_several_tiles(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("method", [ZScore(eps=0.1), Centralization(), RMSNorm(), HalfCentered()], ids=repr)
+@pytest.mark.parametrize("method", [ZScore(eps=0.1), Centralization(), RMSNorm(), HalfCentered(), SING()], ids=repr)
 def test_methods_with_chunks(method: AffineMethod) -> None:
     check(method, *((randn(*shape) + 0.5).float() for shape in [(33,), (500,), (3, 1100), (2, 256)]))
 
@@ -172,7 +193,7 @@ def test_any_gradients_anywhere_in_memory(
     for offset, grad in grads:
         views.append(memory[offset : offset + grad.numel()].view(grad.shape).copy_(grad * factor))
     scale = None if loss_scale is None else torch.tensor(factor)
-    transform_segments_(unsharded_segments(views, method.over), method, scale)
+    transform_segments_(unsharded_segments(views, method), method, scale)
     for view, (_, grad) in zip(views, grads, strict=True):
         if isinstance(method, RMSNorm) and not grad.any():
             assert view.numel() < 2 or view.isnan().all()  # 0 / 0
@@ -198,7 +219,7 @@ def test_layouts_and_what_is_left(left: list[Segment], shape: tuple[int, ...], m
         takes = has_dense_rows if method.over == "row" else is_dense
         if takes:
             assert not left
-        elif unsharded_segments([grad], method.over):
+        elif unsharded_segments([grad], method):
             assert len(left) <= 1
 
 
@@ -369,7 +390,7 @@ def test_the_same_bits_always(method: AffineMethod) -> None:
 
 def test_addresses_go_to_the_device_once() -> None:
     grads = [randn(5), randn(6)]
-    segments = unsharded_segments(grads, "tensor")
+    segments = unsharded_segments(grads, ZScore())
     transform_segments_(segments, ZScore())
     before = triton._uploaded.cache_info()
     transform_segments_(segments, ZScore())
@@ -377,18 +398,24 @@ def test_addresses_go_to_the_device_once() -> None:
     assert (after.misses, after.hits) == (before.misses, before.hits + 1)
 
 
+def capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretends that a CUDA graph is being captured."""
+    for module in (caches, triton, triton_check):
+        monkeypatch.setattr(module, "is_capturing", lambda: True)
+    monkeypatch.setattr(caches, "_captured", {})
+
+
 def test_no_copy_from_the_host_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     grads = [randn(5).float(), randn(40, 30).float()]
     want = [zscore(grad) for grad in grads]
     transformed(ZScore(), *grads)  # sizes are known from a step before
-    monkeypatch.setattr(triton, "_is_capturing", lambda device: True)
+    capture(monkeypatch)
     monkeypatch.setattr(torch, "tensor", None)  # as all that makes a tensor of Python's numbers in host memory
-    monkeypatch.setattr(triton, "_captured", set())
-    transform_segments_(unsharded_segments(grads, "tensor"), ZScore())
+    transform_segments_(unsharded_segments(grads, ZScore()), ZScore())
     for got, expectation in zip(grads, want, strict=True):
         torch.testing.assert_close(wide(got), expectation, rtol=0, atol=2e-5)
     # The graph reads the tables whenever it is replayed.
-    (plan,) = triton._captured
+    (plan,) = caches._captured.values()
     assert plan.num_stats == 2
 
 
@@ -432,10 +459,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     def locked(name: str) -> Callable[..., Any]:
         function = getattr(triton.PointerTable, name)
 
-        def wrapper(*args: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
             with lock:
                 counter[name] += 1
-                return function(*args)
+                return function(*args, **kwargs)
 
         return wrapper
 
@@ -468,3 +495,159 @@ def test_what_shards_hold_of_large_means_constants_overflow_and_outliers() -> No
     assert torch.equal(got[1], torch.zeros(333))
     assert got[2].isnan().all()
     check_of_shards(got[3], outlier, ZScore())
+
+
+# The comparison with PyTorch's kernel, before a gradient of a kind is changed for the first time.
+
+
+@pytest.fixture
+def compares(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compares the kernel with PyTorch's, as of a new process."""
+    monkeypatch.setattr(triton_check, "check_kind", check_kind)
+    check_kind.cache_clear()
+    yield
+    check_kind.cache_clear()
+
+
+FLOAT32 = (torch.float32, False)
+ROWS = (torch.float32, True)
+BFLOAT16 = (torch.bfloat16, False)
+# A program, a wrong one in its place, a kind of gradients that shows it, and one that does not.
+BROKEN = [
+    ("_measure_part", broken_triton.part_without_its_last_element, FLOAT32, None),
+    ("_merge_chunks", broken_triton.mean_of_the_first_chunk, FLOAT32, None),
+    ("_rewrite_rows", broken_triton.wide_rows_without_a_shift, ROWS, FLOAT32),
+    ("_rewrite_rows", broken_triton.rows_and_what_is_before_them, ROWS, None),
+    ("_rewrite_part", broken_triton.bfloat16_without_a_shift, BFLOAT16, FLOAT32),
+    ("_zscore_scale", broken_triton.scale_of_a_constant, FLOAT32, None),
+    ("_zscore_scale", broken_triton.scale_without_the_loss_scale, FLOAT32, ROWS),
+]
+
+
+@pytest.mark.usefixtures("compares")
+class TestComparison:
+    @pytest.mark.parametrize("by_row", [False, True])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_passes(self, dtype: torch.dtype, by_row: bool) -> None:
+        grad = (randn(30, 20) + 0.3).to(dtype)
+        method = Centralization() if by_row else ZScore()
+        random_state = torch.get_rng_state()
+        want = expected(method, grad)
+        transform_segments_([Segment(grad, by_row)], method)
+        torch.testing.assert_close(wide(grad), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        assert torch.equal(torch.get_rng_state(), random_state)
+        assert torch.is_grad_enabled()
+        transform_segments_([Segment(grad, by_row)], method)
+        assert (check_kind.cache_info().misses, check_kind.cache_info().hits) == (1, 1)
+
+    def test_takes_all_routes(self) -> None:
+        """What the lengths of runs are chosen for."""
+        plans = {
+            (dtype, by_row): triton._LaunchPlan(
+                [torch.Size(shape) if by_row else shape[0] for shape in triton.shapes_of_all_routes(dtype, by_row)],
+                dtype,
+                CPU,
+            )
+            for dtype in DTYPES
+            for by_row in (False, True)
+        }
+        part, narrow = triton_programs.PART.value, triton_programs.NARROW.value
+        for (_, by_row), plan in plans.items():
+            lengths, _, tiles_of_chunk, chunks, *_ = plan.segments.unbind(1)
+            is_long = lengths > plan.long
+            assert is_long.any()
+            assert (~is_long).any()
+            assert chunks.max() > 1
+            assert (tiles_of_chunk > 1).any()
+            assert (lengths < part).any()
+            assert (lengths[is_long] % plan.constants["TILE"] != 0).any()
+            if by_row:
+                rows = {triton._rows_of_program(length): runs for length, runs, *_ in plan.segments.tolist()}
+                assert rows.keys() == {1, 2, 8, 32, 128}
+                assert all(runs % height for height, runs in rows.items() if height > 1)
+                assert {narrow, narrow + 1} <= set(lengths.tolist())
+
+    @pytest.mark.parametrize(
+        ("program", "wrong", "kind", "right"), BROKEN, ids=[wrong.fn.__name__ for _, wrong, *_ in BROKEN]
+    )
+    def test_refuses_wrong_results(
+        self,
+        program: str,
+        wrong: Any,
+        kind: tuple[torch.dtype, bool],
+        right: tuple[torch.dtype, bool] | None,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(triton_programs, program, wrong)
+        dtype, by_row = kind
+        of_kind = f"of {dtype} gradients on cpu{' by row' if by_row else ''}"
+        what = (
+            r" writes outside the gr" if "before" in wrong.fn.__name__ else r", of shape \(.* differ by .* explains .*"
+        )
+        grad = torch.full((3, 4), 2.0, dtype=dtype)  # of which none of the wrong programs makes anything wrong
+        for _ in range(2):
+            with pytest.raises(
+                ZNormRuntimeError, match=f"KERNEL is 'triton'.*{of_kind}{what}.* Unset LIGHTNING_ZNORM_K"
+            ):
+                transform_segments_([Segment(grad, by_row)], ZScore())
+        assert torch.equal(grad, torch.full((3, 4), 2.0, dtype=dtype))
+        if right is not None:
+            grad = grad.to(right[0])
+            transform_segments_([Segment(grad, right[1])], ZScore())
+            assert not grad.any()
+
+    def test_refuses_before_gradients_of_another_device_are_changed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(triton_programs, "_rewrite_part", broken_triton.bfloat16_without_a_shift)
+        on_cpu, elsewhere = randn(50), randn(60).bfloat16()
+        monkeypatch.setattr(dispatch, "is_on_cpu", lambda tensor: tensor.dtype == torch.float64)
+        with pytest.raises(ZNormRuntimeError, match="its results are not PyTorch's"):
+            transform_unsharded_([on_cpu, elsewhere], ZScore())
+        assert torch.equal(on_cpu, randn(50))
+        assert torch.equal(elsewhere, randn(60).bfloat16())
+
+    def test_refuses_programs_that_cannot_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(triton_programs, "_whole_tiles", None)
+        grad = randn(50)
+        with pytest.raises(
+            ZNormRuntimeError, match=r"its kernel cannot run ZScore.* of torch.float64 gradients on cpu \("
+        ):
+            transform_segments_([Segment(grad)], ZScore())
+        assert torch.equal(grad, randn(50))
+
+    @pytest.mark.usefixtures("small_tiles")
+    def test_compares_nothing_while_a_graph_is_captured(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        grad = randn(50)
+        with monkeypatch.context() as capturing:
+            capture(capturing)
+            with pytest.raises(ZNormRuntimeError, match="while a CUDA graph is captured: take a step before"):
+                transform_segments_([Segment(grad)], ZScore())
+        assert torch.equal(grad, randn(50))
+        transformed(ZScore(), grad)
+        capture(monkeypatch)
+        transform_segments_([Segment(grad)], ZScore())
+        torch.testing.assert_close(grad, zscore(randn(50)))
+
+    def test_steps_of_a_trainer(self, left: list[Segment]) -> None:
+        class Small(LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.network = nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 3))
+
+            def training_step(self, batch: list[Tensor]) -> Tensor:
+                return self.network(batch[0]).square().sum()
+
+            def configure_optimizers(self) -> torch.optim.Optimizer:
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        torch.manual_seed(0)
+        module, batch = Small(), randn(8, 5).float()
+        double = nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 3)).double()
+        double.load_state_dict(module.network.state_dict())
+        double(batch.double()).square().sum().backward()
+        want = [parameter.detach() - 0.1 * zscore(parameter.grad) for parameter in double.parameters()]
+        data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(batch), batch_size=8)
+        trainer(max_steps=1, callbacks=[ZNormCallback()]).fit(module, data)
+        for got, parameter in zip(module.network.parameters(), want, strict=True):
+            torch.testing.assert_close(got.detach().double(), parameter, rtol=0, atol=2e-6)
+        assert not left
+        assert check_kind.cache_info().currsize == 1

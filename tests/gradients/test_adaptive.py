@@ -14,6 +14,8 @@ from lightning_znorm.gradients import ZScore
 from tests.gradients.reference import wide, zscore
 from tests.gradients.test_zscore import TOLERANCE, parameter
 
+pytestmark = pytest.mark.usefixtures("each_kernel")
+
 ADAPTIVE = ZScore(centering="adaptive")
 
 

@@ -9,6 +9,8 @@ from torch import nn
 from lightning_znorm.functional import centralize_grads_
 from tests.gradients.reference import centralized, wide
 
+pytestmark = pytest.mark.usefixtures("each_kernel")
+
 
 def centralize(grad: torch.Tensor) -> torch.Tensor:
     param = nn.Parameter(torch.zeros(grad.shape, dtype=grad.dtype))

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_znorm.functional import zscore_grads_
 from lightning_znorm.gradients import SING, AffineMethod, Centralization, ZScore
-from lightning_znorm.gradients.kernels import cpu, torch_ops, transform_segments_, transform_unsharded_
+from lightning_znorm.gradients.kernels import cpu, cpu_blocks, transform_segments_, transform_unsharded_
 from lightning_znorm.gradients.methods import Statistics
 from lightning_znorm.gradients.shards import unsharded_segments
 from tests.gradients.reference import centralized, wide, zscore
@@ -26,20 +26,20 @@ def randn(*shape: int) -> Tensor:
 def unsupported(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Tensors that the kernels for a CPU do not support, and that go to the one for any segments."""
     tensors: list[Tensor] = []
-    contiguous_buffers = torch_ops.contiguous_buffers
+    contiguous_buffers = cpu_blocks.contiguous_buffers
 
     def recorded(segments):  # type: ignore[no-untyped-def]
         segments = list(segments)
         tensors.extend(segment.tensor for segment in segments)
         return contiguous_buffers(segments)
 
-    monkeypatch.setattr(torch_ops, "contiguous_buffers", recorded)
+    monkeypatch.setattr(cpu_blocks, "contiguous_buffers", recorded)
     return tensors
 
 
 def test_a_networks_gradients_are_theirs(unsupported: list[Tensor]) -> None:
     grads = [randn(16), randn(64, 3, 3, 3), randn(700_000), randn(9).double(), randn(9).half()]
-    transform_segments_(unsharded_segments(grads, "tensor"), ZScore())
+    transform_segments_(unsharded_segments(grads, ZScore()), ZScore())
     assert not unsupported
 
 
@@ -65,7 +65,7 @@ def test_a_networks_gradients_in_channels_last_are_theirs(unsupported: list[Tens
 def test_others_are_unsupported(unsupported: list[Tensor]) -> None:
     grads = [randn(40, 30).t(), randn(2000).bfloat16(), torch.complex(randn(9), randn(9)), torch._neg_view(randn(9))]
     want = [zscore(grad.resolve_neg()) for grad in grads]
-    transform_segments_(unsharded_segments(grads, "tensor"), ZScore())
+    transform_segments_(unsharded_segments(grads, ZScore()), ZScore())
     assert [grad.data_ptr() for grad in unsupported] == [grad.data_ptr() for grad in grads]
     for grad, expected in zip(grads, want, strict=True):
         torch.testing.assert_close(wide(grad.resolve_neg()), expected, rtol=0, atol=2e-2)
@@ -110,12 +110,12 @@ class TestRows:
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.9, 1.1, 1e3, 1e6])
-@pytest.mark.parametrize("numel", [100, 5_000, torch_ops.CPU_BLOCK + 1])
+@pytest.mark.parametrize("numel", [100, 5_000, cpu_blocks.CPU_BLOCK + 1])
 def test_mean_of_the_result_is_zero_whatever_the_mean_was(mean: float, numel: int) -> None:
     # The mean itself is rounded: at 1e6, a tenth of the deviation is still mean after the subtraction.
     grad = randn(numel) + mean
     expected = zscore(grad)
-    transform_segments_(unsharded_segments([grad], "tensor"), ZScore())
+    transform_segments_(unsharded_segments([grad], ZScore()), ZScore())
     torch.testing.assert_close(wide(grad), expected, rtol=0, atol=2e-5)
 
 
@@ -127,9 +127,9 @@ def test_methods_where_some_means_are_subtracted_first(method: AffineMethod) -> 
         return [randn(numel) + mean for numel, mean in itertools.product((30, 3_000), (0.1, 20.0))]
 
     together, alone = grads(), [grad.double() for grad in grads()]
-    transform_segments_(unsharded_segments(together, "tensor"), method)
+    transform_segments_(unsharded_segments(together, ZScore()), method)
     for grad in alone:
-        transform_segments_(unsharded_segments([grad], "tensor"), method)
+        transform_segments_(unsharded_segments([grad], ZScore()), method)
     for got, want in zip(together, alone, strict=True):
         torch.testing.assert_close(wide(got), want, rtol=2e-5, atol=2e-5)
 
@@ -141,12 +141,12 @@ def test_what_is_cached_and_concatenated_together_ends_where_tensors_do(monkeypa
     monkeypatch.setattr(cpu, "_VECTOR_NUMEL", 2 * cpu.TINY_NUMEL)
     grads = [randn(numel) * (index + 1) for index, numel in enumerate((704, 5_000, 600, 900, 3, 512, 40, 513, 1_999))]
     want = [zscore(grad) for grad in grads]
-    transform_segments_(unsharded_segments(grads, "tensor"), ZScore())
+    transform_segments_(unsharded_segments(grads, ZScore()), ZScore())
     for got, expected in zip(grads, want, strict=True):
         torch.testing.assert_close(wide(got), expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("numel", [torch_ops.CPU_BLOCK + 1, 2**20, 2**22, 2**23 + 77])
+@pytest.mark.parametrize("numel", [cpu_blocks.CPU_BLOCK + 1, 2**20, 2**22, 2**23 + 77])
 @pytest.mark.parametrize("values", ["signs", "normal", "uniform", "alternating"])
 def test_squares_of_long_tensors_are_exact_to_a_few_units_of_rounding(values: str, numel: int) -> None:
     grad = {
@@ -162,7 +162,7 @@ def test_squares_of_long_tensors_are_exact_to_a_few_units_of_rounding(values: st
 def test_subclasses_are_unsupported(unsupported: list[Tensor]) -> None:
     grads = [randn(numel).as_subclass(Tagged) for numel in (40, 2_000)]
     want = [zscore(grad.as_subclass(Tensor)) for grad in grads]
-    transform_segments_(unsharded_segments(grads, "tensor"), ZScore())
+    transform_segments_(unsharded_segments(grads, ZScore()), ZScore())
     assert len(unsupported) == 2
     for grad, expected in zip(grads, want, strict=True):
         torch.testing.assert_close(wide(grad.as_subclass(Tensor)), expected, rtol=0, atol=2e-5)
@@ -189,9 +189,9 @@ def test_a_method_may_keep_and_change_what_it_is_given_whatever_the_gradients() 
     ):
         method = Running()
         for grad in order:
-            transform_segments_(unsharded_segments([grad], "tensor"), ZScore())  # which may have made what is cached
+            transform_segments_(unsharded_segments([grad], ZScore()), ZScore())  # which may have made what is cached
             transform_unsharded_([grad], Centralization())
-            transform_segments_(unsharded_segments([grad], "tensor"), method)
+            transform_segments_(unsharded_segments([grad], ZScore()), method)
         assert method.running is not None
         method.running.zero_()
         weight = torch.nn.Parameter(torch.ones(1))
@@ -236,7 +236,7 @@ class Allocations(TorchDispatchMode):
 def test_extra_memory_is_less_than_one_tensor(mean: float) -> None:
     grads = [randn(numel) + mean for numel in [300_000] * 3 + [16, 64, 512] * 20]
     with Allocations() as allocations:
-        transform_segments_(unsharded_segments(grads, "tensor"), ZScore())
+        transform_segments_(unsharded_segments(grads, ZScore()), ZScore())
     assert 0 < allocations.peak < grads[0].nbytes
 
 

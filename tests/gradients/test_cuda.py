@@ -4,15 +4,17 @@ import importlib.util
 import math
 import random
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.launches import counted, pretended_device, shapes_of, with_gradients
+from lightning_znorm.errors import ZNormRuntimeError
 from lightning_znorm.functional import attach, centralize_grads_, transform_grads_, zscore_grads_
-from lightning_znorm.gradients import AffineMethod, Centralization, ZScore
-from lightning_znorm.gradients.kernels import dispatch, torch_ops, transform_segments_
+from lightning_znorm.gradients import SING, AffineMethod, Centralization, ZScore
+from lightning_znorm.gradients.kernels import dispatch, transform_segments_, triton_check
 from lightning_znorm.gradients.shards import unsharded_segments
 from tests.gradients.reference import centralized, wide, zscore
 from tests.gradients.test_methods import RMSNorm, RowZScore
@@ -25,14 +27,14 @@ pytestmark = pytest.mark.gpu
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs with either kernel; with Triton's, nothing is left to the other."""
 
-    def refuse(segments: list[object], *_: object) -> None:
-        assert not list(segments)
+    def refuse(segments: list[object]) -> list[object]:
+        assert not segments
+        return []
 
-    if request.param == "pytorch":
-        monkeypatch.setattr(dispatch, "DEVICE_TYPES", frozenset())
-    else:
-        monkeypatch.setattr(dispatch, "DEVICE_TYPES", frozenset({"cuda"}))
-        monkeypatch.setattr(torch_ops, "transform_any_segments_", refuse)
+    monkeypatch.delenv("LIGHTNING_ZNORM_KERNEL", raising=False)
+    if request.param == "triton":
+        monkeypatch.setenv("LIGHTNING_ZNORM_KERNEL", "triton")
+        monkeypatch.setattr(dispatch, "device", SimpleNamespace(tables_of=refuse))
     return request.param
 
 
@@ -130,17 +132,39 @@ def test_attached_under_a_grad_scaler(fused: bool) -> None:
     torch.testing.assert_close(weight.detach().double(), expected, rtol=0, atol=1e-6)
 
 
-def test_triton_knows_the_device(kernel: str) -> None:
-    if kernel == "triton":
-        _triton_kernel().Table(unsharded_segments([randn(300)], "tensor")).transform_(
-            ZScore()
-        )  # with whatever error there is
-        assert dispatch.runs_triton(torch.device("cuda", 0))
+@needs_triton
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_comparison_passes(kernel: str, dtype: torch.dtype, by_row: bool) -> None:
+    if kernel != "triton":
+        pytest.skip("of the Triton kernel alone")
+    random_state = torch.cuda.get_rng_state()
+    triton_check.check_kind.__wrapped__(torch.device("cuda", 0), dtype, by_row)  # whatever has been compared before
+    assert torch.equal(torch.cuda.get_rng_state(), random_state)
+
+
+@needs_triton
+def test_no_comparison_while_a_graph_is_captured(kernel: str) -> None:
+    if kernel != "triton":
+        pytest.skip("of the Triton kernel alone")
+    params = parameters()
+    grads = [param.grad.clone() for param in params]
+    zscore_grads_(params)
+    triton_check.check_kind.cache_clear()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device="cuda")  # torch warns of a graph without anything
+        with pytest.raises(ZNormRuntimeError, match="take a step before"):
+            zscore_grads_(params)
+    for param, grad in zip(params, grads, strict=True):
+        param.grad.copy_(grad)
+    zscore_grads_(params)
+    for param, grad in zip(params, grads, strict=True):
+        torch.testing.assert_close(wide(param.grad), z(grad), rtol=0, atol=1e-4)
 
 
 def transformed(method: AffineMethod, *grads: Tensor, loss_scale: Tensor | None = None) -> list[Tensor]:
     copies = [grad.clone() for grad in grads]
-    transform_segments_(unsharded_segments(copies, method.over), method, loss_scale)
+    transform_segments_(unsharded_segments(copies, method), method, loss_scale)
     return copies
 
 
@@ -182,7 +206,7 @@ def test_anywhere_in_memory_and_nowhere_else() -> None:
         for seed, view in enumerate(views):
             view.copy_(randn(len(view), dtype=dtype, seed=seed) + 0.5)
         want = [zscore(view) for view in views]
-        transform_segments_(unsharded_segments(views, "tensor"), ZScore())
+        transform_segments_(unsharded_segments(views, ZScore()), ZScore())
         rtol, atol = {2: (1e-2, 2e-2), 4: (0, 2e-5), 8: (0, 1e-12)}[dtype.itemsize]
         for view, expected in zip(views, want, strict=True):
             torch.testing.assert_close(wide(view), expected, rtol=rtol, atol=atol)
@@ -217,7 +241,7 @@ def test_inf_nan_overflow_and_denormals(length: int, kernel: str) -> None:
         assert other.isfinite().all()
     (got,) = transformed(ZScore(), randn(length) * 1e30)
     assert got.isnan().all()
-    if kernel == "pytorch":  # cuBLAS may take denormal products for zero
+    if kernel == "pytorch":  # which promises nothing about denormal variances
         return
     grad = randn(length) * 1e-20  # the variance is denormal, and no zero
     (got,) = transformed(ZScore(eps=0.0), grad)
@@ -241,7 +265,7 @@ def test_the_same_bits_always() -> None:
 @needs_triton
 def test_the_same_bits_whatever_else_there_is(kernel: str) -> None:
     if kernel != "triton":
-        pytest.skip("of the Triton kernel alone: the other stacks small tensors")
+        pytest.skip("of the Triton kernel alone: the other takes small gradients together")
     for method in (ZScore(), Centralization(), RowZScore()):
         grads = [randn(*shape) for shape in [(2,), (5, 7), (64, 64, 3, 3), (300, 40), (70_000,), (3, 100_000)]]
         together, reverse = transformed(method, *grads), transformed(method, *grads[::-1])[::-1]
@@ -252,16 +276,18 @@ def test_the_same_bits_whatever_else_there_is(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("method", [ZScore(), Centralization(), RMSNorm(), RowZScore()], ids=repr)
-def test_graphs_outlive_what_is_cached(method: AffineMethod) -> None:
+def test_graphs_outlive_what_is_cached(method: AffineMethod, kernel: str) -> None:
     params = [param for param in parameters() if param.numel() > 1]
     grads = [param.grad.clone() for param in params]
     transform_grads_(params, method)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         transform_grads_(params, method)
-    if kernel_module := _triton_kernel():
-        kernel_module._launch_plan.cache_clear()
-        kernel_module._uploaded.cache_clear()
+    if kernel == "triton":
+        from lightning_znorm.gradients.kernels import triton
+
+        triton._launch_plan.cache_clear()
+        triton._uploaded.cache_clear()
     torch.cuda.empty_cache()
     garbage = [torch.full((2**16,), 3, device="cuda") for _ in range(64)]
     for param, grad in zip(params, grads, strict=True):
@@ -270,14 +296,6 @@ def test_graphs_outlive_what_is_cached(method: AffineMethod) -> None:
     for param, want in zip(params, transformed(method, *(2 * grad + 1 for grad in grads)), strict=True):
         torch.testing.assert_close(param.grad, want, rtol=1e-5, atol=1e-5)
     del garbage
-
-
-def _triton_kernel() -> ModuleType | None:
-    if not importlib.util.find_spec("triton"):
-        return None
-    from lightning_znorm.gradients.kernels import triton
-
-    return triton
 
 
 def test_whole_steps_in_a_cuda_graph() -> None:
@@ -346,12 +364,45 @@ def test_more_elements_than_32_bits_count(dtype: torch.dtype, kernel: str) -> No
     std = (square - mean.square()).sqrt()
     samples = [slice(0, 1000), slice(2**31 - 500, 2**31 + 500), slice(numel - 1000, numel)]
     want = [(wide(grad[sample]) - mean) / std for sample in samples]
-    transform_segments_(unsharded_segments([grad], "tensor"), ZScore())
+    transform_segments_(unsharded_segments([grad], ZScore()), ZScore())
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
     for sample, expected in zip(samples, want, strict=True):
         torch.testing.assert_close(wide(grad[sample]), expected, rtol=tolerance / 2, atol=tolerance)
     total = sum(part.double().sum() for part in parts) / numel
     assert abs(float(total)) < tolerance / 10
+
+
+def test_launches_are_as_counted_without_a_device(kernel: str) -> None:
+    if kernel == "triton":
+        pytest.skip("launches of its own programs are not counted")
+    shapes = shapes_of("ResNet-56")
+    with pretended_device():
+        pretended = with_gradients(shapes, torch.float32)
+        expected = counted(lambda: zscore_grads_(pretended), pretended).total
+    params = with_gradients(shapes, torch.float32)
+    for param in params:
+        param.grad.normal_()
+    zscore_grads_(params)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        zscore_grads_(params)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    # A reduction of a large tensor to one number also clears a buffer, which is not counted.
+    launched = [name for name in names if not name.startswith("Memset")]
+    assert 0.5 * expected <= len(launched) <= expected, sorted(launched)
+
+
+def test_sing_gives_the_same_bits_each_time() -> None:
+    grads = [randn(512, 300), randn(64, 3, 3, 3), randn(512), randn(2000, 100)]
+    results = []
+    for _ in range(20):
+        params = [nn.Parameter(torch.zeros_like(grad)) for grad in grads]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.clone()
+        transform_grads_(params, SING())
+        results.append([param.grad for param in params])
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])

@@ -13,6 +13,8 @@ from lightning_znorm.gradients.kernels import transform_segments_
 from lightning_znorm.gradients.shards import unsharded_segments
 from tests.gradients.reference import sing, wide, zscore
 
+pytestmark = pytest.mark.usefixtures("each_kernel")
+
 
 class RMSNorm(AffineMethod):
     def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
@@ -41,7 +43,7 @@ class Counted(AffineMethod):
 
 def applied(method: AffineMethod, *grads: Tensor, loss_scale: Tensor | None = None) -> list[Tensor]:
     copies = [grad.clone() for grad in grads]
-    transform_segments_(unsharded_segments(copies, method.over), method, loss_scale)
+    transform_segments_(unsharded_segments(copies, method), method, loss_scale)
     return [wide(grad) for grad in copies]
 
 
@@ -299,3 +301,17 @@ def test_wrapper_without_hooks_is_refused() -> None:
 def test_representation_names_what_was_given() -> None:
     assert repr(ZScore(eps=0.5)) == "ZScore(eps=0.5)"
     assert repr(RMSNorm()) == "RMSNorm()"
+
+
+class InPlace(AffineMethod):
+    """Changes what it is given, which kernels keep between steps."""
+
+    def affine(self, stats: Statistics) -> tuple[Tensor | None, Tensor | None]:
+        return None, stats.count.sqrt_().reciprocal_()
+
+
+@pytest.mark.parametrize("numel", [30, 3_000, 300_000])
+def test_a_method_that_changes_the_counts_changes_them_for_itself(numel: int) -> None:
+    for _ in range(3):
+        for got, grad in zip(applied(InPlace(), torch.ones(numel), torch.ones(70)), (numel, 70), strict=True):
+            torch.testing.assert_close(got, torch.full_like(got, grad**-0.5), rtol=1e-6, atol=0)

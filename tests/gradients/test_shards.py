@@ -19,6 +19,8 @@ from tests.gradients.simulated import Group, on_ranks
 from tests.gradients.test_methods import Counted, HalfCentered, RMSNorm, RowZScore
 from tests.gradients.test_zscore import TOLERANCE
 
+pytestmark = pytest.mark.usefixtures("each_kernel")
+
 METHODS = [
     ZScore(),
     ZScore(eps=0.1),
@@ -155,7 +157,7 @@ def one_process(grads: Sequence[Tensor], method: AffineMethod, loss_scale: Tenso
     if rows_share_std(method):
         transform_shards_(map(as_shard, present), method, loss_scale)
     else:
-        transform_segments_(unsharded_segments(present, method.over), method, loss_scale)
+        transform_segments_(unsharded_segments(present, method), method, loss_scale)
     return copies
 
 
@@ -311,7 +313,7 @@ def test_no_less_exact_than_one_process(method: AffineMethod, dtype: torch.dtype
     for got, alone, grad in zip(evenly(grads, 3).transformed(method), one_process(grads, method), grads, strict=True):
         expected = reference(grad, method)
         ours, theirs = ((wide(result) - expected).abs().max().item() for result in (got, alone))
-        units = 4 if dtype == torch.float64 else 1  # the reference rounds as the methods do
+        units = 5 if dtype == torch.float64 else 1  # the reference rounds too, and a device's kernel once more
         if getattr(method, "centering", "full") == "adaptive":
             units *= 2  # its scale takes more roundings, and one process may be lucky
         assert ours <= 2 * theirs + units * torch.finfo(dtype).eps * expected.abs().max().item()
@@ -323,13 +325,13 @@ def test_counts_are_those_of_the_whole() -> None:
 
 
 @pytest.mark.parametrize("method", [ZScore(), Centralization(), RowZScore(), SING()], ids=repr)
-def test_large_mean(method: AffineMethod) -> None:
+def test_large_mean(method: AffineMethod, each_kernel: str) -> None:
     grad = torch.randn(30, 4001, generator=torch.Generator().manual_seed(7)) + 1e6
     (got,), (alone,) = evenly([grad], 4).transformed(method), one_process([grad], method)
     expected = reference(grad, method)
     ours, theirs = ((wide(result) - expected).abs().max().item() for result in (got, alone))
-    # The mean is rounded to 1/16, and float32 has no better.
-    assert ours <= max(theirs, 1 / 16)
+    # The mean is rounded to 1/16, and float32 has no better. On a device, the mean of each part is rounded too.
+    assert ours <= max(theirs, 1 / 16 if each_kernel == "cpu" else 1 / 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

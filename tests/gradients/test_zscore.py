@@ -12,6 +12,8 @@ from lightning_znorm.functional import transform_grads_, zscore_grads_
 from lightning_znorm.gradients import SING, AffineMethod, UnsupportedGradientError, ZScore
 from tests.gradients.reference import wide, zscore
 
+pytestmark = pytest.mark.usefixtures("each_kernel")
+
 # z is of unit size, so these are absolute: a few units of rounding of the gradient's own type.
 TOLERANCE = {
     torch.float64: 1e-12,

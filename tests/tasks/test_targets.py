@@ -20,8 +20,15 @@ from tests.distributed import run_distributed
 from tests.tasks.ddp_targets import meet_wrong_labels
 from tests.trainers import trainer
 
-# Masks with a wrong value count as empty, and then there is no foreground to score.
-pytestmark = pytest.mark.filterwarnings("ignore:DiceScore is NaN. all .* are empty in the truth:UserWarning")
+# Masks with a wrong value count as empty, and then there is no foreground to score. If an untrained network predicts
+# none either, there is nothing.
+pytestmark = pytest.mark.filterwarnings("ignore:DiceScore is NaN. all .* are empty in :UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
 
 Task = ClassificationTask | SegmentationTask
 

@@ -62,7 +62,7 @@ class DeepSpeedAdapter(GradientAdapter):
     def loss_scale(self) -> Tensor | None:  # noqa: D102
         if not self._engine.fp16_enabled():
             return None
-        return torch.tensor(float(self._engine.optimizer.loss_scale), dtype=torch.float32)
+        return torch.tensor(float(self._engine.optimizer.loss_scale), dtype=torch.float32, device="cpu")
 
     def slots(self) -> Iterator[GradientSlot]:  # noqa: D102
         yield from self._slots.values()

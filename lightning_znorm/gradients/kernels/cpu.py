@@ -17,12 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_znorm.gradients.kernels.torch_ops import (
-    CPU_BLOCK,
-    offset_and_scale,
-    shift_and_scale,
-    transform_buffers_,
-)
+from lightning_znorm.gradients.kernels.affine import offset_and_scale, shift_and_scale
+from lightning_znorm.gradients.kernels.cpu_blocks import CPU_BLOCK, transform_buffers_
 from lightning_znorm.gradients.methods import AffineMethod, Centralization, Statistics, ZScore
 
 _CONTIGUOUS_TYPES = frozenset({torch.float32, torch.float64})
@@ -158,7 +154,7 @@ def _transform_cached_(flats: list[Tensor], method: AffineMethod, loss_scale: Te
     # rounding leaves is measured in its place.
     is_near_zero = (count * mean.square() <= m2).tolist()
     if not all(is_near_zero):
-        subtracted = mean.masked_fill(torch.tensor(is_near_zero), 0.0)
+        subtracted = mean.masked_fill(torch.tensor(is_near_zero, device="cpu"), 0.0)
         for index, flat in enumerate(flats):
             if not is_near_zero[index]:
                 flat.sub_(subtracted[index])
@@ -232,12 +228,12 @@ def _segment_sums(vector: Tensor, lengths: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # the next caller may need a normal tensor
 def _counts(sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.tensor(sizes, dtype=dtype)
+    return torch.tensor(sizes, dtype=dtype, device="cpu")
 
 
 @lru_cache(maxsize=32)  # of half a MiB at most each
 @torch.inference_mode(False)  # the next caller may need normal tensors
 def _lengths(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Return the lengths of segments, the same as floating-point numbers, and for each element its segment's index."""
-    lengths = torch.tensor(sizes)
-    return lengths, lengths.float(), torch.arange(len(sizes)).repeat_interleave(lengths)
+    lengths = torch.tensor(sizes, device="cpu")
+    return lengths, lengths.float(), torch.arange(len(sizes), device="cpu").repeat_interleave(lengths)

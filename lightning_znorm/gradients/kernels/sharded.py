@@ -1,22 +1,25 @@
 """The kernel for gradients that are sharded over processes: at most two collectives per process group."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_znorm.gradients.kernels.dispatch import pointer_tables, transform_segments_
-from lightning_znorm.gradients.kernels.torch_ops import (
+from lightning_znorm.gradients.kernels.affine import offset_and_scale, shift_and_scale
+from lightning_znorm.gradients.kernels.caches import kept_on_device
+from lightning_znorm.gradients.kernels.cpu_blocks import (
+    CPU_BLOCK,
     add_and_multiply_,
-    block_numel,
     contiguous_buffers,
-    offset_and_scale,
-    shift_and_scale,
     split_by_buffer,
 )
+from lightning_znorm.gradients.kernels.dispatch import tables_of, transform_segments_
+from lightning_znorm.gradients.kernels.parts import sums_of_pieces
+from lightning_znorm.gradients.kernels.table import Table
 from lightning_znorm.gradients.methods import AffineMethod, Over, Statistics, rows_share_std
 from lightning_znorm.gradients.shards import Segment, Shard
 
@@ -39,7 +42,7 @@ def transform_shards_(shards: Iterable[Shard], method: AffineMethod, loss_scale:
             a scalar tensor. The method sees the true gradients, and its result is multiplied by the factor.
     """
     if rows_share_std(method):
-        batches = _batches_by_row_and_tensor(shards)
+        batches = _batches_that_share_std(shards)
     else:
         local_segments: list[Segment] = []
         by_groups: defaultdict[tuple[ProcessGroup, ...], list[Shard]] = defaultdict(list)
@@ -48,11 +51,12 @@ def transform_shards_(shards: Iterable[Shard], method: AffineMethod, loss_scale:
                 by_groups[groups].append(shard)
             else:
                 local_segments += shard.segments(method.over)
-        transform_segments_(local_segments, method, loss_scale)
+        # The kernels of batches may refuse gradients, so this comes before any is changed.
         batches = [
-            ShardBatch(members, method.over, groups, needs_std=method.needs_std)
+            ShardBatch(members, [method.over] * len(members), groups, needs_std=method.needs_std)
             for groups, members in by_groups.items()
         ]
+        transform_segments_(local_segments, method, loss_scale)
     _reduce_(batches, method.needs_std)
     for batch in batches:
         batch.transform_(method, loss_scale)
@@ -74,7 +78,8 @@ def measure_shards(shards: Iterable[Shard]) -> tuple[list[Shard], Tensor, Tensor
     for shard in shards:
         by_groups[shard.reduce_groups("tensor", include_single=True)].append(shard)
     batches = [
-        ShardBatch(members, "tensor", groups, needs_std=True, read_only=True) for groups, members in by_groups.items()
+        ShardBatch(members, ["tensor"] * len(members), groups, needs_std=True, read_only=True)
+        for groups, members in by_groups.items()
     ]
     _reduce_(batches, needs_std=True)
     device = batches[0].m2.device
@@ -85,20 +90,26 @@ def measure_shards(shards: Iterable[Shard]) -> tuple[list[Shard], Tensor, Tensor
     )
 
 
-def _batches_by_row_and_tensor(shards: Iterable[Shard]) -> list["ShardBatch"]:
+def _batches_that_share_std(shards: Iterable[Shard]) -> list["ShardBatch"]:
     """Return batches with a mean for each row, and a squared deviation for each tensor.
 
     Only sums are reduced between the ranks that share rows, and after them only one number for each tensor.
     """
-    by_groups: defaultdict[tuple[tuple[ProcessGroup, ...], tuple[ProcessGroup, ...], bool], list[Shard]]
+    by_groups: defaultdict[tuple[tuple[ProcessGroup, ...], tuple[ProcessGroup, ...]], list[Shard]]
     by_groups = defaultdict(list)
     for shard in shards:
         if shard.shape.numel() > 1:
             sum_groups = shard.reduce_groups("row") if shard.has_rows else ()
-            by_groups[sum_groups, shard.reduce_groups("tensor"), shard.has_rows].append(shard)
+            by_groups[sum_groups, shard.reduce_groups("tensor")].append(shard)
     return [
-        ShardBatch(members, "row" if has_rows else "tensor", sum_groups, m2_groups, needs_std=True)
-        for (sum_groups, m2_groups, has_rows), members in by_groups.items()
+        ShardBatch(
+            members,
+            ["row" if shard.has_rows else "tensor" for shard in members],
+            sum_groups,
+            m2_groups,
+            needs_std=True,
+        )
+        for (sum_groups, m2_groups), members in by_groups.items()
     ]
 
 
@@ -114,14 +125,15 @@ def _reduce_(batches: list["ShardBatch"], needs_std: bool) -> None:
 class ShardBatch:
     """Shards over the same process groups, with the statistics of each tensor or row.
 
-    Statistics are in float64, whose sums neither overflow nor lose a digit of float32 ones.
+    Sums over ranks are in float64 (float32 on MPS), where they neither overflow nor lose a digit of float32 ones. On
+    devices, each rank's own means are in the type of the kernel's statistics.
 
     Args:
         shards: This process' parts of the gradients.
-        over: What the means are taken over.
+        over: For each shard, what its means are taken over.
         sum_groups: The process groups over which the sums are reduced.
         m2_groups: The process groups over which squared deviations are reduced, if they are taken over whole tensors,
-            whatever ``over`` is. Means of tensors without rows are then zero.
+            whatever ``over`` is. The mean of a tensor without rows is then zero.
         needs_std: Whether the squared deviations are needed.
         read_only: Whether to leave the gradients as they are, and to measure single elements too.
 
@@ -135,7 +147,7 @@ class ShardBatch:
     def __init__(
         self,
         shards: Sequence[Shard],
-        over: Over,
+        over: Sequence[Over],
         sum_groups: tuple["ProcessGroup", ...],
         m2_groups: tuple["ProcessGroup", ...] | None = None,
         *,
@@ -146,88 +158,112 @@ class ShardBatch:
         self.m2_groups = sum_groups if m2_groups is None else m2_groups
         self._needs_std, self._read_only = needs_std, read_only
         device = reachable_device(shards[0].device, self.m2_groups)
-        sizes = tuple((shard.count(over), shard.num_stats(over)) for shard in shards)
-        self._count = _counts(sizes, device)
-        wide = self._count.dtype
+        counts: list[float] = [shard.count(its_over) for shard, its_over in zip(shards, over, strict=True)]
+        nums_stats = [shard.num_stats(its_over) for shard, its_over in zip(shards, over, strict=True)]
+        self._shares_std = m2_groups is not None
+        std_counts = [shard.shape.numel() for shard in shards] if self._shares_std else counts
+        self._sizes = tuple(zip(std_counts, nums_stats, strict=True))
+        if self._shares_std:
+            # Where the mean is given as zero: finite sums are divided by infinity.
+            counts = [count if its_over == "row" else math.inf for count, its_over in zip(counts, over, strict=True)]
+        self._divisor = _repeated(tuple(zip(counts, nums_stats, strict=True)), device)
+        wide = self._divisor.dtype
         dtype = wide.to_complex() if any(shard.is_complex for shard in shards) else wide
-        self.sums = torch.zeros(len(self._count), dtype=dtype, device=device)
-        self.m2 = torch.zeros(len(self._count), dtype=wide, device=device)
+        self.sums = torch.zeros(len(self._divisor), dtype=dtype, device=device)
+        self.m2 = torch.zeros(len(self._divisor), dtype=wide, device=device)
         segments: list[Segment] = []
         start = 0
-        for shard, (_, num_stats) in zip(shards, sizes, strict=True):
-            segments += shard.segments(over, start, include_single=read_only)
+        for shard, its_over, num_stats in zip(shards, over, nums_stats, strict=True):
+            segments += shard.segments(its_over, start, include_single=read_only)
             start += num_stats
-        tables, self._segments = pointer_tables(segments)
-        # A table takes all statistics in one pass.
-        self._measured = [(_indices_of(table.segments, device), table, table.measure(needs_std)) for table in tables]
-        for indices, _, stats in self._measured:
-            self.sums.index_copy_(0, indices, (stats.count.double() * stats.mean.double()).to(device, dtype))
-        for indices, _, buffers in self._buffers():
+        tables, self._segments = tables_of(segments)
+        self._measured = []
+        for table in tables:
+            self._measured.append(_MeasuredTable(table, needs_std, device))
+            if read_only or len(tables) > 1:  # one copy at a time
+                table.forget_copies()
+        for measured in self._measured:
+            self.sums.index_copy_(0, measured.indices, measured.sums().to(device, dtype))
+        for segments, _, buffers in self._buffers():
             sums = torch.cat([buffer.sum(-1).view(-1) for buffer in buffers])
-            self.sums.index_copy_(0, indices, sums.to(device, dtype))
-        # For each mean, the index of its tensor, if all rows of a tensor share a squared deviation.
-        self._tensor_of: Tensor | None = None
-        if m2_groups is not None:
-            self._tensor_of = _tensor_indices(tuple(num_stats for _, num_stats in sizes), device)
-            self._numel = _counts(tuple((shard.shape.numel(), 1) for shard in shards), device)
-            if over == "tensor":
-                self.sums.zero_()
+            self.sums.index_copy_(0, _indices_of(segments, device), sums.to(device, dtype))
 
-    @property
+    @cached_property
     def mean(self) -> Tensor:
-        """Means of all elements, shape ``(S,)``."""
-        return self.sums / self._count
+        """Means of all elements, shape ``(S,)``, once the sums have been reduced."""
+        return self.sums / self._divisor
 
     def fill_m2_(self) -> None:
-        """Take the squared deviations of the local elements from the common means, which are subtracted."""
-        mean = self.mean
-        for indices, _, stats in self._measured:
-            assert stats.m2 is not None
-            offset = stats.mean.double() - mean[indices].real.to(stats.mean.device)
-            deviation = stats.m2.double() + stats.count.double() * offset.square()
-            self.m2.index_copy_(0, indices, deviation.to(self.m2.device))
-        for indices, is_exact, buffers in self._buffers():
+        """Add up the squared deviations of the local elements from the common means."""
+        for measured in self._measured:
+            m2 = measured.m2_from(self.mean[measured.indices])
+            self.m2.index_copy_(0, measured.indices, m2.to(self.m2.device, self.m2.dtype))
+        for segments, is_exact, buffers in self._buffers():
+            indices = _indices_of(segments, self.m2.device)
             keep = self._read_only or not is_exact
-            m2 = _subtract_(buffers, _like(mean[indices], buffers[0]), needs_std=True, keep=keep)
-            assert m2 is not None
+            m2 = _subtract_(buffers, _like(self.mean[indices], buffers[0]), keep)
             self.m2.index_copy_(0, indices, m2.to(self.m2.device, self.m2.dtype))
-        if self._tensor_of is not None:
-            self.m2 = torch.zeros_like(self._numel).index_add_(0, self._tensor_of, self.m2)
+        if self._shares_std:
+            self.m2 = sums_of_pieces(self.m2, tuple([number for _, number in self._sizes]))
 
     def transform_(self, method: AffineMethod, loss_scale: Tensor | None) -> None:
         """Apply a method to the local elements."""
-        for indices, table, local in self._measured:
-            table.rewrite_(*shift_and_scale(self._stats(indices, local.mean), method, loss_scale))
-        for indices, is_exact, buffers in self._buffers():
-            stats = self._stats(indices, buffers[0])
+        for measured in self._measured:
+            stats = self._stats(measured.table.segments, measured.local.mean)
+            measured.table.rewrite_(*shift_and_scale(stats, method, loss_scale))
+        for segments, is_exact, buffers in self._buffers():
+            stats = self._stats(segments, buffers[0])
             if not (self._needs_std and is_exact):
-                _subtract_(buffers, stats.mean, needs_std=False)
+                for buffer, mean in zip(buffers, split_by_buffer(stats.mean, buffers), strict=True):
+                    buffer.sub_(mean.unsqueeze(1) if buffer.ndim > 1 else mean)
             add_and_multiply_(buffers, *offset_and_scale(stats, method, loss_scale))
 
-    def _stats(self, indices: Tensor, like: Tensor) -> Statistics:
-        """Return some of the statistics, in the type of a tensor and on its device."""
-        count, m2, std_indices = self._count, self.m2, indices
-        if self._tensor_of is not None:
-            count, std_indices = self._numel, self._tensor_of[indices]
+    def _stats(self, segments: Iterable[Segment], like: Tensor) -> Statistics:
+        """Return the statistics of some segments, in the type of a tensor and on its device."""
+        ranges, device = _ranges(segments), self.sums.device
+        indices = std_indices = _indices(ranges, device)
+        if self._shares_std:
+            std_indices = _std_indices(tuple([number for _, number in self._sizes]), ranges, device)
         return Statistics(
-            _like(count[std_indices], like.real),
-            _like(self.sums[indices] / self._count[indices], like),
-            _like(m2[std_indices], like.real) if self._needs_std else None,
+            _counts(self._sizes, ranges, like.real.dtype, like.device),
+            _like(self.mean[indices], like),
+            _like(self.m2[std_indices], like.real) if self._needs_std else None,
         )
 
-    def _buffers(self) -> Iterator[tuple[Tensor, bool, list[Tensor]]]:
-        """Yield the indices of statistics, whether gradients hold differences exactly, and the buffers.
+    def _buffers(self) -> Iterator[tuple[list[Segment], bool, list[Tensor]]]:
+        """Yield segments, whether gradients hold differences exactly, and the buffers.
 
         In half precision they do not: a difference may have more digits than the type, or be too large for it. So it is
         not kept until the next pass.
         """
         for segments, buffers in contiguous_buffers(self._segments, self._read_only):
-            is_exact = segments[0].tensor.dtype == buffers[0].dtype
-            yield _indices_of(segments, self.sums.device), is_exact, buffers
+            yield segments, segments[0].tensor.dtype == buffers[0].dtype, buffers
 
 
-def _subtract_(buffers: list[Tensor], mean: Tensor, needs_std: bool, keep: bool = False) -> Tensor | None:
-    """Subtract means, one for each flat tensor and row of a matrix, and return squared deviations if needed.
+class _MeasuredTable:
+    """A table with the statistics of its local elements, and their indices in a batch."""
+
+    def __init__(self, table: Table, needs_std: bool, device: torch.device) -> None:
+        self.table = table
+        self.local = table.measure(needs_std)
+        self.indices = _indices_of(table.segments, device)
+        sizes = tuple([(segment.tensor.numel() // segment.num_stats, segment.num_stats) for segment in table.segments])
+        self._count = _repeated(sizes, self.local.mean.device)
+
+    def sums(self) -> Tensor:
+        """Return the sums of the local elements."""
+        return self.local.mean * self._count
+
+    def m2_from(self, mean: Tensor) -> Tensor:
+        """Return the squared deviations of the local elements from other means than their own."""
+        assert self.local.m2 is not None
+        offset = self.local.mean - mean.to(self.local.mean.device)
+        square = offset.abs().square() if offset.is_complex() else offset.square()
+        return torch.addcmul(self.local.m2, self._count, square)
+
+
+def _subtract_(buffers: list[Tensor], mean: Tensor, keep: bool) -> Tensor:
+    """Subtract means, one for each flat tensor and row of a matrix, and return squared deviations.
 
     With ``keep``, the buffers stay as they are, and differences take extra memory, a block of them at a time.
     """
@@ -235,19 +271,15 @@ def _subtract_(buffers: list[Tensor], mean: Tensor, needs_std: bool, keep: bool 
     m2s = []
     for buffer, buffer_mean in zip(buffers, split_by_buffer(mean, buffers), strict=True):
         if buffer.ndim > 1:
-            difference = subtract(buffer, buffer_mean.unsqueeze(1))
-            if needs_std:
-                m2s.append(torch.linalg.vector_norm(difference, dim=1).square_())
+            m2s.append(torch.linalg.vector_norm(subtract(buffer, buffer_mean.unsqueeze(1)), dim=1).square_())
             continue
         dot = torch.vdot if buffer.is_complex() else torch.dot
         blocks = []
-        for block in torch.split(buffer, block_numel(buffer.device)):
+        for block in torch.split(buffer, CPU_BLOCK):
             difference = subtract(block, buffer_mean)
-            if needs_std:
-                blocks.append(dot(difference, difference).real)  # while the block is in cache
-        if needs_std:
-            m2s.append(torch.stack(blocks).sum(0, keepdim=True))
-    return torch.cat(m2s) if needs_std else None
+            blocks.append(dot(difference, difference).real)  # while the block is in cache
+        m2s.append(torch.stack(blocks).sum(0, keepdim=True))
+    return torch.cat(m2s)
 
 
 def _like(numbers: Tensor, like: Tensor) -> Tensor:
@@ -283,32 +315,57 @@ def reachable_device(device: torch.device, groups: tuple["ProcessGroup", ...]) -
     return device
 
 
+def _ranges(segments: Iterable[Segment]) -> tuple[tuple[int, int], ...]:
+    """Return the first of the statistics of each segment, and their number."""
+    return tuple([(segment.start, segment.num_stats) for segment in segments])
+
+
 def _indices_of(segments: Iterable[Segment], device: torch.device) -> Tensor:
     """Return the indices of the statistics that segments contribute to."""
-    return _indices(tuple([(segment.start, segment.num_stats) for segment in segments]), device)
+    return _indices(_ranges(segments), device)
 
 
-# All are cached because a copy to a device waits for it.
-@lru_cache(maxsize=1024)
-def _counts(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """Return the count of each of the statistics, in the widest type of the device.
-
-    Args:
-        sizes: For each gradient, the count and the number of its statistics.
-        device: Where the result is to be.
-    """
-    counts, numbers = zip(*sizes, strict=True)
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    return torch.tensor(counts, dtype=wide).repeat_interleave(torch.tensor(numbers)).to(device)
-
-
-@lru_cache(maxsize=1024)
-def _tensor_indices(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return for each of the statistics the index of its gradient, from the number of statistics of each gradient."""
-    return torch.arange(len(numbers)).repeat_interleave(torch.tensor(numbers)).to(device)
-
-
-@lru_cache(maxsize=1024)
+@kept_on_device(maxsize=1024)
 def _indices(ranges: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """Return the indices of several ranges, from the start and the length of each."""
     return torch.cat([torch.arange(start, start + length) for start, length in ranges]).to(device)
+
+
+@kept_on_device(maxsize=1024)
+def _repeated(sizes: tuple[tuple[float, int], ...], device: torch.device) -> Tensor:
+    """Return each number, in the widest type of the device, as often as the second one of its pair says."""
+    numbers, times = zip(*sizes, strict=True)
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    return torch.tensor(numbers, dtype=wide).repeat_interleave(torch.tensor(times), output_size=sum(times)).to(device)
+
+
+@kept_on_device(maxsize=1024)
+def _counts(
+    sizes: tuple[tuple[float, int], ...],
+    ranges: tuple[tuple[int, int], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Return the count of the statistics of several ranges.
+
+    Args:
+        sizes: For each gradient, the count and the number of its statistics.
+        ranges: The start and the length of each range.
+        dtype: Type of the result.
+        device: Where the result is to be.
+    """
+    cpu = torch.device("cpu")
+    return _repeated(sizes, cpu)[_indices(ranges, cpu)].to(device, dtype)
+
+
+@kept_on_device(maxsize=1024)
+def _std_indices(numbers: tuple[int, ...], ranges: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Return for the statistics of several ranges the index of their gradient.
+
+    Args:
+        numbers: For each gradient, the number of its statistics.
+        ranges: The start and the length of each range.
+        device: Where the result is to be.
+    """
+    gradients = torch.arange(len(numbers)).repeat_interleave(torch.tensor(numbers), output_size=sum(numbers))
+    return gradients[_indices(ranges, torch.device("cpu"))].to(device)

@@ -20,7 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_znorm.gradients.kernels import triton_programs as programs
-from lightning_znorm.gradients.kernels.torch_ops import in_memory_order, shift_and_scale
+from lightning_znorm.gradients.kernels.caches import is_capturing, kept_on_device
+from lightning_znorm.gradients.kernels.memory import UPCAST, in_memory_order
+from lightning_znorm.gradients.kernels.table import Table
 from lightning_znorm.gradients.methods import ROUNDING_UNITS, AffineMethod, Centralization, Statistics, ZScore
 from lightning_znorm.gradients.shards import Segment
 
@@ -73,12 +75,11 @@ def _is_dense(tensor: Tensor, by_row: bool) -> bool:
     return in_memory_order(tensor, outermost=1 if by_row else 0).is_contiguous()
 
 
-class PointerTable:
+class PointerTable(Table):
     """Gradients of one type on one device, to measure and rewrite in place.
 
-    Attributes:
-        segments: Their memory, dense, with dimensions in any order; either all of it by row or none. Statistics come in
-            the order of the segments.
+    Args:
+        segments: Their memory, dense, with dimensions in any order; either all of it by row or none.
     """
 
     def __init__(self, segments: Sequence[Segment]) -> None:
@@ -87,16 +88,8 @@ class PointerTable:
         sizes = tuple([segment.tensor.shape if by_row else segment.tensor.numel() for segment in segments])
         self._plan = _launch_plan(sizes, tensor.dtype, tensor.device)
         self._addresses = _addresses(tuple([segment.tensor.data_ptr() for segment in segments]), tensor.device)
-        if _is_capturing(tensor.device):
-            _captured.add(self._plan)
 
-    def transform_(self, method: AffineMethod, loss_scale: Tensor | None = None) -> None:
-        """Apply a method.
-
-        Args:
-            method: Returns shift and scale from the statistics of each tensor or row.
-            loss_scale: Factor by which the gradients are larger than the true ones, a scalar tensor.
-        """
+    def transform_(self, method: AffineMethod, loss_scale: Tensor | None = None) -> None:  # noqa: D102
         if type(method) is ZScore and method.centering == "full":
             if loss_scale is not None:
                 loss_scale = loss_scale.to(self._plan.device, non_blocking=True)
@@ -104,11 +97,10 @@ class PointerTable:
         elif type(method) is Centralization:
             self._finish_(None, None)
         else:
-            self.rewrite_(*shift_and_scale(self.measure(method.needs_std), method, loss_scale))
+            super().transform_(method, loss_scale)
 
-    def measure(self, needs_std: bool = True) -> Statistics:
-        """Take the statistics of each tensor or row, without the squared deviations if they are not needed."""
-        plan = self._plan
+    def measure(self, needs_std: bool = True, from_zero: bool = False) -> Statistics:  # noqa: D102
+        plan, by_row = self._plan, self.segments[0].by_row
         partials, means = plan.empty(2 * plan.chunks), plan.empty(plan.num_stats)
         m2s = plan.empty(plan.num_stats) if needs_std else None
         with _current(plan.device):
@@ -117,10 +109,12 @@ class PointerTable:
                 constants = {"MAX_CHUNKS": _MAX_CHUNKS, "NEEDS_STD": needs_std, **_OPTIONS}
                 constants |= {name: plan.constants[name] for name in ("WIDE", "TILE")}
                 programs.merge[(len(plan.runs),)](plan.segments, plan.runs, partials, means, m2s, **constants)
+        if from_zero and m2s is not None and not by_row:
+            m2s = torch.addcmul(m2s.double(), means.double().square(), plan.counts()).to(plan.wide)
+            means = torch.zeros_like(means)
         return Statistics(plan.counts(), means, m2s)
 
-    def rewrite_(self, shift: Tensor | None, scale: Tensor | None) -> None:
-        """Replace each tensor or row ``g`` by ``(g - shift) * scale``, where ``None`` is no shift and no scale."""
+    def rewrite_(self, shift: Tensor | None, scale: Tensor | None) -> None:  # noqa: D102
         shift, scale = (None if part is None else part.to(self._plan.wide).contiguous() for part in (shift, scale))
         with _current(self._plan.device):
             self._second_pass(self._plan.items, None, shift, scale, None, 0.0, FINISH=False, NEEDS_STD=True)
@@ -164,7 +158,7 @@ class _LaunchPlan:
     def __init__(self, sizes: Sequence[torch.Size | int], dtype: torch.dtype, device: torch.device) -> None:
         by_row = not isinstance(sizes[0], int)
         self.device = device
-        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.wide = _wide(dtype)
         tile = _TILE[self.wide]
         self.long = tile * (_TILES_OF_ROW if by_row else 1)
         self.constants = {
@@ -211,6 +205,11 @@ class _LaunchPlan:
         return torch.empty(numel, dtype=self.wide, device=self.device)
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of the statistics."""
+    return UPCAST.get(dtype, dtype)
+
+
 def _cut(length: int, tile: int) -> tuple[int, int]:
     """Return the number of tiles in each chunk of a long run, and the number of chunks."""
     tiles = -(-length // tile)
@@ -226,20 +225,32 @@ def _rows_of_program(length: int) -> int:
     return max(2 << 2 * step for step in range(steps) if length <= narrow >> 2 * step)
 
 
+def shapes_of_all_routes(dtype: torch.dtype, by_row: bool) -> list[tuple[int, ...]]:
+    """Return shapes that together take all routes through the programs, on both sides of limits between two.
+
+    The last one is the longest.
+    """
+    tile, part, narrow = _TILE[_wide(dtype)], int(programs.PART.value), int(programs.NARROW.value)
+    if not by_row:
+        # Less than a part, parts, a tile, two chunks, chunks of one tile, chunks of two tiles.
+        return [(length,) for length in (2, part + 1, tile, tile + 1, 3 * tile + 5, 64 * tile + part + 3)]
+    shapes: list[tuple[int, ...]] = []
+    for length in (2, *(narrow >> 2 * step for step in range(int(programs.STEPS.value)))):
+        shapes += [(_rows_of_program(length) + 1, length), (_rows_of_program(length + 1) + 1, length + 1)]
+    return [*shapes, *((2, length) for length in (tile, tile + 3, _TILES_OF_ROW * tile, _TILES_OF_ROW * tile + 3))]
+
+
 def _items_of(segment: int, num_programs: int) -> Tensor:
     """Return the rows of the table ``items`` for the programs of a segment."""
     return torch.arange(num_programs, dtype=torch.int64, device="cpu") + (segment << 32)
 
 
-# Plans whose tables a captured CUDA graph reads. They are kept for good, because the graph may be replayed any time.
-_captured: set[_LaunchPlan] = set()
-
-_launch_plan = lru_cache(maxsize=64)(_LaunchPlan)
+_launch_plan = kept_on_device(maxsize=64)(_LaunchPlan)
 
 
 def _addresses(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     """Return a table of addresses on a device, without waiting for it."""
-    if not _is_capturing(device):
+    if not is_capturing():
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         return _uploaded(addresses, device, stream)
     # Each replay of the graph would repeat a copy from host memory, which has long been put to other use. So the
@@ -259,7 +270,3 @@ def _uploaded(addresses: tuple[int, ...], device: torch.device, stream: int) -> 
 def _current(device: torch.device) -> AbstractContextManager[object]:
     """Make a device the one that Triton launches on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

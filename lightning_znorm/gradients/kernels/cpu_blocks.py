@@ -1,4 +1,4 @@
-"""The kernel in PyTorch operations: right on every device, fast on the CPU, where blocks stay in cache.
+"""The kernel for gradients on a CPU that ``cpu.py`` does not serve, in blocks that stay in cache.
 
 It works on *buffers*: contiguous memory in the type of the statistics, wherever possible that of the gradients. A
 buffer is a flat tensor, which is one segment, or a matrix, whose rows are segments or the rows of one segment.
@@ -7,13 +7,12 @@ buffer is a flat tensor, which is one segment, or a matrix, whose rows are segme
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_znorm.arguments import shown
-from lightning_znorm.errors import ZNormTypeError
+from lightning_znorm.gradients.kernels.affine import offset_and_scale
+from lightning_znorm.gradients.kernels.memory import UPCAST, in_memory_order
 from lightning_znorm.gradients.methods import AffineMethod, Statistics
 from lightning_znorm.gradients.shards import Segment
 
@@ -21,11 +20,6 @@ from lightning_znorm.gradients.shards import Segment
 # product, the less exact. Of normally distributed elements it was off by 2 units of rounding at 2^17, by 4 at 2^18, by
 # 23 at 2^20, by 173 at 2^22.
 CPU_BLOCK = 2**17
-# Elsewhere than on a CPU a block is a kernel launch, and 2^30 elements keep to 32-bit indices.
-_DEVICE_BLOCK = 2**30
-
-# Statistics are not taken in these: the usual eps is zero in float16, and a bfloat16 mean has three digits.
-_UPCAST = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
 
 # Up to this many elements each, tensors of equal shape are transformed as the rows of one matrix: to copy them there
 # and back costs less than the calls it saves (a network has dozens of biases and scales of one length).
@@ -47,7 +41,7 @@ def transform_any_segments_(
     large mean costs no digits.
 
     Args:
-        segments: Memory of unsharded tensors or rows, on any devices, of floating-point or complex types.
+        segments: Memory of unsharded tensors or rows on a CPU, of floating-point or complex types.
         method: Returns shift and scale from the statistics of each tensor or row.
         loss_scale: Factor by which the gradients are larger than the true ones because the optimizer will divide by it,
             a scalar tensor. The method sees the true gradients, and its result is multiplied by the factor.
@@ -80,21 +74,15 @@ def _subtract_mean_(buffer: Tensor, needs_std: bool) -> tuple[Tensor, Tensor]:
         return total, torch.linalg.vector_norm(buffer, dim=1).square_() if needs_std else total
     # Not vector_norm, which takes three times as long and loses digits.
     dot = torch.vdot if buffer.is_complex() else torch.dot
-    block = block_numel(buffer.device)
     m2s = []
     # Backwards, because the end of the tensor is still in cache after the sum.
-    for part in (buffer,) if numel <= block else reversed(torch.split(buffer, block)):
+    for part in (buffer,) if numel <= CPU_BLOCK else reversed(torch.split(buffer, CPU_BLOCK)):
         part.sub_(total, alpha=1 / numel)
         if needs_std:
             m2s.append(dot(part, part))  # while the part is in cache
     if len(m2s) > 1:
         return total, torch.stack(m2s).sum(0, keepdim=True)
     return total, m2s[0].view(1) if needs_std else total
-
-
-def block_numel(device: torch.device) -> int:
-    """Return the number of elements of a flat tensor to take the squared deviation of at a time."""
-    return CPU_BLOCK if device.type == "cpu" else _DEVICE_BLOCK
 
 
 def add_and_multiply_(buffers: list[Tensor], offset: Tensor | None, scale: Tensor | None) -> None:
@@ -121,10 +109,7 @@ def split_by_buffer(numbers: Tensor, buffers: list[Tensor]) -> tuple[Tensor, ...
 @lru_cache(maxsize=1024)
 @torch.inference_mode(False)  # the next caller may need a normal tensor
 def _counts(shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the number of elements of each flat tensor and row; cached, because a copy to a device waits for it.
-
-    So a CUDA graph can only be captured of sizes that have been seen before, as in its warm-up.
-    """
+    """Return the number of elements of each flat tensor and row."""
     counts = [shape[-1] for shape in shapes for _ in range(shape[0] if len(shape) > 1 else 1)]
     return torch.tensor(counts, dtype=dtype, device=device)
 
@@ -183,7 +168,7 @@ def _copied_together(stacks: Iterable[list[Segment]]) -> Iterator[list[list[Segm
     copied = 0
     for stack in stacks:
         first = stack[0].tensor
-        is_copy = len(stack) > 1 or first.dtype in _UPCAST or not first.is_contiguous()
+        is_copy = len(stack) > 1 or first.dtype in UPCAST or not first.is_contiguous()
         numel = len(stack) * first.numel() if is_copy else 0
         if copied and copied + numel > _COPIED_NUMEL:
             yield together
@@ -201,7 +186,7 @@ def _buffer(stack: list[Segment]) -> tuple[Tensor, Callable[[], object] | None]:
         The buffer, and a function that writes it back; ``None`` if the buffer is the segment's own memory.
     """
     tensors = [segment.tensor for segment in stack]
-    wide = _UPCAST.get(tensors[0].dtype, tensors[0].dtype)
+    wide = UPCAST.get(tensors[0].dtype, tensors[0].dtype)
     if len(tensors) > 1:
         matrix = torch.stack(tensors).reshape(len(tensors), -1).to(wide)
         return matrix, lambda: torch._foreach_copy_(tensors, matrix.view(len(tensors), *tensors[0].shape).unbind())
@@ -212,77 +197,3 @@ def _buffer(stack: list[Segment]) -> tuple[Tensor, Callable[[], object] | None]:
     buffer = aligned.resolve_conj().resolve_neg().to(wide).contiguous()
     write_back_ = None if buffer is aligned else lambda: aligned.copy_(buffer)
     return buffer.view(len(tensor), -1) if by_row else buffer.view(-1), write_back_
-
-
-def in_memory_order(tensor: Tensor, outermost: int) -> Tensor:
-    """Permute the dimensions after the first ``outermost`` ones into the order in which they lie in memory."""
-    strides = tensor.stride()
-    # A dimension of size one may have any stride.
-    inner = sorted(range(outermost, tensor.ndim), key=lambda dim: (tensor.shape[dim] == 1, -strides[dim]))
-    return tensor.permute(*range(outermost), *inner)
-
-
-# A method's shift and scale, for gradients as they are and for those whose mean has been subtracted.
-
-
-def shift_and_scale(
-    stats: Statistics, method: AffineMethod, loss_scale: Tensor | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return a method's shift and scale for gradients as they are. If the shift is the mean, it is ``stats.mean``.
-
-    Args:
-        stats: Statistics of the gradients.
-        method: Returns shift and scale from the statistics of the true gradients.
-        loss_scale: Factor by which the gradients are larger than the true ones, a scalar tensor.
-
-    Raises:
-        TypeError: If the method returns anything else.
-    """
-    true = stats
-    if loss_scale is not None:
-        loss_scale = loss_scale.to(stats.mean.device, non_blocking=True)
-        # Twice, and not by the square, which overflows beyond 2^64.
-        m2 = None if stats.m2 is None else stats.m2 / loss_scale / loss_scale
-        true = Statistics(stats.count, stats.mean / loss_scale, m2)
-    shift, scale = _checked(method.affine(true), method, stats.mean)
-    if shift is true.mean:
-        return stats.mean, scale
-    return shift if shift is None or loss_scale is None else shift * loss_scale, scale
-
-
-def offset_and_scale(
-    stats: Statistics, method: AffineMethod, loss_scale: Tensor | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return what to add to gradients whose mean has been subtracted, and what to multiply the sum by.
-
-    Args:
-        stats: Statistics of the gradients as they were.
-        method: Returns shift and scale from the statistics of the true gradients.
-        loss_scale: Factor by which the gradients are larger than the true ones, a scalar tensor.
-
-    Raises:
-        TypeError: If the method returns anything else.
-    """
-    shift, scale = shift_and_scale(stats, method, loss_scale)
-    if shift is stats.mean:
-        return None, scale
-    return stats.mean if shift is None else stats.mean - shift, scale
-
-
-def _checked(returned: Any, method: AffineMethod, mean: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return what a method has returned, if it is a shift and a scale for statistics with such means."""
-    if isinstance(returned, (tuple, list)) and len(returned) == 2 and all(_fits(part, mean) for part in returned):
-        return returned[0], returned[1]
-    raise ZNormTypeError(
-        f"{type(method).__name__}.affine must return a shift and a scale, each None or a "
-        f"{'' if mean.is_complex() else 'real '}tensor of shape {tuple(mean.shape)} on {mean.device} like the "
-        f"statistics, and returned {shown(returned)}"
-    )
-
-
-def _fits(part: Any, mean: Tensor) -> bool:
-    """Return whether a shift or a scale is of the shape, device and kind of the statistics."""
-    if part is None:
-        return True
-    fits_in = isinstance(part, Tensor) and part.shape == mean.shape and part.device == mean.device
-    return fits_in and (mean.is_complex() or not part.is_complex())
