@@ -198,6 +198,11 @@ def with_gradients(shapes: Iterable[torch.Size], dtype: torch.dtype) -> list[nn.
     return parameters
 
 
+def slots_of(parameters: Iterable[nn.Parameter]) -> list[ParameterSlot]:
+    """Return where the gradients of parameters are kept."""
+    return [ParameterSlot((str(number),), parameter) for number, parameter in enumerate(parameters)]
+
+
 def counted(function: Callable[[], object], parameters: Sequence[nn.Parameter]) -> Launches:
     """Return what a call takes that is not the first one with these sizes."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -248,7 +253,7 @@ def without_the_wait() -> Iterator[None]:
 
 def calls_of(parameters: list[nn.Parameter]) -> dict[str, Callable[[], object]]:
     """Return what is counted."""
-    slots = [ParameterSlot((str(number),), parameter) for number, parameter in enumerate(parameters)]
+    slots = slots_of(parameters)
     return {
         "clip_grad_norm_": lambda: clip_grad_norm_(parameters, 1.0, foreach=True),
         "ZNorm": lambda: zscore_grads_(parameters),

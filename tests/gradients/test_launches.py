@@ -16,12 +16,12 @@ from benchmarks.launches import (
     pretended_device,
     shapes_of,
     shards_of,
+    slots_of,
     with_gradients,
     without_the_wait,
 )
 from lightning_znorm.functional import transform_grads_, zscore_grads_
 from lightning_znorm.gradients import SING, AffineMethod, Centralization, ZScore, apply
-from lightning_znorm.gradients.slots import ParameterSlot
 
 KINDS = [
     pytest.param(model, dtype, id=f"{model} {dtype}", marks=() if is_in_every_run else pytest.mark.full)
@@ -87,7 +87,7 @@ def test_with_a_loss_scale(dtype: torch.dtype) -> None:
     shapes("ResNet-152")
     with pretended_device():
         parameters = with_gradients(shapes("ResNet-152"), dtype)
-        slots = [ParameterSlot((str(index),), parameter) for index, parameter in enumerate(parameters)]
+        slots = slots_of(parameters)
         scale = torch.ones((), device=CUDA)
         found = counted(lambda: apply.transform_slots_(slots, ZScore(), scale), parameters)
         check(found, per_large(dtype), 40 + 4)  # mean, squared deviation (twice) and shift
@@ -133,7 +133,7 @@ def test_of_a_measurement(model: str, dtype: torch.dtype) -> None:
     shapes(model)
     with pretended_device():
         parameters = with_gradients(shapes(model), dtype)
-        slots = [ParameterSlot((str(index),), parameter) for index, parameter in enumerate(parameters)]
+        slots = slots_of(parameters)
         with without_the_wait():
             found = counted(lambda: apply.measure_slots(slots), parameters)
         check(found, per_large(dtype) - 1, 40)
@@ -145,7 +145,7 @@ def test_of_the_look_for_inf_and_nan(model: str, dtype: torch.dtype) -> None:
     shapes(model)
     with pretended_device():
         parameters = with_gradients(shapes(model), dtype)
-        slots = [ParameterSlot((str(index),), parameter) for index, parameter in enumerate(parameters)]
+        slots = slots_of(parameters)
         with without_the_wait():
             found = counted(lambda: apply.check_finite(slots), parameters)
         # Norms of lists are computed in blocks, of which a billion elements have many.
