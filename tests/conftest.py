@@ -27,6 +27,7 @@ import torch
 from tests.cifar10 import fake_cifar10, real_cifar10  # noqa: F401
 from tests.large_steps import ANY_RATE, LARGE_STEPS
 from tests.medical import fake_lgg, fake_pcam, real_lgg, real_pcam  # noqa: F401
+from tests.processes import start_autograd
 
 # Each worker holds torch, Lightning and the data of its tests.
 MOST_WORKERS = 8
@@ -55,6 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.loadgroup = False  # pytest-xdist would append groups to ids: see GroupScheduling
     for warning in THIRD_PARTY:
         config.addinivalue_line("filterwarnings", warning)
+    start_autograd()
 
 
 def named_files(config: pytest.Config) -> set[Path]:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_znorm.compare.forks import autograd_works_in_copies
+
 ROOT = str(Path(__file__).parents[1])
 
 
@@ -47,14 +49,29 @@ def run_python(
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
+def start_autograd() -> None:
+    """Let autograd look for devices: at its first backward pass, and for good.
+
+    It starts a thread for each, and does not work in forks after that. So it must not take a GPU that a test has
+    pretended for one.
+    """
+    torch.ones((), requires_grad=True).backward()
+
+
 def run_forked(arguments: Sequence[str], log: Path) -> int:
     """Run ``python -m lightning_znorm ARGUMENTS`` in a fork of this process, which need not import anything.
 
-    Return its exit code, or the negative number of the signal that ended it. Its output is appended to ``log``.
+    Return its exit code, or the negative number of the signal that ended it. Its output is appended to ``log``. On a
+    machine with a GPU, a fork of a process that has computed gradients cannot, so a new process runs.
     """
     from lightning_znorm.cli import main
 
     log.parent.mkdir(parents=True, exist_ok=True)
+    if not autograd_works_in_copies():
+        result = run_python("-m", "lightning_znorm", *arguments, timeout=600)
+        with log.open("a") as output:
+            output.write(result.stdout)
+        return result.returncode
     if process := os.fork():
         try:
             return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

@@ -14,6 +14,7 @@ import own_module
 import pytest
 import torch
 import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lightning_znorm
 from lightning_znorm.cli import main
@@ -21,9 +22,10 @@ from lightning_znorm.cli.checkpoints import last_checkpoint
 from lightning_znorm.cli.components import CommandTrainer
 from lightning_znorm.cli.config_files import dotted, in_order, read_config, shipped_configs
 from lightning_znorm.cli.error_sentences import sentence
+from lightning_znorm.compare.forks import autograd_works_in_copies
 from lightning_znorm.tasks import ClassificationTask
 from tests.medical import write_lgg
-from tests.processes import run_forked, run_python
+from tests.processes import run_forked, run_python, start_autograd
 
 DIGITS = "configs/digits/resnet20.yaml"
 ZNORM = "configs/methods/znorm.yaml"
@@ -820,6 +822,29 @@ class TestErrors:
         said = (tmp_path / "log").read_text()
         assert said.splitlines()[-1].startswith("error: No CIFAR-10 at ")
         assert "Traceback" not in said
+
+    def test_after_a_test_with_a_pretended_gpu(self, tmp_path):
+        """Tests run commands in forks of their process, in which autograd does not work after that."""
+        arguments = ["fit", *configs(DIGITS, ZNORM), "--trainer.fast_dev_run", "1"]
+        program = f"""
+from pathlib import Path
+from tests.processes import run_forked, start_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode():
+    pass
+start_autograd()
+print("ended with", run_forked({arguments!r}, Path("log")))
+"""
+        process = run_python("-W", "ignore", "-c", program, timeout=120, cwd=tmp_path)
+        assert "ended with 0" in process.stdout, process.stdout
+        assert "val/accuracy" in (tmp_path / "log").read_text()
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_before_a_test_with_a_pretended_gpu(self):
+        with FakeTensorMode():
+            pass
+        start_autograd()  # again: it has been called for all tests
+        assert autograd_works_in_copies()
 
     @pytest.mark.full
     def test_status_and_stderr(self):

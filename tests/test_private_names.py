@@ -59,6 +59,8 @@ NAMES: dict[str, tuple[str, str]] = {
         "lightning.pytorch:LightningModule",
         "the public `trainer` raises without a Trainer, and gives a stand-in under Fabric",
     ),
+    # Python
+    "_exit": ("os", "it is documented, and ends a fork without what Python does at the end of a process"),
     # argparse and jsonargparse
     "_option_string_actions": ("argparse:ArgumentParser", "a parser does not list its flags in public"),
     "_subcommands_action": ("jsonargparse:ArgumentParser", "a parser does not list its subcommands in public"),

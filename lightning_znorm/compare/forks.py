@@ -176,6 +176,25 @@ def _memory_file() -> IO[bytes]:
     return open(os.memfd_create(_COMMAND), "w+b")
 
 
+def autograd_works_in_copies() -> bool:
+    """Return whether a copy of this process can train, by a backward pass in one.
+
+    It cannot after a backward pass in this process that has started threads: autograd has one for each GPU that it
+    sees, also where the computation is on a CPU, or where the GPU only pretends, as in PyTorch's fake tensors.
+    """
+    import torch
+
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            torch.ones((), requires_grad=True).backward()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitpid(pid, 0)[1] == 0
+
+
 def _serve(connection: socket.socket) -> tuple[socket.socket, list[int]] | None:
     """Copy this process upon each request. Return ``None`` once nobody is left to ask; in a copy, its own files."""
     running: dict[int, socket.socket] = {}
@@ -285,7 +304,7 @@ def _import() -> bool:
     gc.collect()
     gc.freeze()  # a collection in a copy would write to, and so copy, the memory that all share
     started: bool = is_initialized()  # type: ignore[no-untyped-call]
-    return not started and threading.active_count() == 1
+    return not started and threading.active_count() == 1 and autograd_works_in_copies()
 
 
 def _main() -> None:

@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from alive import is_gone
 
 from lightning_znorm.compare import processes as module
@@ -123,6 +125,26 @@ def test_after_gpus_were_counted(copies, tmp_path):
     assert (tmp_path / "log").read_text().splitlines()[1:] == ["imported False", "False True"]
     assert code == 4
     assert len(copies.started) == 1
+
+
+@pytest.mark.parametrize("pretends", [False, True])
+def test_gradients_before_a_copy(copies, pretends):
+    """Autograd starts a thread for each GPU that it sees, and does not work in copies after that."""
+    lines = [
+        "import torch",
+        "from torch._subclasses.fake_tensor import FakeTensorMode",
+        "from lightning_znorm.compare.forks import autograd_works_in_copies",
+        *["with FakeTensorMode(): pass  # there is a GPU from here on" for _ in range(pretends)],
+        "torch.ones((), requires_grad=True).backward()",
+    ]
+    Path("imported.py").write_text("\n".join(lines))
+    processes = copies("__import__('imported').autograd_works_in_copies()")
+    with processes.forking():
+        code, printed, errors = processes.capture(["import torch; torch.ones((), requires_grad=True).backward()"])
+    assert (code, errors) == (0, "")
+    starts_anew = pretends or torch.cuda.is_available()
+    assert printed == f"imported {not starts_anew}\n"
+    assert len(copies.started) == 1 + starts_anew
 
 
 def test_fork_that_fails(copies, tmp_path):
