@@ -188,7 +188,7 @@ def autograd_works_in_copies() -> bool:
     if pid == 0:
         code = 1
         try:
-            torch.ones((), requires_grad=True).backward()
+            torch.autograd.backward(torch.ones((), requires_grad=True))
             code = 0
         finally:
             os._exit(code)
