@@ -102,13 +102,14 @@ run() { # run SECONDS COMMAND...
     return "$code"
 }
 
-# The limits of a part and the seconds of grace, with those of benchmarks.machine, add up to at most 240.
+# The limits of a part and the seconds of grace, with those of benchmarks.machine, add up to at most 235: what
+# is between them takes a few seconds.
 run_tests() {
     # Apart, because an error of a kernel on the device ends all that its process does there.
-    run 100 "${pytest[@]}" -k "not triton" tests/gradients/test_cuda.py tests/gradients/test_measure.py \
+    run 97 "${pytest[@]}" -k "not triton" tests/gradients/test_cuda.py tests/gradients/test_measure.py \
         tests/test_benchmarks.py
     if has triton; then
-        run 65 "${pytest[@]}" -k triton tests/gradients/test_cuda.py
+        run 63 "${pytest[@]}" -k triton tests/gradients/test_cuda.py
     else
         say "Left out: the tests of Triton's kernel, which need triton."
     fi
@@ -122,14 +123,14 @@ run_tests() {
 run_kernels() {
     has triton || say "Without triton, its rows are refused."
     has pytorch_optimizer || say "Left out: the rows of pytorch_optimizer, which is not installed."
-    run 110 "$python" -m benchmarks.kernels --device cuda --rounds 30
-    run 85 "$python" -m benchmarks.kernels --device cuda --rounds 30 --dtype bfloat16
+    run 107 "$python" -m benchmarks.kernels --device cuda --rounds 30
+    run 83 "$python" -m benchmarks.kernels --device cuda --rounds 30 --dtype bfloat16
 }
 
 run_step() {
     run 60 "$python" -m benchmarks.training_step --modes eager
     if has triton; then
-        run 135 "$python" -m benchmarks.training_step --modes compiled --compile-first
+        run 130 "$python" -m benchmarks.training_step --modes compiled --compile-first
     else
         say "Left out: compiled steps, for which torch.compile needs triton."
     fi
@@ -139,11 +140,11 @@ run_strategies() {
     local side_by_side=()
     if has xdist; then side_by_side=(-n 4); fi
     if has deepspeed; then
-        run 120 "${pytest[@]}" ${side_by_side[@]+"${side_by_side[@]}"} -k "not DeepSpeed" tests/strategies/test_one_gpu.py
+        run 115 "${pytest[@]}" ${side_by_side[@]+"${side_by_side[@]}"} -k "not DeepSpeed" tests/strategies/test_one_gpu.py
         run 75 "${pytest[@]}" ${side_by_side[@]+"${side_by_side[@]}"} -k DeepSpeed tests/strategies/test_one_gpu.py
     else
         say "Left out: the tests of DeepSpeed, which is not installed."
-        run 200 "${pytest[@]}" ${side_by_side[@]+"${side_by_side[@]}"} -k "not DeepSpeed" tests/strategies/test_one_gpu.py
+        run 195 "${pytest[@]}" ${side_by_side[@]+"${side_by_side[@]}"} -k "not DeepSpeed" tests/strategies/test_one_gpu.py
     fi
 }
 

@@ -16,6 +16,7 @@ that says so. The last lines say which targets are met.
 
 import argparse
 import importlib.util
+import math
 import os
 import sys
 import time
@@ -221,7 +222,7 @@ class Row:
 
     Attributes:
         seconds: Of a call, the median.
-        ratio: To the time of clipping, of both in a graph or neither.
+        ratio: To the time of clipping, of both in a graph or neither; NaN if that was not measured.
         share: Of the bandwidth of a copy.
     """
 
@@ -286,7 +287,8 @@ def measured_on_cuda(
             table.append(row)
             # A graph has its memory from when it was captured.
             memory = f"{extra_memory(calls[name]) / 2**20:9.2f}" if name in functions else f"{'-':>9}"
-            figures = f"{row.ratio:18.2f} | {100 * row.share:10.1f} % | {memory}"
+            ratio = f"{'-':>18}" if math.isnan(row.ratio) else f"{row.ratio:18.2f}"
+            figures = f"{ratio} | {100 * row.share:10.1f} % | {memory}"
             print(f"{start} {name:37} | {seconds * 1e3:8.3f} | {figures} |", flush=True)
     return table
 
@@ -332,12 +334,15 @@ def verdicts(table: list[Row], models: list[str], function: str) -> list[str]:
 
 
 def verdict(measured: dict[str, Row], models: list[str], missed_by: Callable[[Row], float], amount: str) -> str:
+    # Without the time of clipping there is no ratio to it.
+    measured = {model: row for model, row in measured.items() if not math.isnan(missed_by(row))}
     found = [measured[model] for model in models if model in measured]
     if not found:
         return "not measured"
     worst = max(found, key=missed_by)
     text = f"missed by {amount.format(missed_by(worst))}" if missed_by(worst) > 0 else "met"
-    text += f" ({worst.model}: {worst.ratio:.2f} times clip_grad_norm_, {100 * worst.share:.1f} % of the bandwidth)"
+    ratio = "" if math.isnan(worst.ratio) else f"{worst.ratio:.2f} times clip_grad_norm_, "
+    text += f" ({worst.model}: {ratio}{100 * worst.share:.1f} % of the bandwidth)"
     missing = [model for model in models if model not in measured]
     return f"{text}, and not measured: {', '.join(missing)}" if missing else text
 

@@ -27,14 +27,15 @@ from benchmarks.kernels import MODELS
 from lightning_znorm.functional import centralize_grads_, transform_grads_, zscore_grads_
 from lightning_znorm.gradients import SING, AffineMethod, ZScore, apply
 from lightning_znorm.gradients.kernels import transform_shards_
+from lightning_znorm.gradients.kernels.device import SMALL_NUMEL
 from lightning_znorm.gradients.shards import BoxShard
 from lightning_znorm.gradients.slots import ParameterSlot
 
 CUDA = torch.device("cuda", 0)
-SMALL_NUMEL = 2**14  # gradients of more elements are large
 _CONCATENATED = 128
 _LISTED = {1: 110, 2: 64, 3: 48, 4: 36}  # tensors of so many lists a launch
 _BLOCKS, _BLOCK_NUMEL = 320, 65_536
+_COPIES = ("aten._to_copy.", "aten.copy_.")
 _NO_LAUNCH = ("aten.empty", "aten.new_empty", "prim.device", "aten.detach", "aten.alias")
 
 
@@ -86,7 +87,8 @@ class Launches(TorchDispatchMode):
             return result
         if not (reads_device or returned) or _is_view(func) or name.startswith(_NO_LAUNCH):
             return result
-        if any(tensor.device != CUDA and tensor.ndim > 0 for tensor in given):
+        # A number on the host is an argument of a kernel, unless it is copied.
+        if any(tensor.device != CUDA and (tensor.ndim > 0 or name.startswith(_COPIES)) for tensor in given):
             self.uploads[name] += 1
         elif name.startswith("aten._foreach"):
             self.others[name] += _of_lists(name, args)

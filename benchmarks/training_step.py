@@ -11,6 +11,7 @@ The last lines say whether the target is met: ZNorm adds at most 1 % to a step.
 
 import argparse
 import itertools
+import os
 import statistics
 import subprocess
 import sys
@@ -121,7 +122,8 @@ def main() -> int:
         settings = list(itertools.product(args.precisions, args.memory_formats))
         compile_side_by_side(settings, args.batch_size, args.device)
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    print(f"torch {torch.__version__}, {name}, ResNet-56, batches of {args.batch_size}")
+    kernel = {"": "PyTorch's"}.get(chosen := os.environ.get("LIGHTNING_ZNORM_KERNEL", ""), chosen)
+    print(f"torch {torch.__version__}, {name}, ResNet-56, batches of {args.batch_size}, ZNorm by {kernel} kernel")
     tf32 = "in TF32" if torch.backends.cudnn.allow_tf32 else "in full float32"
     print(f"medians of {2 * args.rounds} turns of {args.steps} steps; on a GPU, float32 convolutions compute {tf32}\n")
     header = f"{'ms a step':>9} | {'with ZNorm':>10} | {'added %':>7} | {'quartiles':>16} | {'alone, ms':>9} |"
@@ -131,7 +133,7 @@ def main() -> int:
     verdicts, status = [], 0
     for mode, precision, memory_format in itertools.product(args.modes, args.precisions, args.memory_formats):
         start = f"| {precision:10} | {memory_format:13} | {mode:8} |"
-        target = f"target: at most {TARGET:.0f} % of a step: {precision}, {memory_format}, {mode}:"
+        target = f"target: at most {TARGET:.0f} % of a step: {precision}, {memory_format}, {mode}, {kernel} kernel:"
         try:
             training = Training(precision, MEMORY_FORMATS[memory_format], mode, args.batch_size, args.device)
             times = measured(training, args.rounds, args.steps)

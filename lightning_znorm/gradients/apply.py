@@ -86,6 +86,9 @@ def transform_slots_(
         for grad in unsharded:
             _replace_(grad, method, name, loss_scale)
         return grads
+    if unsharded:
+        for shard in shards:
+            shard.reduce_groups(method.over)  # which may refuse it, before any gradient is changed
     shards = [*map(as_shard, transform_unsharded_(unsharded, method, loss_scale)), *shards]
     if shards:
         transform_shards_(shards, method, loss_scale)

@@ -125,7 +125,8 @@ class AffineMethod(ABC):
         """Return shift and scale, each of shape ``(S,)`` like the statistics, or ``None`` for no shift or no scale.
 
         The statistics must not be changed in place. Where :attr:`Statistics.std` is zero, a tensor is constant but for
-        rounding, which a large scale would make large: give it the scale zero.
+        rounding, which a large scale would make large: give it the scale zero. On a device, ``(g - shift) * scale`` is
+        computed as ``g * scale - shift * scale``, in one pass: the product of shift and scale must not overflow.
         """
 
     def __repr__(self) -> str:

@@ -401,7 +401,7 @@ def test_addresses_go_to_the_device_once() -> None:
 def capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretends that a CUDA graph is being captured."""
     for module in (caches, triton, triton_check):
-        monkeypatch.setattr(module, "is_capturing", lambda: True)
+        monkeypatch.setattr(module, "is_capturing", lambda device: True)
     monkeypatch.setattr(caches, "_captured", {})
 
 

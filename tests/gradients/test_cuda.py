@@ -4,16 +4,17 @@ import importlib.util
 import math
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.launches import counted, pretended_device, shapes_of, with_gradients
+from benchmarks.launches import counted, pretended_device, shapes_of, slots_of, with_gradients
 from lightning_znorm.errors import ZNormRuntimeError
 from lightning_znorm.functional import attach, centralize_grads_, transform_grads_, zscore_grads_
-from lightning_znorm.gradients import SING, AffineMethod, Centralization, ZScore
+from lightning_znorm.gradients import SING, AffineMethod, Centralization, ZScore, transform_slots_
 from lightning_znorm.gradients.kernels import dispatch, transform_segments_, triton_check
 from lightning_znorm.gradients.shards import unsharded_segments
 from tests.gradients.reference import centralized, wide, zscore
@@ -83,25 +84,27 @@ def test_centralization() -> None:
         torch.testing.assert_close(param.grad, want)
 
 
-@pytest.fixture
+@contextmanager
 def synchronizing_is_an_error() -> Iterator[None]:
-    for method in (zscore_grads_, centralize_grads_):
-        method(parameters())  # the sizes go to the device once
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("method", [zscore_grads_, centralize_grads_])
-def test_does_not_wait_for_the_device(method, request: pytest.FixtureRequest) -> None:
-    params = parameters()
-    request.getfixturevalue("synchronizing_is_an_error")
-    method(params)
-    torch.cuda.set_sync_debug_mode("default")
-    matrix = params[4].grad
-    means = matrix.mean() if method is zscore_grads_ else matrix.mean(dim=1)
-    assert means.abs().max() < 1e-4
+@pytest.mark.parametrize("factor", [None, 4096.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", [ZScore(), ZScore(centering="adaptive"), Centralization(), SING()], ids=repr)
+def test_does_not_wait_for_the_device(method: AffineMethod, dtype: torch.dtype, factor: float | None) -> None:
+    params = parameters(dtype)
+    loss_scale = factor and torch.tensor(factor, device="cuda")
+    slots = slots_of(params)
+    transform_slots_(slots, method, loss_scale)  # the sizes go to the device once
+    with synchronizing_is_an_error():
+        transform_slots_(slots, method, loss_scale)
+    assert all(param.grad.isfinite().all() for param in params)
 
 
 def test_in_a_cuda_graph() -> None:

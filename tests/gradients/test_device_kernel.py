@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_znorm.errors import ZNormRuntimeError
 from lightning_znorm.gradients import SING, AffineMethod, Centralization, Statistics, ZScore
 from lightning_znorm.gradients.kernels import caches, device, dispatch, transform_segments_
 from lightning_znorm.gradients.methods import rows_share_std
@@ -217,17 +218,20 @@ def test_what_a_captured_graph_reads_is_kept(monkeypatch: pytest.MonkeyPatch) ->
     made: list[object] = []
 
     @caches.kept_on_device(maxsize=1)
-    def table(number: int) -> Tensor:
+    def table(number: int, device: torch.device) -> Tensor:
         made.append(number)
-        return torch.tensor(number)
+        return torch.tensor(number, device=device)
 
-    first = table(1)
-    assert table(1) is first
+    device = torch.device("meta")
+    first = table(1, device)
+    assert table(1, device) is first
     assert not kept
     with monkeypatch.context() as capturing:
-        capturing.setattr(caches, "is_capturing", lambda: True)
-        assert table(1) is first
-    table(2)  # which the cache has room for, and nothing else
+        capturing.setattr(caches, "is_capturing", lambda of: of == device)
+        assert table(1, device) is first
+        with pytest.raises(ZNormRuntimeError, match="take a step with them before"):
+            table(3, device)
+        assert table(2, torch.device("cpu")) == 2  # which the cache has room for, and nothing else
     assert list(kept.values()) == [first]
     assert made == [1, 2]
 
@@ -237,7 +241,7 @@ def test_all_tables_of_a_step_are_kept(method: AffineMethod, monkeypatch: pytest
     grads = [randn(8, 30), randn(30), randn(300, 100)]
     transformed(method, *grads)
     monkeypatch.setattr(caches, "_captured", kept := {})
-    monkeypatch.setattr(caches, "is_capturing", lambda: True)
+    monkeypatch.setattr(caches, "is_capturing", lambda device: True)
     monkeypatch.setattr(torch, "tensor", None)  # nothing may come from the host
     transformed(method, *grads)
     assert kept

@@ -5,6 +5,7 @@ from functools import lru_cache
 from unittest.mock import patch
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from benchmarks.launches import (
     with_gradients,
     without_the_wait,
 )
-from lightning_znorm.functional import transform_grads_, zscore_grads_
+from lightning_znorm.functional import transform_grads_
 from lightning_znorm.gradients import SING, AffineMethod, Centralization, ZScore, apply
 
 KINDS = [
@@ -109,6 +110,18 @@ def test_more_small_gradients_only_take_more_to_copy(method: AffineMethod) -> No
     assert grows(lambda parameters: transform_grads_(parameters, method)) <= 2 * 900 / 64 + 2
 
 
+@pytest.mark.parametrize("method", [Centralization(), SING()], ids=repr)
+def test_each_length_of_rows_takes_two_more(method: AffineMethod) -> None:
+    with torch.device("meta"):
+        shapes = [parameter.shape for parameter in timm.create_model("efficientnet_b0").parameters()]
+    lengths = {shape[1:].numel() for shape in shapes if shape[0] < shape.numel() <= 2**14}
+    assert len(lengths) == 16
+    with pretended_device():
+        parameters = with_gradients(shapes, torch.float32)
+        found = counted(lambda: transform_grads_(parameters, method), parameters)
+        check(found, 2, 40 + 2 * len(lengths))
+
+
 LOW_RANK = [torch.Size((8, 2048)), torch.Size((2048, 8))] * 224  # as LoRA has them: 7 million elements, none large
 
 
@@ -123,6 +136,16 @@ def test_of_more_small_gradients_than_are_copied_at_a_time(method: AffineMethod,
         assert found.peak <= memory(parameters, by_row)
         shards = shards_of(parameters, ranks=1)
         assert counted_shards(shards, method).peak <= memory(parameters, by_row)
+
+
+@pytest.mark.parametrize("method", [ZScore(), SING()], ids=repr)
+def test_of_shards_over_several_groups(method: AffineMethod) -> None:
+    with pretended_device(), without_the_wait():
+        parameters = with_gradients(LOW_RANK[:192], torch.float32)  # 12 MiB
+        shards = [shard for group in range(6) for shard in shards_of(parameters[group::6], ranks=1)]
+        assert len({tuple(shard.cuts) for shard in shards}) == 6
+        found = counted_shards(shards, method)
+        assert found.peak <= 10 * 2**20  # and not the copies of all groups
 
 
 # What only reads.
@@ -203,17 +226,31 @@ def test_waits_and_uploads_are_seen() -> None:
         assert not found.waits
         torch.ones(3, device=CUDA).cpu()
         assert found.waits == ["aten._to_copy.default"]
+    for upload in (
+        lambda: torch.ones(()).to(CUDA),
+        lambda: torch.tensor(2.0, device=CUDA),
+        lambda: torch.empty((), device=CUDA).copy_(torch.ones(())),
+        lambda: torch.empty(2, device=CUDA).copy_(torch.ones(())),
+    ):
+        with pretended_device(), Launches() as found:
+            upload()
+        assert found.uploads.total() == 1
+    with pretended_device(), Launches() as found:
+        torch.empty(2, device=CUDA).mul_(torch.ones(())).add_(1.0)  # numbers that are arguments
+    assert not found.uploads
+    assert found.total == 2
 
 
-def test_only_the_first_step_copies_tables() -> None:
+@pytest.mark.parametrize("method", [ZScore(), Centralization(), SING(), ZScore(centering="adaptive")], ids=repr)
+def test_only_the_first_step_copies_tables(method: AffineMethod) -> None:
     with pretended_device():
-        parameters = with_gradients([torch.Size((300, 300)), torch.Size((30,))], torch.float32)
+        parameters = with_gradients([torch.Size((300, 300)), torch.Size((30, 5)), torch.Size((30,))], torch.float32)
         with Launches() as first:
-            zscore_grads_(parameters)
+            transform_grads_(parameters, method)
         assert first.uploads
         assert not first.waits
         with Launches() as second:
-            zscore_grads_(parameters)
+            transform_grads_(parameters, method)
         assert not second.uploads
         assert not second.waits
 

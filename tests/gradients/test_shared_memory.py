@@ -8,8 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_znorm.functional import attach, transform_grads_, zscore_grads_
-from lightning_znorm.gradients import SING, Centralization, UnsupportedGradientError, ZScore, transform_slots_
+from lightning_znorm.gradients import (
+    SING,
+    AffineMethod,
+    Centralization,
+    UnsupportedGradientError,
+    ZScore,
+    transform_slots_,
+)
 from lightning_znorm.gradients.apply import measure_slots
+from lightning_znorm.gradients.kernels import dispatch
 from lightning_znorm.gradients.shards import BoxShard, FlatShard, Shard
 from lightning_znorm.gradients.shared_memory import has_internal_overlap, may_share_memory
 from lightning_znorm.gradients.slots import GradientSlot, ParameterSlot, UnnamedSlots
@@ -240,3 +248,24 @@ def test_shard_that_overlaps_is_refused(other: str) -> None:
     with pytest.raises(UnsupportedGradientError, match="gradients of layer0 and layer1 overlap"):
         transform_slots_([ShardSlot("layer0", shard), second], ZScore())
     assert torch.equal(flat, BUFFER)
+
+
+@pytest.mark.parametrize("method", [Centralization(), SING()], ids=repr)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_shard_without_rows_is_refused_before_anything_changes(
+    method: AffineMethod, on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if on_device:
+        monkeypatch.setattr(dispatch, "is_on_cpu", lambda tensor: False)
+    (whole,) = params_of(torch.arange(12.0).view(4, 3))
+    shard = FlatShard(
+        local=torch.arange(6.0),
+        shape=torch.Size([2, 3]),
+        device=torch.device("cpu"),
+        offset=0,
+        group=None,
+        in_rows=False,
+    )
+    with pytest.raises(UnsupportedGradientError, match="mixes its rows"):
+        transform_slots_([ParameterSlot(("layer0",), whole), ShardSlot("layer1", shard)], method)
+    assert torch.equal(whole.grad, torch.arange(12.0).view(4, 3))

@@ -17,6 +17,8 @@ _captured: dict[int, object] = {}
 def kept_on_device(maxsize: int) -> Callable[[Function], Function]:
     """Return a decorator like ``lru_cache``, which does not forget what a captured CUDA graph reads.
 
+    One argument of the function is the device that the result is for.
+
     Raises:
         RuntimeError: When something is asked for the first time while a CUDA graph is captured.
     """
@@ -25,7 +27,7 @@ def kept_on_device(maxsize: int) -> Callable[[Function], Function]:
         @lru_cache(maxsize)
         @torch.inference_mode(False)  # the next caller may need a normal tensor
         def cached(*args: Hashable) -> object:
-            if is_capturing():
+            if is_capturing(_device_of(args)):
                 raise ZNormRuntimeError(
                     "gradients of these sizes are new, and tables of them cannot be copied to the device while a CUDA "
                     "graph is captured: take a step with them before, as in the warm-up of the graph"
@@ -36,7 +38,7 @@ def kept_on_device(maxsize: int) -> Callable[[Function], Function]:
         @wraps(function)
         def call(*args: Hashable) -> object:
             result = cached(*args)
-            if is_capturing():
+            if is_capturing(_device_of(args)):
                 _captured[id(result)] = result
             return result
 
@@ -46,6 +48,13 @@ def kept_on_device(maxsize: int) -> Callable[[Function], Function]:
     return decorate
 
 
-def is_capturing() -> bool:
-    """Return whether what is launched is recorded for a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def _device_of(args: tuple[object, ...]) -> torch.device:
+    return next(arg for arg in args if isinstance(arg, torch.device))
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether what is launched on a device is recorded for a CUDA graph."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()

@@ -3,7 +3,9 @@
 A large gradient takes two launches: one reads it for mean and deviation, and one rewrites it. Half precision takes a
 third one, because a deviation taken in its own type has no digits, or is NaN. Small gradients are copied into one
 buffer, transformed together and copied back: some 30 launches for all that fit into the buffer, and one for every 30 to
-45 gradients, which are copied by lists. The arithmetic on the statistics is done once for all gradients.
+45 gradients, which are copied by lists. Methods by row take two more for each length of rows. The arithmetic on the
+statistics is done once for all gradients. Small gradients with gaps in their memory, and lazily conjugated ones, are
+treated like large ones.
 
 It waits for the device only where gradients of some sizes come for the first time, whose tables are copied to it. So a
 CUDA graph can only be captured of sizes that have been seen before, as in its warm-up.

@@ -86,11 +86,11 @@ class Parts(_PartTable):
         """Return the gradients of such pieces."""
         num_padding = sum(map(bool, self._padding)) + 1
         num_others = len(pieces) - len(self._padding) - num_padding
-        gradients, rest = list(pieces[:num_others]), iter(pieces[num_others:])
+        gradients, padded = list(pieces[:num_others]), iter(pieces[num_others:])
         for padding in self._padding:
-            gradients.append(next(rest))
+            gradients.append(next(padded))
             if padding:
-                next(rest)
+                next(padded)
         return gradients
 
     def measure(self, parts: Tensor, needs_std: bool, from_zero: bool) -> tuple[Tensor, Tensor]:
@@ -134,7 +134,11 @@ def _pieces(lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     """Return a table of parts, the index in the vector of each of their elements, and the zero after its end."""
     table = _PartTable(lengths, device)
     total = sum(lengths)
-    is_element = table.is_element.flatten().cpu()
-    places = torch.full((len(is_element),), total)
-    places[is_element] = torch.arange(total)
+    # Parts end with padding, and the last part is nothing else.
+    numbers = list(map(num_parts, lengths))
+    starts = PART * torch.tensor([0, *numbers]).cumsum(0)
+    places = torch.full((PART * (sum(numbers) + 1),), total)
+    pieces = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths), output_size=total)
+    begins = torch.tensor([0, *lengths]).cumsum(0)
+    places[starts[pieces] + torch.arange(total) - begins[pieces]] = torch.arange(total)
     return table, places.to(device, torch.int32), torch.zeros(1, dtype=dtype).to(device)

@@ -52,8 +52,9 @@ def transform_shards_(shards: Iterable[Shard], method: AffineMethod, loss_scale:
             else:
                 local_segments += shard.segments(method.over)
         # The kernels of batches may refuse gradients, so this comes before any is changed.
+        only = len(by_groups) == 1 and not local_segments
         batches = [
-            ShardBatch(members, [method.over] * len(members), groups, needs_std=method.needs_std)
+            ShardBatch(members, [method.over] * len(members), groups, needs_std=method.needs_std, keep_copies=only)
             for groups, members in by_groups.items()
         ]
         transform_segments_(local_segments, method, loss_scale)
@@ -108,6 +109,7 @@ def _batches_that_share_std(shards: Iterable[Shard]) -> list["ShardBatch"]:
             sum_groups,
             m2_groups,
             needs_std=True,
+            keep_copies=len(by_groups) == 1,
         )
         for (sum_groups, m2_groups), members in by_groups.items()
     ]
@@ -136,6 +138,7 @@ class ShardBatch:
             whatever ``over`` is. The mean of a tensor without rows is then zero.
         needs_std: Whether the squared deviations are needed.
         read_only: Whether to leave the gradients as they are, and to measure single elements too.
+        keep_copies: Whether the copies of small gradients may stay until they are rewritten: those of one table.
 
     Attributes:
         sum_groups: The process groups over which the sums are reduced.
@@ -153,6 +156,7 @@ class ShardBatch:
         *,
         needs_std: bool,
         read_only: bool = False,
+        keep_copies: bool = False,
     ) -> None:
         self.sum_groups = sum_groups
         self.m2_groups = sum_groups if m2_groups is None else m2_groups
@@ -180,7 +184,7 @@ class ShardBatch:
         self._measured = []
         for table in tables:
             self._measured.append(_MeasuredTable(table, needs_std, device))
-            if read_only or len(tables) > 1:  # one copy at a time
+            if not keep_copies or len(tables) > 1:  # one copy at a time
                 table.forget_copies()
         for measured in self._measured:
             self.sums.index_copy_(0, measured.indices, measured.sums().to(device, dtype))

@@ -46,7 +46,10 @@ class Table(ABC):
 
     @abstractmethod
     def rewrite_(self, shift: Tensor | None, scale: Tensor | None) -> None:
-        """Replace each tensor or row ``g`` by ``(g - shift) * scale``, where ``None`` is no shift and no scale."""
+        """Replace each tensor or row ``g`` by ``(g - shift) * scale``, where ``None`` is no shift and no scale.
+
+        It may be computed as ``g * scale - shift * scale``.
+        """
 
     def forget_copies(self) -> None:  # noqa: B027
         """Free what is kept between measuring and rewriting for speed alone, if anything."""

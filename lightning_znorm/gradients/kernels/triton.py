@@ -5,10 +5,8 @@ over, it reads them once from memory. Beyond the gradients this takes a few numb
 of at most 512 chunks of a large one. Only the first step with tensors of some sizes waits for the device, to which the
 tables of these sizes are copied.
 
-In small models, launches are the cost. The gradients of ResNet-56 (3.4 MB, which stay in the second-level cache) are
-2.4 us of an H200's memory traffic (a copy moves about 4.3 TB/s), in two launches of some 2 us each on the device and
-10 us or more on a CPU. A single launch, with a barrier across the device between the passes, would save one launch in
-a training step of more than 10 ms. But it needs all programs to be resident at once, and deadlocks if they are not.
+In small models, launches are the cost. A single launch, with a barrier across the device between the passes, would save
+one of two. But it needs all programs to be resident at once, and deadlocks if they are not.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,8 +31,8 @@ _TYPES = {
     torch.float64: tl.float64,
 }
 
-# 16 KiB in the registers of 128 threads. At 56 registers a thread, 9 such tiles are under way on each multiprocessor of
-# an A100 or H200: several times the bytes that hide the latency of their memory.
+# 16 KiB in the registers of 128 threads, so that several tiles are under way on each multiprocessor. It was chosen from
+# the sizes of its registers, and not measured.
 _TILE = {torch.float32: 4096, torch.float64: 2048}
 _WARPS = 4
 # A row of up to so many tiles belongs to one program, which reads it once from memory: there are many rows.
@@ -110,9 +108,9 @@ class PointerTable(Table):
                 constants |= {name: plan.constants[name] for name in ("WIDE", "TILE")}
                 programs.merge[(len(plan.runs),)](plan.segments, plan.runs, partials, means, m2s, **constants)
         if from_zero and m2s is not None and not by_row:
-            m2s = torch.addcmul(m2s.double(), means.double().square(), plan.counts()).to(plan.wide)
+            m2s = torch.addcmul(m2s.double(), means.double().square(), plan.counts).to(plan.wide)
             means = torch.zeros_like(means)
-        return Statistics(plan.counts(), means, m2s)
+        return Statistics(plan.counts, means, m2s)
 
     def rewrite_(self, shift: Tensor | None, scale: Tensor | None) -> None:  # noqa: D102
         shift, scale = (None if part is None else part.to(self._plan.wide).contiguous() for part in (shift, scale))
@@ -151,6 +149,7 @@ class _LaunchPlan:
         num_stats: Number of sets of statistics, one for each run.
         chunks: Number of chunks.
         segments: The table of this name.
+        counts: Number of elements of each run.
         items: The table of this name; chunks come first.
         runs: The table of this name, ``None`` if it is empty.
     """
@@ -187,18 +186,12 @@ class _LaunchPlan:
                 rows = _rows_of_program(length) if by_row else 1
                 short_items.append(_items_of(segment, -(-num_runs // rows)))
             self.num_stats += num_runs
-        self._lengths = [row[:2] for row in table]
-        self.segments = torch.tensor(table, dtype=torch.int64, device="cpu").to(device)
+        on_host = torch.tensor(table, dtype=torch.int64, device="cpu")
+        counts = on_host[:, 0].to(self.wide).repeat_interleave(on_host[:, 1], output_size=self.num_stats)
+        self.counts = counts.to(device)
+        self.segments = on_host.to(device)
         self.items = torch.cat(long_items + short_items).to(device)
         self.runs = torch.cat(runs).to(device) if runs else None
-        self._counts: Tensor | None = None
-
-    def counts(self) -> Tensor:
-        """Return the number of elements of each run."""
-        if self._counts is None:
-            lengths, num_runs = torch.tensor(self._lengths, dtype=torch.int64, device="cpu").unbind(1)
-            self._counts = lengths.to(self.wide).repeat_interleave(num_runs).to(self.device)
-        return self._counts
 
     def empty(self, numel: int) -> Tensor:
         """Return memory for statistics."""
@@ -250,7 +243,7 @@ _launch_plan = kept_on_device(maxsize=64)(_LaunchPlan)
 
 def _addresses(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     """Return a table of addresses on a device, without waiting for it."""
-    if not is_capturing():
+    if not is_capturing(device):
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         return _uploaded(addresses, device, stream)
     # Each replay of the graph would repeat a copy from host memory, which has long been put to other use. So the

@@ -91,7 +91,7 @@ def check_kind(device: torch.device, dtype: torch.dtype, by_row: bool) -> None:
     from lightning_znorm.gradients.kernels import triton
 
     kind = f"{dtype} gradients on {device}{' by row' if by_row else ''}"
-    if is_capturing():
+    if is_capturing(device):
         raise ZNormRuntimeError(
             f"{VARIABLE} is 'triton', and its kernel must be compared with PyTorch's before it changes {kind}, which "
             f"cannot be done while a CUDA graph is captured: take a step before. {_WAY_OUT}"
